@@ -1,0 +1,120 @@
+"""What an estimator may see: `Batch`, rows of token positions with their rewards and log-probabilities.
+
+Letters used everywhere: `M` batches at once, `B` rows (rollouts) of a batch, `T` positions of a row, `K` contexts,
+`A` actions, `N` trajectories, `G` group size, `P` parameters. "..." stands for leading batch dimensions, often none.
+
+Guarantee: a `Batch` holds rollouts and nothing of the problem that made them, so an estimator cannot look up the
+answer. Everything here is written in out-of-place torch operations without data-dependent control flow: it works
+under `torch.func.vmap` and autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+DiscountClock = Literal["position", "action"]
+DISCOUNT_CLOCKS: tuple[DiscountClock, ...] = ("position", "action")
+
+
+class LogitsNotAsked(AttributeError):
+    """`batch.logits` was read by an estimator whose leaf is `logp`."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch of B rollouts (or M of them, in the leading dimensions), padded to T positions.
+
+    `mask` is 1 exactly where the policy chose the token. Observation (tool, environment) positions inside a row and
+    padding after its end are 0 there; `logp`s are 0 and `state`, `context`, `action` are -1 where mask is 0. `reward`
+    is 0 on padding but may sit on an observation position.
+    """
+
+    state: Tensor  # [..., B, T] int64, the environment's state where the policy acts
+    context: Tensor  # [..., B, T] int64, the policy's input; several states may share one
+    action: Tensor  # [..., B, T] int64
+    reward: Tensor  # [..., B, T]
+    mask: Tensor  # [..., B, T] 1. or 0.
+    logp: Tensor  # [..., B, T] log π(a_t | k_t), nats
+    behavior_logp: Tensor  # [..., B, T] the same under the policy that drew the batch
+    ref_logp: Tensor  # [..., B, T] the same under the reference policy
+    value: Tensor  # [..., B, T+1] exact V^π of the state and t, 0 after the end
+    group: Tensor  # [..., B] int64, rows of one start state or prompt draw share an id
+    discount: float
+    discount_clock: DiscountClock = "position"
+    side: Mapping[str, Tensor] = field(default_factory=dict)  # [..., B, *] what the estimator declared that it needs
+    action_logits: Tensor | None = None  # [..., B, T, A], read it as `logits`
+
+    @property
+    def logits(self) -> Tensor:
+        """Logits of every action, `[..., B, T, A]`; only for estimators with `leaf="logits"`."""
+        if self.action_logits is None:
+            raise LogitsNotAsked('batch.logits is there only for estimators made with leaf="logits"')
+        return self.action_logits
+
+    @property
+    def rows(self) -> int:
+        """B, the number of rollouts."""
+        return int(self.reward.shape[-2])
+
+    @cached_property
+    def clock(self) -> Tensor:
+        """Exponent of γ at each position, `[..., B, T]`.
+
+        `discount_clock="position"`: t itself. `"action"`: the number of policy positions up to and including t, less
+        one (not below 0), so that an observation position discounts nothing.
+        """
+        if self.discount_clock == "position":
+            steps = torch.arange(self.reward.shape[-1], dtype=self.reward.dtype, device=self.reward.device)
+            return steps.expand(self.reward.shape)
+        return (self.mask.cumsum(-1) - 1.0).clamp(min=0.0)
+
+    @cached_property
+    def discount_weight(self) -> Tensor:
+        """γ^t (by the problem's clock), `[..., B, T]`."""
+        return self.discount**self.clock
+
+    @cached_property
+    def episode_return(self) -> Tensor:
+        """R = Σ_t γ^t r_t, `[..., B]`."""
+        return (self.discount_weight * self.reward).sum(-1)
+
+    @cached_property
+    def reward_to_go(self) -> Tensor:
+        """Ĝ_t = Σ_{k≥t} γ^{k−t} r_k = r_t + γ Ĝ_{t+1}, `[..., B, T]`."""
+        steps = self.reward.shape[-1]
+        out = [self.reward[..., -1]]
+        for t in range(steps - 2, -1, -1):
+            gamma = self.discount ** (self.clock[..., t + 1] - self.clock[..., t])
+            out.append(self.reward[..., t] + gamma * out[-1])
+        return torch.stack(out[::-1], -1)
+
+    @cached_property
+    def length(self) -> Tensor:
+        """Number of policy positions of each row, `[..., B]`."""
+        return self.mask.sum(-1)
+
+    @cached_property
+    def same_group(self) -> Tensor:
+        """1. where rows i and j share a group, `[..., B, B]`; any labels will do."""
+        return (self.group.unsqueeze(-1) == self.group.unsqueeze(-2)).to(self.reward.dtype)
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Batch:
+        """A new batch with `fn` applied to every tensor."""
+        changes = {f.name: fn(x) for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
+        return replace(self, side={name: fn(x) for name, x in self.side.items()}, **changes)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by name; side tables as `side.NAME`."""
+        named = {f.name: x for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
+        return named | {f"side.{name}": x for name, x in self.side.items()}
+
+    def with_tensors(self, named: Mapping[str, Tensor]) -> Batch:
+        """The batch with the tensors of `named` (keys as in `tensors`) in place of its own."""
+        side = {name: named.get(f"side.{name}", x) for name, x in self.side.items()}
+        return replace(self, side=side, **{k: v for k, v in named.items() if not k.startswith("side.")})

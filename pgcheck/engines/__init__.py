@@ -1,0 +1,1 @@
+"""Engines: from coefficients to the moments of ĝ."""

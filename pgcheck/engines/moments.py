@@ -1,0 +1,45 @@
+"""`Moments`: mean and covariance of the gradient estimate of one whole batch, in logit space.
+
+Guarantee: numbers only. Exact moments have `batches=None`; a sampled engine says how many it drew.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pgcheck.policies.tabular import logit_jacobian
+
+
+@dataclass(frozen=True)
+class Moments:
+    """E ĝ and Cov ĝ of one batch."""
+
+    mean: Tensor  # [K, A]
+    covariance: Tensor  # [K·A, K·A]
+    batches: int | None  # number drawn; None: every batch was enumerated
+    enumerated: int = 0  # number of distinct batches evaluated
+    lane: str = "coefficients"  # how the coefficients were evaluated
+
+    @property
+    def total_variance(self) -> float:
+        """tr Cov ĝ."""
+        return float(self.covariance.diagonal().sum())
+
+    @property
+    def second_moment(self) -> float:
+        """E ‖ĝ‖² = tr Cov ĝ + ‖E ĝ‖²."""
+        return self.total_variance + float((self.mean**2).sum())
+
+    def in_parameters(self, policy: nn.Module) -> tuple[Tensor, Tensor]:
+        """Mean `[P]` and covariance `[P, P]` of ĝ_θ: (dz/dθ)ᵀ E ĝ and (dz/dθ)ᵀ Cov ĝ (dz/dθ)."""
+        jacobian = logit_jacobian(policy)
+        return jacobian.T @ self.mean.reshape(-1), jacobian.T @ self.covariance @ jacobian
+
+
+def covariance_from(second: Tensor, mean: Tensor) -> Tensor:
+    """E[x xᵀ] − E[x] E[x]ᵀ, symmetrised."""
+    cov = second - torch.outer(mean, mean)
+    return (cov + cov.T) / 2

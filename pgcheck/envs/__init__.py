@@ -1,0 +1,1 @@
+"""Environments: what can happen, apart from the policy."""

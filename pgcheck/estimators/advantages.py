@@ -1,0 +1,249 @@
+"""Advantages: what multiplies ∇log π_t, `Batch -> [..., B, T]` or `[..., B, 1]` (one number a row).
+
+A baseline is a number subtracted from a return; `over` says whose rows it looks at. Statistics of one number a row take
+`over="group"` or `"batch"`; all of them accept any group labels and groups of unequal size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pgcheck.batch import Batch
+
+Advantage = Callable[[Batch], Tensor]  # [..., B, T] or [..., B, 1]
+Over = Literal["group", "batch"]
+
+
+def peers(batch: Batch, over: Over) -> Tensor:
+    """1. where row j counts for row i, itself included, `[..., B, B]`."""
+    return batch.same_group if over == "group" else torch.ones_like(batch.same_group)
+
+
+def mean_of_peers(x: Tensor, same: Tensor) -> Tensor:
+    """Σ_j same_ij x_j / Σ_j same_ij for `x` `[..., B]`."""
+    return (same @ x.unsqueeze(-1)).squeeze(-1) / same.sum(-1)
+
+
+def std_of_peers(x: Tensor, same: Tensor, *, ddof: int = 0) -> Tensor:
+    """Standard deviation over the peers of each row, `[..., B]`; 0 where fewer than ddof + 1 peers."""
+    spread = ((x.unsqueeze(-2) - mean_of_peers(x, same).unsqueeze(-1)) ** 2 * same).sum(-1)
+    return (spread / (same.sum(-1) - ddof).clamp(min=1.0)).sqrt()
+
+
+# -- returns
+
+
+def episode_return(batch: Batch) -> Tensor:
+    """R = Σ_k γ^k r_k, `[..., B, 1]`."""
+    return batch.episode_return.unsqueeze(-1)
+
+
+def discounted_to_go(batch: Batch) -> Tensor:
+    """γ^t Ĝ_t."""
+    return batch.discount_weight * batch.reward_to_go
+
+
+def undiscounted_weight_to_go(batch: Batch) -> Tensor:
+    """Ĝ_t without γ^t."""
+    return batch.reward_to_go
+
+
+def per_decision(batch: Batch) -> Tensor:
+    """Σ_{k≥t} w_{0:k} γ^k r_k, with w_{0:k} the product of the ratios of positions 0..k."""
+    w = ((batch.logp - batch.behavior_logp) * batch.mask).cumsum(-1).exp()
+    return (w * batch.discount_weight * batch.reward).flip(-1).cumsum(-1).flip(-1)
+
+
+# -- baselines
+
+
+def to_go_minus(baseline: Callable[[Batch], Tensor]) -> Advantage:
+    """γ^t (Ĝ_t − b_t), with b `[..., B, T]` from `baseline`."""
+
+    def advantage(batch: Batch) -> Tensor:
+        return batch.discount_weight * (batch.reward_to_go - baseline(batch))
+
+    return advantage
+
+
+def return_minus(baseline: Callable[[Batch], Tensor]) -> Advantage:
+    """R − b, with b `[..., B]` from `baseline`."""
+
+    def advantage(batch: Batch) -> Tensor:
+        return (batch.episode_return - baseline(batch)).unsqueeze(-1)
+
+    return advantage
+
+
+def constant(value: float) -> Callable[[Batch], Tensor]:
+    """b_t = value."""
+
+    def baseline(batch: Batch) -> Tensor:
+        return torch.full_like(batch.reward, value)
+
+    return baseline
+
+
+def state_value(batch: Batch) -> Tensor:
+    """b_t = V^π(s_t)."""
+    return batch.value[..., :-1]
+
+
+def next_state_value(batch: Batch) -> Tensor:
+    """b_t = V^π(s_{t+1}): it depends on a_t through s_{t+1}."""
+    return batch.value[..., 1:]
+
+
+def next_action_value(batch: Batch) -> Tensor:
+    """b_t = Q^π(s_{t+1}, a_{t+1}), from the side table `action_value` `[..., B, T]`."""
+    q = batch.side["action_value"]
+    return torch.cat([q[..., 1:], torch.zeros_like(q[..., :1])], -1)
+
+
+def half_own_return(batch: Batch) -> Tensor:
+    """b_t = Ĝ_t / 2: a baseline fitted halfway to the very return it is subtracted from."""
+    return 0.5 * batch.reward_to_go
+
+
+def side_column(name: str) -> Callable[[Batch], Tensor]:
+    """b from the side table `name`."""
+
+    def baseline(batch: Batch) -> Tensor:
+        return batch.side[name]
+
+    return baseline
+
+
+def mean_return(over: Over) -> Callable[[Batch], Tensor]:
+    """b = mean of R over the peers, own row included, `[..., B]`."""
+
+    def baseline(batch: Batch) -> Tensor:
+        return mean_of_peers(batch.episode_return, peers(batch, over))
+
+    return baseline
+
+
+def mean_of_others(over: Over) -> Callable[[Batch], Tensor]:
+    """b_i = mean of R over the peers but i, `[..., B]`; a row without others gets no baseline (0)."""
+
+    def baseline(batch: Batch) -> Tensor:
+        R = batch.episode_return
+        same = peers(batch, over)
+        return ((same @ R.unsqueeze(-1)).squeeze(-1) - R) / (same.sum(-1) - 1.0).clamp(min=1.0)
+
+    return baseline
+
+
+def batch_mean_to_go(batch: Batch) -> Tensor:
+    """b_t = mean over all B rows of Ĝ_{j,t}, which is zero after the end."""
+    return batch.reward_to_go.mean(-2, keepdim=True)
+
+
+def alive_mean_to_go(batch: Batch) -> Tensor:
+    """b_t = mean of Ĝ_{j,t} over the rows j that still have a policy position at or after t."""
+    alive = (batch.mask.flip(-1).cumsum(-1).flip(-1) > 0).to(batch.reward.dtype)
+    total = (batch.reward_to_go * alive).sum(-2, keepdim=True)
+    return total / alive.sum(-2, keepdim=True).clamp(min=1.0)
+
+
+# -- normalised by a standard deviation
+
+
+def standardised_return(over: Over, *, ddof: int = 0, eps: float = 1e-6) -> Advantage:
+    """(R − mean) / (std + ε) over the peers; 0 where the peers all agree, whatever ε."""
+
+    def advantage(batch: Batch) -> Tensor:
+        R = batch.episode_return
+        same = peers(batch, over)
+        std = std_of_peers(R, same, ddof=ddof)
+        spread = std > 0
+        scaled = (R - mean_of_peers(R, same)) / (std + eps).where(spread, torch.ones_like(std))
+        return scaled.where(spread, torch.zeros_like(scaled)).unsqueeze(-1)
+
+    return advantage
+
+
+def token_standardised(advantage: Advantage, *, eps: float = 1e-8) -> Advantage:
+    """(A − mean) / √(var + ε), mean and variance over all policy positions of the batch: long rows weigh more."""
+
+    def whitened(batch: Batch) -> Tensor:
+        adv = advantage(batch).expand(batch.mask.shape)
+        tokens = batch.mask.sum((-1, -2), keepdim=True).clamp(min=1.0)
+        mean = (adv * batch.mask).sum((-1, -2), keepdim=True) / tokens
+        var = ((adv - mean) ** 2 * batch.mask).sum((-1, -2), keepdim=True) / tokens
+        return (adv - mean) / (var + eps).sqrt()
+
+    return whitened
+
+
+# -- learned from more rollouts
+
+
+def next_policy_position(x: Tensor, batch: Batch) -> Tensor:
+    """At t, the entry of `x` `[..., B, T]` at the next policy position after t; 0 if there is none."""
+    out = []
+    following = torch.zeros_like(x[..., 0])
+    for t in range(x.shape[-1] - 1, -1, -1):
+        out.append(following)
+        following = torch.where(batch.mask[..., t] > 0, x[..., t], following)
+    return torch.stack(out[::-1], -1)
+
+
+def continuation_advantage(batch: Batch) -> Tensor:
+    """γ^t (Σ_{t≤k<t'} γ^{k−t} r_k + γ^{t'−t} V̂(s_t') − V̂(s_t)), t' the next policy position after t.
+
+    V̂ is the side table `continuation_value` `[..., B, T]`: the mean return of K fresh continuations from s_t.
+    """
+    v = batch.side["continuation_value"]
+    here = discounted_to_go(batch) - next_policy_position(discounted_to_go(batch), batch)
+    return here + next_policy_position(batch.discount_weight * v, batch) - batch.discount_weight * v
+
+
+Fallback = Literal["no baseline", "zero advantage"]
+
+
+def anchor_state_advantage(*, own: Literal["exclude", "include"], alone: Fallback, std: bool = False, eps: float = 1e-6) -> Advantage:  # fmt: skip
+    """γ^t (Ĝ_t − mean of Ĝ over the positions of the group in the same state), GiGPO's step-level advantage.
+
+    Args:
+        own: whether the row's own positions are part of the mean (and std).
+        alone: what a position gets that no other row of the group shares its state with.
+        std: divide by the standard deviation of those returns plus ε.
+    """
+
+    def advantage(batch: Batch) -> Tensor:
+        B, T = batch.mask.shape[-2:]
+        to_go = batch.reward_to_go
+        flat_state, flat_to_go = batch.state.flatten(-2), to_go.flatten(-2)
+        acts = batch.mask.flatten(-2)
+        same = (flat_state.unsqueeze(-1) == flat_state.unsqueeze(-2)).to(to_go.dtype)
+        same = same * acts.unsqueeze(-1) * acts.unsqueeze(-2)
+        same = same * batch.same_group.repeat_interleave(T, -1).repeat_interleave(T, -2)  # [..., BT, BT]
+        own_row = torch.eye(B, dtype=to_go.dtype, device=to_go.device).repeat_interleave(T, -1).repeat_interleave(T, -2)
+        others = same * (1.0 - own_row)
+        shared = others.sum(-1) > 0
+        counted = others if own == "exclude" else same
+        n = counted.sum(-1).clamp(min=1.0)
+        mean = (counted @ flat_to_go.unsqueeze(-1)).squeeze(-1) / n
+        adv = flat_to_go - mean
+        if std:
+            spread = ((flat_to_go.unsqueeze(-2) - mean.unsqueeze(-1)) ** 2 * counted).sum(-1) / n
+            adv = adv / (spread.sqrt() + eps)
+        adv = torch.where(shared, adv, flat_to_go if alone == "no baseline" else torch.zeros_like(adv))
+        return batch.discount_weight * adv.unflatten(-1, (B, T))
+
+    return advantage
+
+
+def total(*advantages: Advantage, weights: tuple[float, ...]) -> Advantage:
+    """Σ_j weight_j · advantage_j."""
+
+    def advantage(batch: Batch) -> Tensor:
+        parts = [w * a(batch).expand(batch.mask.shape) for w, a in zip(weights, advantages, strict=True)]
+        return torch.stack(parts).sum(0)
+
+    return advantage

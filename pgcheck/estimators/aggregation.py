@@ -1,0 +1,27 @@
+"""Aggregations: the weight of each position in the batch average, `Batch -> [..., B, T]`, broadcastable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pgcheck.batch import Batch
+
+Aggregation = Callable[[Batch], Tensor]
+
+
+def mean_of_rows(batch: Batch) -> Tensor:
+    """Sum over positions, mean over rows: 1/B."""
+    return torch.full_like(batch.mask, 1.0 / batch.rows)
+
+
+def sequence_mean(batch: Batch) -> Tensor:
+    """Mean over the positions of each row, then over rows: 1 / (B |o_i|)."""
+    return 1.0 / (batch.rows * batch.length.clamp(min=1.0)).unsqueeze(-1)
+
+
+def token_mean(batch: Batch) -> Tensor:
+    """Mean over all policy positions of the batch: 1 / Σ_i |o_i|."""
+    return 1.0 / batch.mask.sum((-1, -2), keepdim=True).clamp(min=1.0)

@@ -1,0 +1,212 @@
+"""Losses as estimators: c = −∂loss/∂leaf, for all batches at once where the loss allows it.
+
+A loss is any callable `Batch [B, T] -> scalar` (a tuple counts as its first element, as in `loss, metrics`). Three
+lanes, tried in this order, with the same numbers:
+
+* `vmap`: `torch.func.vmap` over the M batches, one backward pass for all;
+* `vmap, logged items`: the same for losses that only fail because they log `x.item()`. Such a call returns a NaN that
+  refuses to be compared: if it only reaches a log, nothing is lost; if it reaches the loss, the lane is abandoned;
+* `loop`: batch by batch, slower.
+
+Guarantee: a vectorised lane is used only after it reproduced the loop on the first batches of the block.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from pgcheck.batch import Batch, LogitsNotAsked
+from pgcheck.errors import EstimatorError
+from pgcheck.estimators.base import Claim, Couples, Estimator, Leaf, unbiased
+
+Loss = Callable[[Batch], Any]
+# Batch [B, T] -> a scalar to minimise, or a tuple that starts with one
+
+_VERIFIED_BATCHES = 4
+_LANES = ("vmap", "vmap, logged items", "loop")
+
+
+class _Logged(float):
+    """What `.item()` returns under vmap: good for a log line, and for nothing that would steer the loss."""
+
+    def __new__(cls) -> _Logged:
+        return super().__new__(cls, math.nan)
+
+    def _refuse(self, *_: object) -> NoReturn:
+        raise _ItemSteersTheLossError
+
+    __bool__ = __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = _refuse  # type: ignore[assignment]
+    __hash__ = float.__hash__
+
+    def _log(self, *_: object) -> _Logged:
+        return _Logged()
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _log  # type: ignore[assignment]
+    __neg__ = __pos__ = __abs__ = __pow__ = __rpow__ = _log  # type: ignore[assignment]
+
+
+class _ItemSteersTheLossError(RuntimeError):
+    pass
+
+
+class _LogItems(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.item, Tensor.__float__):
+            return _Logged()
+        return func(*args, **(kwargs or {}))
+
+
+class LossCoefficients:
+    """c = −∂loss/∂leaf of a loss; `lane` says how the last block was evaluated."""
+
+    def __init__(self, loss: Loss, *, leaf: Leaf, name: str) -> None:
+        self.loss, self.leaf, self.name = loss, leaf, name
+        self.lane: str | None = None
+
+    def __call__(self, batch: Batch) -> Tensor:
+        leading = batch.reward.shape[:-2]
+        flat = batch.map(lambda x: x.flatten(0, len(leading) - 1)) if len(leading) > 1 else batch
+        if not leading:
+            flat = batch.map(lambda x: x.unsqueeze(0))
+            return self._loop(flat)[0]
+        c = self._block(flat)
+        return c.unflatten(0, leading) if len(leading) > 1 else c
+
+    def value(self, batch: Batch) -> Tensor:
+        """The loss of one batch `[B, T]`, a scalar tensor.
+
+        Raises:
+            EstimatorError: not a scalar tensor.
+        """
+        out = self.loss(batch)
+        if isinstance(out, tuple) and out:
+            out = out[0]
+        if not isinstance(out, Tensor):
+            raise EstimatorError(f"loss '{self.name}' returned {type(out).__name__}, not a torch tensor.")
+        if out.dim() != 0:
+            raise EstimatorError(
+                f"loss '{self.name}' returned a tensor of shape {list(out.shape)}, not a scalar; end it with a sum or a"
+                " mean over rows and positions."
+            )
+        return out
+
+    def _block(self, batch: Batch) -> Tensor:
+        if self.lane is None:
+            self.lane = self._choose(batch)
+        if self.lane == "loop":
+            return self._loop(batch)
+        try:
+            return self._vmap(batch, self.lane)
+        except EstimatorError:
+            raise
+        except Exception:  # a branch on data not met in earlier blocks
+            self.lane = "loop"
+            return self._loop(batch)
+
+    def _choose(self, batch: Batch) -> str:
+        first = batch.map(lambda x: x[:_VERIFIED_BATCHES])
+        slow = self._loop(first)
+        for lane in _LANES[:-1]:
+            try:
+                fast = self._vmap(first, lane)
+            except Exception:  # whatever vmap cannot do, the loop can; its own errors were raised above
+                continue
+            if torch.allclose(fast, slow, rtol=1e-10, atol=1e-14, equal_nan=lane == "vmap"):
+                return lane
+        return "loop"
+
+    def _leaf_and_batch(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        named = batch.tensors()
+        key = "logp" if self.leaf == "logp" else "action_logits"
+        leaf = named[key].detach().clone().requires_grad_(True)
+        return leaf, {**named, key: leaf}
+
+    def _one(self, batch: Batch, named: dict[str, Tensor]) -> Tensor:
+        one = batch.with_tensors(named)
+        if self.leaf == "logits":
+            every = torch.log_softmax(one.logits, -1)
+            logp = every.gather(-1, one.action.clamp(min=0).unsqueeze(-1)).squeeze(-1) * one.mask
+            one = replace(one, logp=logp)
+        return self.value(one)
+
+    def _vmap(self, batch: Batch, lane: str) -> Tensor:
+        leaf, named = self._leaf_and_batch(batch)
+        run = torch.func.vmap(lambda tensors: self._one(batch, tensors), randomness="error")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if lane == "vmap":
+                losses = run(named)
+            else:
+                with _LogItems():
+                    losses = run(named)
+            c = self._gradient(losses, leaf)
+        if lane != "vmap" and not bool(torch.isfinite(c).all()):
+            raise _ItemSteersTheLossError
+        return c
+
+    def _loop(self, batch: Batch) -> Tensor:
+        leaf, named = self._leaf_and_batch(batch)
+        rows = {name: x.unbind(0) for name, x in named.items()}
+        losses = []
+        for m in range(leaf.shape[0]):
+            try:
+                losses.append(self._one(batch, {name: x[m] for name, x in rows.items()}))
+            except (EstimatorError, LogitsNotAsked):
+                raise
+            except Exception as error:
+                shape = list(batch.reward.shape[1:])
+                error.add_note(f"raised inside the loss '{self.name}' on a batch of shape [B, T] = {shape}")
+                raise
+        return self._gradient(torch.stack(losses), leaf)
+
+    def _gradient(self, losses: Tensor, leaf: Tensor) -> Tensor:
+        if not losses.requires_grad:
+            raise EstimatorError(
+                f"loss '{self.name}' has no gradient: it does not depend on batch.{self.leaf}. Use batch.logp where the"
+                " policy's log-probabilities enter, without .detach() and outside torch.no_grad()."
+            )
+        (gradient,) = torch.autograd.grad(losses.sum(), leaf, allow_unused=True)
+        if gradient is None:
+            raise EstimatorError(f"loss '{self.name}' has no gradient with respect to batch.{self.leaf}.")
+        return -gradient.detach()
+
+
+def from_loss(
+    loss: Loss,
+    *,
+    leaf: Leaf = "logp",
+    couples: Couples = "batch",
+    name: str | None = None,
+    claims: tuple[Claim, ...] | None = None,
+    **settings: Any,
+) -> Estimator:
+    """An estimator from a torch loss over one batch `[B, T]`, to be minimised.
+
+    Args:
+        loss: `Batch -> scalar`, or a tuple that starts with the scalar.
+        leaf: `"logp"`: c = −∂loss/∂logp `[B, T]`. `"logits"`: −∂loss/∂logits `[B, T, A]`, for terms that put weight on
+            actions not drawn (entropy, full KL); `batch.logp` is then computed from `batch.logits`.
+        couples: what a row's coefficient may look at; `"batch"` is always safe, the others are cheaper to enumerate.
+        name: default, the function's own.
+        claims: default, `unbiased()`.
+
+    Raises:
+        EstimatorError: (when run) no gradient, not a scalar, NaN.
+    """
+    called = name or getattr(loss, "__name__", type(loss).__name__)
+    return Estimator(
+        name=called,
+        coefficients=LossCoefficients(loss, leaf=leaf, name=called),
+        couples=couples,
+        claims=(unbiased(),) if claims is None else claims,
+        leaf=leaf,
+        **settings,
+    )

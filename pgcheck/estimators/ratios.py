@@ -1,0 +1,56 @@
+"""Ratios: how a coefficient is corrected for data from another policy, `(Batch, advantage) -> [..., B, T] or [..., B, 1]`.
+
+All of them multiply the coefficient, so none carries a gradient: what a paper writes as sg(·) is already done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pgcheck.batch import Batch
+
+Ratio = Callable[[Batch, Tensor], Tensor]
+
+
+def none(batch: Batch, adv: Tensor) -> Tensor:
+    """1."""
+    return torch.ones_like(batch.mask)
+
+
+def token_ratio(batch: Batch, adv: Tensor) -> Tensor:
+    """r_t = π(a_t | k_t) / π_old(a_t | k_t)."""
+    return ((batch.logp - batch.behavior_logp) * batch.mask).exp()
+
+
+def trajectory_weight(batch: Batch) -> Tensor:
+    """w(τ) = Π_t r_t, `[..., B]`."""
+    return ((batch.logp - batch.behavior_logp) * batch.mask).sum(-1).exp()
+
+
+def trajectory_ratio(batch: Batch, adv: Tensor) -> Tensor:
+    """w(τ) at every position."""
+    return trajectory_weight(batch).unsqueeze(-1)
+
+
+def clipped_ratio(*, low: float | None, high: float) -> Ratio:
+    """clip(r_t, 1 − low, 1 + high): the weight is clipped, the gradient stays (CISPO). `low=None`: no lower bound."""
+
+    def ratio(batch: Batch, adv: Tensor) -> Tensor:
+        floor = 0.0 if low is None else 1.0 - low
+        return token_ratio(batch, adv).clamp(floor, 1.0 + high)
+
+    return ratio
+
+
+def ppo_clip(*, low: float = 0.2, high: float = 0.2) -> Ratio:
+    """The derivative of min(r A, clip(r, 1 − low, 1 + high) A) by log π: r where it is not clipped, else 0."""
+
+    def ratio(batch: Batch, adv: Tensor) -> Tensor:
+        r = token_ratio(batch, adv)
+        clipped = torch.where(adv >= 0, r > 1.0 + high, r < 1.0 - low)
+        return torch.where(clipped, torch.zeros_like(r), r)
+
+    return ratio

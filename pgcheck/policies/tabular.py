@@ -1,0 +1,98 @@
+"""Softmax policies over a finite set of contexts: tables, linear features, any torch module over one-hot contexts.
+
+A policy enters pgcheck only as logits z(θ) `[K, A]` and their Jacobian dz/dθ `[K·A, P]`: every verdict is in logit
+space, and `E ĝ_θ = (dz/dθ)ᵀ E ĝ` carries it to the parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pgcheck.errors import ProblemError
+
+Policy = Callable[[], Tensor]
+# A policy is called with nothing and returns its logits [K, A], differentiable in its `parameters()` if it has any.
+
+
+class SoftmaxTable(nn.Module):
+    """One free logit per context and action: θ = z, `[K, A]`."""
+
+    def __init__(self, logits: Any) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.as_tensor(logits, dtype=torch.float64).detach().clone())
+
+    def forward(self) -> Tensor:
+        return self.table
+
+
+class ModulePolicy(nn.Module):
+    """Any torch module from inputs `[K, F]` to logits `[K, A]`; by default the inputs are one-hot contexts."""
+
+    def __init__(self, module: nn.Module, inputs: Any = None, *, contexts: int | None = None) -> None:
+        super().__init__()
+        if inputs is None:
+            if contexts is None:
+                raise ProblemError("policy: a module needs its inputs [K, F], or contexts=K for one-hot inputs.")
+            inputs = torch.eye(contexts, dtype=torch.float64)
+        self.module = module.to(torch.float64)
+        self.inputs: Tensor
+        self.register_buffer("inputs", torch.as_tensor(inputs, dtype=torch.float64))
+
+    def forward(self) -> Tensor:
+        logits: Tensor = self.module(self.inputs)
+        return logits
+
+
+class LinearPolicy(ModulePolicy):
+    """Logits z = features · weight: `features` `[K, F]`, `weight` `[F, A]`, the parameters."""
+
+    def __init__(self, features: Any, weight: Any) -> None:
+        weight = torch.as_tensor(weight, dtype=torch.float64)
+        features = torch.as_tensor(features, dtype=torch.float64)
+        if features.dim() != 2 or weight.dim() != 2 or features.shape[1] != weight.shape[0]:
+            raise ProblemError(
+                f"features, weight: shapes {list(features.shape)} and {list(weight.shape)}, expected [K, F] and [F, A]."
+            )
+        linear = nn.Linear(weight.shape[0], weight.shape[1], bias=False, dtype=torch.float64)
+        with torch.no_grad():
+            linear.weight.copy_(weight.T)
+        super().__init__(linear, features)
+
+
+def as_policy(policy: Any, contexts: int) -> nn.Module:
+    """A policy from a table of logits `[K, A]`, a module over one-hot contexts, or one of the classes above.
+
+    Raises:
+        ProblemError: logits that are not a finite `[K, A]` table of numbers.
+    """
+    if isinstance(policy, (SoftmaxTable, ModulePolicy)):
+        built: nn.Module = policy
+    elif isinstance(policy, nn.Module):
+        built = ModulePolicy(policy, contexts=contexts)
+    else:
+        try:
+            built = SoftmaxTable(policy)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ProblemError(f"policy_logits: cannot be read as an array of numbers ({error}).") from None
+    logits = built()
+    if logits.dim() != 2:
+        raise ProblemError(f"policy_logits: shape {list(logits.shape)}, expected [K, A].")
+    if not bool(torch.isfinite(logits).all()):
+        raise ProblemError("policy_logits: every logit must be finite (a behaviour policy's may be -inf).")
+    return built
+
+
+def logit_jacobian(policy: nn.Module) -> Tensor:
+    """dz/dθ, `[K·A, P]`, columns in the order of `policy.parameters()`."""
+    named = {name: p.detach() for name, p in policy.named_parameters()}
+
+    def logits(parameters: dict[str, Tensor]) -> Tensor:
+        out: Tensor = torch.func.functional_call(policy, parameters, ())
+        return out.reshape(-1)
+
+    jacobian = torch.func.jacrev(logits)(named)
+    return torch.cat([jacobian[name].reshape(jacobian[name].shape[0], -1) for name in named], -1).detach()

@@ -1,0 +1,287 @@
+"""`Problem`: an environment, the policies and how batches are drawn; and the registry of named ones.
+
+A batch is `groups` independent draws of a start (start state, prompt) and for each `group_size` independent rollouts
+from it, by the behaviour policy: B = groups · group_size rows. B i.i.d. rollouts are `groups=B, group_size=1`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pgcheck import truth
+from pgcheck.envs.tabular import TabularMDP
+from pgcheck.errors import ProblemError, UnknownNameError
+from pgcheck.policies.tabular import as_policy, logit_jacobian
+from pgcheck.trajectories import Paths, SideTable, Trajectories
+
+TruthMethod = Literal["dynamic_programming", "enumeration", "central_differences"]
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """An environment, a policy and a sampling plan.
+
+    Args:
+        env: a `TabularMDP`, or `Paths` (the table of rollouts itself).
+        policy: logits `[K, A]`, a module over one-hot contexts, or a policy of `pgcheck.policies`.
+        behavior_logits: `[K, A]` of the policy that draws the batches; -inf breaks its support. Default: the policy.
+        ref_logits: `[K, A]` of the reference policy of KL terms. Default: the policy.
+        groups: number of independent start draws in a batch.
+        group_size: rollouts from each, one number or one for each group.
+        contexts: `[S]`, the context of each state, where several states share one. Default: the state itself.
+        name: `family/setting`.
+        about: one sentence, for reports.
+
+    Raises:
+        ProblemError: naming the field, the value and the mend.
+    """
+
+    env: TabularMDP | Paths
+    policy: Any
+    _: KW_ONLY
+    behavior_logits: Any = None
+    ref_logits: Any = None
+    groups: int = 1
+    group_size: int | Sequence[int] = 4
+    contexts: Sequence[int] | None = None
+    name: str = "custom/problem"
+    about: str = ""
+
+    def __post_init__(self) -> None:
+        sizes = (self.group_size,) * max(self.groups, 0) if isinstance(self.group_size, int) else tuple(self.group_size)
+        if not isinstance(self.groups, int) or self.groups < 1:
+            raise ProblemError(f"groups: {self.groups!r}; it must be an integer of at least 1.")
+        if len(sizes) != self.groups or not all(isinstance(g, int) and g >= 1 for g in sizes):
+            raise ProblemError(
+                f"group_size: {self.group_size!r}; expected a positive integer or {self.groups} of them, one a group."
+            )
+        if isinstance(self.env, TabularMDP):
+            contexts = list(range(self.env.states)) if self.contexts is None else [int(k) for k in self.contexts]
+            if len(contexts) != self.env.states or min(contexts) < 0:
+                raise ProblemError(
+                    f"contexts: {self.contexts!r}; expected one context ≥ 0 for each of {self.env.states} states."
+                )
+            number = max(contexts) + 1
+        elif self.contexts is not None:
+            raise ProblemError("contexts: rollouts given as `Paths` carry their own contexts; leave it out.")
+        else:
+            number = int(self.env.context.max()) + 1
+        object.__setattr__(self, "policy", as_policy(self.policy, number))
+        logits = self.logits
+        if isinstance(self.env, TabularMDP) and tuple(logits.shape) != (number, self.env.actions):
+            raise ProblemError(
+                f"policy_logits: shape {list(logits.shape)}, expected [{number}, {self.env.actions}] (contexts, actions)."
+            )
+        for name in ("behavior_logits", "ref_logits"):
+            given = getattr(self, name)
+            table = logits if given is None else torch.as_tensor(given, dtype=torch.float64)
+            if table.shape != logits.shape:
+                raise ProblemError(f"{name}: shape {list(table.shape)}, expected {list(logits.shape)} as the policy's.")
+            dead = torch.isinf(table).all(-1) | (table == math.inf).any(-1) | torch.isnan(table).any(-1)
+            if bool(dead.any()) or (name == "ref_logits" and not bool(torch.isfinite(table).all())):
+                allowed = "finite" if name == "ref_logits" else "finite or -inf, and one in each row finite"
+                raise ProblemError(f"{name}: every logit must be {allowed}.")
+            object.__setattr__(self, name, None if given is None else table)
+
+    @classmethod
+    def from_trajectories(cls, paths: Paths, policy: Any, **settings: Any) -> Problem:
+        """A problem given as its table of rollouts; `settings` as in the constructor."""
+        return cls(paths, policy, **settings)
+
+    # -- the sampling plan
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Rows of each group."""
+        return (self.group_size,) * self.groups if isinstance(self.group_size, int) else tuple(self.group_size)
+
+    @property
+    def rows(self) -> int:
+        """B, the number of rows of a batch."""
+        return sum(self.sizes)
+
+    @property
+    def group_labels(self) -> Tensor:
+        """The group of each row, `[B]`."""
+        return torch.repeat_interleave(torch.arange(self.groups), torch.tensor(self.sizes))
+
+    def with_sampling(self, *, groups: int, group_size: int | Sequence[int]) -> Problem:
+        """The same problem with batches of another shape."""
+        return replace(self, groups=groups, group_size=group_size)
+
+    # -- the policies and the table
+
+    @property
+    def logits(self) -> Tensor:
+        """Target policy logits, `[K, A]`."""
+        with torch.no_grad():
+            return self.policy().detach().to(torch.float64).clone()
+
+    @cached_property
+    def _paths(self) -> Paths:
+        if isinstance(self.env, Paths):
+            return self.env
+        paths = self.env.paths()
+        if self.contexts is None:
+            return paths
+        of_state = torch.tensor(list(self.contexts))
+        context = torch.where(paths.state >= 0, of_state[paths.state.clamp(min=0)], paths.state)
+        return replace(paths, context=context)
+
+    @cached_property
+    def trajectories(self) -> Trajectories:
+        """Every rollout with its probabilities, log-probabilities and values."""
+        logits = self.logits
+        behavior = logits if self.behavior_logits is None else self.behavior_logits
+        ref = logits if self.ref_logits is None else self.ref_logits
+        return Trajectories.under(self._paths, logits, behavior, ref)
+
+    def trajectories_with(self, needs: Sequence[SideTable]) -> Trajectories:
+        """The table with the side columns (and auxiliary draws) an estimator declared."""
+        table = self.trajectories
+        for provide in needs:
+            table = provide(table)
+        return table
+
+    # -- facts that conditions of claims refer to
+
+    @cached_property
+    def on_policy(self) -> bool:
+        """The behaviour policy is the target policy."""
+        t = self.trajectories
+        return bool(torch.allclose(t.logp, t.behavior_logp, rtol=0, atol=1e-14))
+
+    @cached_property
+    def full_support(self) -> bool:
+        """Every rollout the target policy can produce, the behaviour policy can produce."""
+        t = self.trajectories
+        return bool((t.behavior_probability[t.probability > 0] > 0).all())
+
+    @property
+    def discount(self) -> float:
+        """γ."""
+        return self._paths.discount
+
+    @cached_property
+    def fixed_length(self) -> bool:
+        """Every rollout has the same number of policy positions."""
+        length = self._paths.mask.sum(-1)
+        return bool((length == length[0]).all())
+
+    # -- truth
+
+    def value(self, method: TruthMethod = "enumeration") -> float:
+        """J(π), in units of reward."""
+        return float(self._value_at(method)(self.logits))
+
+    def _value_at(self, method: TruthMethod) -> Callable[[Tensor], Tensor]:
+        env = self.env
+        if method == "dynamic_programming":
+            if not isinstance(env, TabularMDP):
+                raise ProblemError("method: dynamic programming needs an environment; this problem is a table of rollouts.")
+            contexts = range(env.states) if self.contexts is None else self.contexts
+            return lambda z: truth.value_by_dynamic_programming(env, z, list(contexts))
+        return lambda z: truth.value_by_enumeration(self._paths, z)
+
+    def gradient(self, method: TruthMethod | None = None) -> Tensor:
+        """∇J in logit space, `[K, A]`. Without `method`: two derivations that were found to agree."""
+        if method is None:
+            return self._gradient
+        if method == "enumeration":
+            return truth.gradient_by_enumeration(self.trajectories)
+        if method == "dynamic_programming":
+            return truth.gradient_by_autograd(self._value_at(method), self.logits)
+        if method == "central_differences":
+            way: TruthMethod = "dynamic_programming" if isinstance(self.env, TabularMDP) else "enumeration"
+            return truth.gradient_by_central_differences(self._value_at(way), self.logits)
+        raise ProblemError(f"method: {method!r} is not one of dynamic_programming, enumeration, central_differences.")
+
+    @cached_property
+    def _gradient(self) -> Tensor:
+        way: TruthMethod = "dynamic_programming" if isinstance(self.env, TabularMDP) else "enumeration"
+        by_autograd = truth.gradient_by_autograd(self._value_at(way), self.logits)
+        size = float(truth.returns(self._paths).abs().max())
+        return truth.agreed_gradient(by_autograd, self.gradient("enumeration"), size=size, problem=self.name)
+
+    def logit_jacobian(self) -> Tensor:
+        """dz/dθ, `[K·A, P]`."""
+        return logit_jacobian(self.policy)
+
+    def parameter_gradient(self) -> Tensor:
+        """∇_θ J = (dz/dθ)ᵀ ∇_z J, `[P]`, in the order of `policy.parameters()`."""
+        return self.logit_jacobian().T @ self.gradient().reshape(-1)
+
+    # -- identity
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over everything that decides an expectation; changes when the problem does."""
+        p, t = self._paths, self.trajectories
+        h = hashlib.sha256()
+        for x in (p.start, p.state, p.context, p.action, p.reward, p.mask, p.env_probability, p.start_probability, p.end):
+            h.update(x.contiguous().numpy().tobytes())
+        for x in (t.logits, self.behavior_logits, self.ref_logits):
+            h.update(b"none" if x is None else x.contiguous().numpy().tobytes())
+        h.update(repr((p.discount, p.discount_clock, self.sizes)).encode())
+        return h.hexdigest()[:16]
+
+    def at(self, draw: int) -> Problem:
+        """The same problem at another θ: every parameter moved by a seeded normal draw of standard deviation 1/2.
+
+        A bias that vanishes at one θ by luck does not vanish at the next. The behaviour and reference policies stay.
+        """
+        if draw == 0:
+            return self
+        policy = _copy_policy(self.policy)
+        generator = torch.Generator().manual_seed(draw)
+        with torch.no_grad():
+            for p in policy.parameters():
+                p.add_(0.5 * torch.randn(p.shape, generator=generator, dtype=torch.float64))
+        return replace(self, policy=policy, name=f"{self.name}@{draw}")
+
+
+def _copy_policy(policy: nn.Module) -> nn.Module:
+    import copy
+
+    return copy.deepcopy(policy)
+
+
+# -- the registry of named problems
+
+_BUILDERS: dict[str, Callable[[], Problem]] = {}
+
+
+def register_problem(name: str, build: Callable[[], Problem]) -> None:
+    """Add a named problem.
+
+    Raises:
+        ProblemError: the name is taken.
+    """
+    if name in _BUILDERS:
+        raise ProblemError(f"problem '{name}' is registered already; choose another name.")
+    _BUILDERS[name] = build
+
+
+def registered_problems() -> dict[str, Callable[[], Problem]]:
+    """Builders by name, in order of registration."""
+    return dict(_BUILDERS)
+
+
+def find_problem(name: str) -> Problem:
+    """The registered problem `family/setting`, or `family/setting@1` for its second θ.
+
+    Raises:
+        UnknownNameError: no such problem; suggests the nearest.
+    """
+    base, _, draw = name.partition("@")
+    if base not in _BUILDERS or not (draw.isdigit() or not draw):
+        raise UnknownNameError("problem", name, _BUILDERS)
+    return _BUILDERS[base]().at(int(draw or 0))

@@ -1,0 +1,166 @@
+"""Side tables: what some estimators need beyond the rows, added to the table of rollouts by name.
+
+Each class is a `SideTable`: called with `Trajectories` it returns them with more columns, or (auxiliary draws) with each
+row split into one for every outcome of the draw, probabilities and all. Everything after that, enumeration of batches
+included, does not know that it happened; so the draw's own randomness is part of the estimator's variance.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pgcheck.errors import BudgetError
+from pgcheck.trajectories import Trajectories, conditional_mean
+
+MAX_ROWS = 200_000
+
+
+def score(table: Trajectories) -> Tensor:
+    """∇ log π(a_t | k_t) of every position, `[N, T, K·A]`; 0 where the policy does not act."""
+    p = table.paths
+    pi = torch.softmax(table.logits, -1)
+    K, A = pi.shape
+    s = torch.zeros(len(table), p.steps, K, A, dtype=pi.dtype)
+    for n, t in (p.mask > 0).nonzero().tolist():
+        k, a = int(p.context[n, t]), int(p.action[n, t])
+        s[n, t, k] = -pi[k]
+        s[n, t, k, a] += 1.0
+    return s.flatten(2)
+
+
+def _weight(table: Trajectories) -> Tensor:
+    return table.probability * table.paths.start_probability[table.paths.start]
+
+
+def _state_keys(table: Trajectories, t: int) -> list[tuple[Any, ...]]:
+    return [(s,) for s in table.paths.state[:, t].tolist()]
+
+
+@dataclass(frozen=True)
+class ActionValues:
+    """Column `action_value` `[N, T]`: Q^π(s_t, a_t) = E[Ĝ_t | s_t, a_t], 0 where the policy does not act."""
+
+    def __call__(self, table: Trajectories) -> Trajectories:
+        p, to_go = table.paths, table.rows_as_batch().reward_to_go
+        q = torch.zeros_like(p.reward)
+        for t in range(p.steps):
+            keys = list(zip(p.state[:, t].tolist(), p.action[:, t].tolist(), strict=True))
+            q[:, t] = conditional_mean(to_go[:, t], _weight(table), keys) * p.mask[:, t]
+        return table.with_side(action_value=q)
+
+
+@dataclass(frozen=True)
+class OptimalBaselines:
+    """The variance-minimising baselines (Greensmith, Bartlett & Baxter 2004, for the first).
+
+    `optimal_constant` `[N]`: b* = E[‖S‖² R] / E[‖S‖²], S = Σ_t ∇log π_t, for coefficients R − b.
+    `optimal_state` `[N, T]`: E[‖s_t‖² Ĝ_t | s] / E[‖s_t‖² | s], each (state, t) on its own, for γ^t (Ĝ_t − b).
+    `optimal_state_joint` `[N, T]`: all b(s, t) at once, the least total variance of Σ_t γ^t (Ĝ_t − b(s_t, t)) ∇log π_t:
+    normal equations ⟨Y_j, Y_k⟩ b_k = ⟨X, Y_j⟩ with X the estimate without baseline, Y_j the part that b_j multiplies.
+    """
+
+    def __call__(self, table: Trajectories) -> Trajectories:
+        p, rows = table.paths, table.rows_as_batch()
+        to_go, weight, s = rows.reward_to_go, _weight(table), score(table)
+        norm = (s.sum(1) ** 2).sum(-1)
+        R = rows.episode_return
+        size = float((weight * norm).sum())
+        best = float((weight * norm * R).sum()) / size if size > 0 else 0.0
+
+        state = torch.zeros_like(p.reward)
+        columns: dict[tuple[int, int], Tensor] = {}
+        gamma = rows.discount_weight
+        for t in range(p.steps):
+            step_norm = (s[:, t] ** 2).sum(-1)
+            keys = _state_keys(table, t)
+            top = conditional_mean(step_norm * to_go[:, t], weight, keys)
+            bottom = conditional_mean(step_norm, weight, keys)
+            state[:, t] = torch.where(bottom > 0, top / bottom.clamp(min=1e-300), 0.0) * p.mask[:, t]
+            for at in sorted({int(x) for x in p.state[:, t].tolist() if x >= 0}):
+                here = (p.state[:, t] == at).to(to_go.dtype)
+                columns[at, t] = (here * gamma[:, t]).unsqueeze(-1) * s[:, t]
+        Y = torch.stack(list(columns.values()))  # [J, N, KA]
+        X = ((gamma * to_go).unsqueeze(-1) * s).sum(1)  # [N, KA]
+        root = weight.sqrt().unsqueeze(-1)
+        normal = (Y * root).flatten(1) @ (Y * root).flatten(1).T
+        right = (Y * root).flatten(1) @ (X * root).flatten()
+        b = torch.linalg.pinv(normal, hermitian=True) @ right
+        joint = torch.zeros_like(p.reward)
+        for (at, t), value in zip(columns, b, strict=True):
+            joint[:, t] += (p.state[:, t] == at).to(to_go.dtype) * value
+        return table.with_side(
+            optimal_constant=torch.full_like(R, best), optimal_state=state, optimal_state_joint=joint
+        )
+
+
+@dataclass(frozen=True)
+class Continuations:
+    """Column `continuation_value` `[N, T]`: V̂(s_t), the mean of `draws` fresh rollouts from (s_t, t), under the target
+    policy, drawn independently for every policy position of every row (VinePPO, arXiv 2410.01679, section 4).
+
+    Each row is split into one for every joint outcome of its draws.
+
+    Raises:
+        BudgetError: more than 200 000 rows.
+    """
+
+    draws: int = 1
+
+    def __call__(self, table: Trajectories) -> Trajectories:
+        p, to_go = table.paths, table.rows_as_batch().reward_to_go
+        weight = _weight(table).tolist()
+        returns: dict[tuple[int, int], list[tuple[float, float]]] = {}
+        for t in range(p.steps):
+            for n, s in enumerate(p.state[:, t].tolist()):
+                if s >= 0 and weight[n] > 0:
+                    returns.setdefault((s, t), []).append((float(to_go[n, t]), weight[n]))
+        mean = {visit: self._law_of_mean(_merged(law)) for visit, law in returns.items()}
+        visited = [[(s, t) for t, s in enumerate(row) if s >= 0] for row in p.state.tolist()]
+        count = sum(math.prod(len(mean[v]) for v in visits) for visits in visited)
+        if count > MAX_ROWS:
+            raise BudgetError(
+                f"{self.draws} continuations at every position give {count:,} outcomes of one rollout, more than the "
+                f"{MAX_ROWS:,} allowed; use fewer draws or a shorter horizon."
+            )
+        source, factor, columns = [], [], []
+        for n, visits in enumerate(visited):
+            for outcome in itertools.product(*(mean[v] for v in visits)):
+                column = [0.0] * p.steps
+                for (_, t), (value, _) in zip(visits, outcome, strict=True):
+                    column[t] = value
+                source.append(n)
+                factor.append(math.prod(q for _, q in outcome))
+                columns.append(column)
+        split = table.take(torch.tensor(source))
+        chance = torch.tensor(factor, dtype=torch.float64)
+        split = replace(
+            split,
+            probability=split.probability * chance,
+            behavior_probability=split.behavior_probability * chance,
+        )
+        return split.with_side(continuation_value=torch.tensor(columns, dtype=torch.float64))
+
+    def _law_of_mean(self, law: list[tuple[float, float]]) -> list[tuple[float, float]]:
+        """Law of the mean of `draws` i.i.d. values, by repeated convolution."""
+        size = sum(q for _, q in law)
+        sums = [(0.0, 1.0)]
+        for _ in range(self.draws):
+            sums = _merged([(x + v, px * q / size) for x, px in sums for v, q in law])
+        return [(x / self.draws, q) for x, q in sums]
+
+
+def _merged(law: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """(value, probability) pairs with values equal to 12 digits merged into their mean, so that E is kept exactly."""
+    mass: dict[float, float] = {}
+    first: dict[float, float] = {}
+    for value, q in law:
+        key = round(value, 12)
+        mass[key] = mass.get(key, 0.0) + q
+        first[key] = first.get(key, 0.0) + q * value
+    return [(first[key] / q, q) for key, q in mass.items()]

@@ -1,0 +1,260 @@
+"""Tables of everything that can happen: `Paths` (what the environment allows) and `Trajectories` (with a policy).
+
+A finite problem is a table of N distinct rollouts. `Paths` has what the environment decides; `Trajectories.under` adds,
+for a pair of policies, each row's probability given its start, its log-probabilities and the exact value function. A
+batch is rows of that table: `Trajectories.batch` gathers them for M batches at once.
+
+Guarantee: probabilities given each start sum to one under the target policy (checked at 1e-9), and so do those of the
+behaviour policy; the table is float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pgcheck.batch import DISCOUNT_CLOCKS, Batch, DiscountClock
+from pgcheck.errors import ProblemError
+
+
+@dataclass(frozen=True)
+class Paths:
+    """N distinct rollouts as the environment allows them; -1 stands for "no policy input here", "no action here".
+
+    Args:
+        start: `[N]`, index of the start state or prompt in `start_probability`.
+        state, context, action: `[N, T]`.
+        reward, mask: `[N, T]`.
+        env_probability: `[N]`, the product of the environment's own transition probabilities given the start.
+        start_probability: `[starts]`.
+        discount: γ in [0, 1].
+        discount_clock: what γ counts, `"position"` or `"action"` (see `Batch.clock`).
+        end: `[N]`, number of real positions (policy or observation) of a row; what follows is padding. Default: up to
+            the last position with a mask or a reward.
+
+    Raises:
+        ProblemError: naming the column, the row and the mend.
+    """
+
+    start: Tensor
+    state: Tensor
+    context: Tensor
+    action: Tensor
+    reward: Tensor
+    mask: Tensor
+    env_probability: Tensor
+    start_probability: Tensor
+    discount: float = 1.0
+    discount_clock: DiscountClock = "position"
+    end: Tensor = field(default=None)  # type: ignore[assignment]  # filled in __post_init__
+
+    def __post_init__(self) -> None:
+        for name in ("start", "state", "context", "action"):
+            self._set(name, torch.as_tensor(getattr(self, name), dtype=torch.int64))
+        for name in ("reward", "mask", "env_probability", "start_probability"):
+            self._set(name, torch.as_tensor(getattr(self, name), dtype=torch.float64))
+        shape = tuple(self.reward.shape)
+        if len(shape) != 2 or 0 in shape:
+            raise ProblemError(f"reward: shape {shape}, expected [N, T] with at least one trajectory and one position.")
+        for name in ("state", "context", "action", "mask"):
+            if tuple(getattr(self, name).shape) != shape:
+                raise ProblemError(f"{name}: shape {tuple(getattr(self, name).shape)}, expected {shape} as `reward` has.")
+        for name in ("start", "env_probability"):
+            if tuple(getattr(self, name).shape) != shape[:1]:
+                raise ProblemError(f"{name}: shape {tuple(getattr(self, name).shape)}, expected {shape[:1]}.")
+        if self.end is None:
+            real = (self.mask != 0) | (self.reward != 0)
+            self._set("end", (real * torch.arange(1, shape[1] + 1)).amax(-1))
+        self._set("end", torch.as_tensor(self.end, dtype=torch.int64))
+        self._check_values()
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _check_values(self) -> None:
+        if not 0.0 <= self.discount <= 1.0:
+            raise ProblemError(f"discount: {self.discount} is outside [0, 1].")
+        if self.discount_clock not in DISCOUNT_CLOCKS:
+            raise ProblemError(f"discount_clock: {self.discount_clock!r} is not one of {', '.join(DISCOUNT_CLOCKS)}.")
+        if not bool(torch.isfinite(self.reward).all()):
+            n, t = (int(i) for i in (~torch.isfinite(self.reward)).nonzero()[0])
+            raise ProblemError(f"reward: trajectory {n}, position {t} is {float(self.reward[n, t])}; it must be finite.")
+        if not bool(((self.mask == 0) | (self.mask == 1)).all()):
+            raise ProblemError("mask: entries must be 0 or 1.")
+        acts = self.mask == 1
+        for name in ("state", "context", "action"):
+            column = getattr(self, name)
+            if not bool(((column >= 0) == acts).all()):
+                n, t = (int(i) for i in ((column >= 0) != acts).nonzero()[0])
+                raise ProblemError(
+                    f"{name}: trajectory {n}, position {t} is {int(column[n, t])} where mask is {int(self.mask[n, t])};"
+                    " it must be ≥ 0 where mask is 1 and -1 where mask is 0."
+                )
+        check_distribution("start_probability", self.start_probability)
+        if not bool(((self.start >= 0) & (self.start < len(self.start_probability))).all()):
+            raise ProblemError(f"start: entries must lie in [0, {len(self.start_probability)}).")
+
+    @property
+    def steps(self) -> int:
+        """T, the number of positions of a row."""
+        return int(self.reward.shape[1])
+
+    def __len__(self) -> int:
+        return int(self.reward.shape[0])
+
+
+def check_distribution(name: str, row: Tensor) -> None:
+    """Raise `ProblemError` unless `row` `[n]` is a probability vector (sum within 1e-9 of one)."""
+    if not bool(torch.isfinite(row).all()):
+        raise ProblemError(f"{name}: has an entry that is not finite: {row.tolist()}.")
+    if bool((row < 0).any()):
+        raise ProblemError(f"{name}: has a negative probability {float(row.min())}.")
+    total = float(row.sum())
+    if abs(total - 1.0) > 1e-9:
+        raise ProblemError(f"{name}: sums to {total:.12g}, not to 1; divide it by its sum if that is what you mean.")
+
+
+def row_logp(logits: Tensor, context: Tensor, action: Tensor, mask: Tensor) -> Tensor:
+    """log π(a | k) at every position, 0 where mask is 0; `logits` `[K, A]`, the rest `[..., T]`."""
+    logp = torch.log_softmax(logits, -1)[context.clamp(min=0), action.clamp(min=0)]
+    return torch.where(mask > 0, logp, torch.zeros_like(logp))
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """`Paths` under a target, a behaviour and a reference policy: everything a batch is gathered from."""
+
+    paths: Paths
+    logits: Tensor  # [K, A] of the target policy
+    logp: Tensor  # [N, T]
+    behavior_logp: Tensor  # [N, T]
+    ref_logp: Tensor  # [N, T]
+    value: Tensor  # [N, T+1]
+    probability: Tensor  # [N] given the start, under the target policy
+    behavior_probability: Tensor  # [N] given the start, under the policy that draws the batches
+    side: Mapping[str, Tensor] = field(default_factory=dict)  # [N, *]
+
+    @classmethod
+    def under(cls, paths: Paths, logits: Tensor, behavior_logits: Tensor, ref_logits: Tensor) -> Trajectories:
+        """The table of `paths` under three policies given by their logits `[K, A]`.
+
+        Raises:
+            ProblemError: the paths of a start do not sum to one (some are missing, or a probability is wrong).
+        """
+        contexts, actions = logits.shape
+        if int(paths.context.max()) >= contexts or int(paths.action.max()) >= actions:
+            raise ProblemError(
+                f"policy_logits: shape [{contexts}, {actions}], but the trajectories use context "
+                f"{int(paths.context.max())} and action {int(paths.action.max())}."
+            )
+        where = (paths.context, paths.action, paths.mask)
+        logp, behavior, ref = (row_logp(z, *where) for z in (logits, behavior_logits, ref_logits))
+        probability = paths.env_probability * logp.sum(-1).exp()
+        behavior_probability = paths.env_probability * behavior.sum(-1).exp()
+        for name, p in (("policy", probability), ("behavior policy", behavior_probability)):
+            total = torch.zeros_like(paths.start_probability).index_add_(0, paths.start, p)
+            wrong = ((total - 1.0).abs() > 1e-9) & (paths.start_probability > 0)
+            if bool(wrong.any()):
+                s = int(wrong.nonzero()[0, 0])
+                raise ProblemError(
+                    f"trajectories of start {s}: probabilities under the {name} sum to {float(total[s]):.12g}, not to 1;"
+                    " some trajectories are missing or `env_probability` is wrong."
+                )
+        return cls(
+            paths=paths, logits=logits, logp=logp, behavior_logp=behavior, ref_logp=ref,
+            value=_values(paths, probability), probability=probability, behavior_probability=behavior_probability,
+        )  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @property
+    def contexts(self) -> int:
+        """K."""
+        return int(self.logits.shape[0])
+
+    @property
+    def actions(self) -> int:
+        """A."""
+        return int(self.logits.shape[1])
+
+    def rows_as_batch(self) -> Batch:
+        """The whole table as one batch `[N, T]`, every row a group of its own."""
+        return self.batch(torch.arange(len(self)), torch.arange(len(self)))
+
+    def batch(self, index: Tensor, group: Tensor, *, logits: bool = False) -> Batch:
+        """Gather rows `index` `[..., B]` into a batch; `group` `[B]` labels the rows."""
+        p = self.paths
+        columns = {name: getattr(p, name)[index] for name in ("state", "context", "action", "reward", "mask")}
+        return Batch(
+            **columns,
+            logp=self.logp[index],
+            behavior_logp=self.behavior_logp[index],
+            ref_logp=self.ref_logp[index],
+            value=self.value[index],
+            group=group.expand(index.shape),
+            discount=p.discount,
+            discount_clock=p.discount_clock,
+            side={name: x[index] for name, x in self.side.items()},
+            action_logits=self.logits[p.context[index].clamp(min=0)] if logits else None,
+        )
+
+    def take(self, rows: Tensor) -> Trajectories:
+        """The table of `rows` `[N']` only (repeats allowed); probabilities are carried along, not renormalised."""
+        columns = ("start", "state", "context", "action", "reward", "mask", "env_probability", "end")
+        paths = replace(self.paths, **{name: getattr(self.paths, name)[rows] for name in columns})
+        per_row = ("logp", "behavior_logp", "ref_logp", "value", "probability", "behavior_probability")
+        return replace(
+            self,
+            paths=paths,
+            side={name: x[rows] for name, x in self.side.items()},
+            **{name: getattr(self, name)[rows] for name in per_row},
+        )
+
+    def with_side(self, **columns: Tensor) -> Trajectories:
+        """The table with side columns `[N, *]` added."""
+        return replace(self, side={**self.side, **columns})
+
+
+def conditional_mean(x: Tensor, weight: Tensor, keys: Sequence[tuple[Any, ...]]) -> Tensor:
+    """E[x | key] for every row: `x` `[n]`, `weight` `[n]`, one hashable key a row; 0 where a key has no weight."""
+    ids: dict[tuple[Any, ...], int] = {}
+    index = torch.tensor([ids.setdefault(key, len(ids)) for key in keys], dtype=torch.int64)
+    zero = torch.zeros(len(ids), dtype=x.dtype)
+    total = zero.index_add(0, index, weight)
+    mean = zero.index_add(0, index, weight * x) / total.where(total > 0, torch.ones_like(total))
+    return mean[index]
+
+
+def _values(paths: Paths, probability: Tensor) -> Tensor:
+    """V^π at every position, `[N, T+1]`: E[Ĝ_t | state, t] where the policy acts; on an observation position
+    E[Ĝ_t | the states and actions before it]; 0 after the end."""
+    weight = probability * paths.start_probability[paths.start]
+    rows = Batch(
+        state=paths.state, context=paths.context, action=paths.action, reward=paths.reward, mask=paths.mask,
+        logp=paths.reward, behavior_logp=paths.reward, ref_logp=paths.reward, value=paths.reward, group=paths.start,
+        discount=paths.discount, discount_clock=paths.discount_clock,
+    )  # fmt: skip
+    to_go = rows.reward_to_go
+    state, action, start, end = (x.tolist() for x in (paths.state, paths.action, paths.start, paths.end))
+    out = torch.zeros(len(paths), paths.steps + 1, dtype=torch.float64)
+    for t in range(paths.steps):
+        keys: list[tuple[Any, ...]] = []
+        for n in range(len(paths)):
+            if t >= end[n]:
+                keys.append(("end",))
+            elif state[n][t] >= 0:
+                keys.append(("state", state[n][t]))
+            else:
+                keys.append(("history", start[n], *state[n][:t], *action[n][:t]))
+        alive = (paths.end > t).to(torch.float64)
+        out[:, t] = conditional_mean(to_go[:, t], weight, keys) * alive
+    return out
+
+
+SideTable = Callable[[Trajectories], Trajectories]
+# What an estimator needs beyond the rows: adds side columns to the table, or (auxiliary draws) splits its rows.

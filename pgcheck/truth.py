@@ -1,0 +1,116 @@
+"""J and ∇J by three derivations that share no code: dynamic programming, enumeration, central differences.
+
+    J(π) = E_{s₀, τ~π} Σ_t γ^t r_t        ∇J in logit space, [K, A]
+
+* dynamic programming: the backward recursion V_t(s) = Σ_a π(a|s) Σ_s' P(s'|s,a) (r + γ V_{t+1}(s')) on the
+  environment, differentiated by autograd;
+* enumeration: Σ_τ p(τ) R(τ) Σ_t (1[a_t = ·] − π(·|k_t)), the score-function identity summed over the table of rollouts;
+* central differences of fourth order of J, each logit in turn.
+
+Guarantee: `agreed_gradient` returns only when two of them agree to 1e-9 relative to the size of the returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from pgcheck.envs.tabular import TabularMDP
+from pgcheck.errors import TruthError
+from pgcheck.trajectories import Paths, Trajectories
+
+
+def value_by_dynamic_programming(env: TabularMDP, logits: Tensor, contexts: Sequence[int]) -> Tensor:
+    """J by backward recursion, differentiable in `logits` `[K, A]`; `contexts[s]` is the context of state s."""
+    pi = torch.softmax(logits, -1)[torch.as_tensor(contexts)]  # [S, A]
+    for s in env.observation:
+        pi = pi.index_put((torch.tensor([s]),), torch.eye(env.actions, dtype=pi.dtype)[:1])
+    acts = torch.tensor([s not in env.observation and s not in env.terminal for s in range(env.states)])
+    over = torch.tensor([s in env.terminal for s in range(env.states)])
+    transition, reward = torch.nan_to_num(env.transition), torch.nan_to_num(env.full_reward)
+    # Under the "action" clock γ applies on entering a state where the policy acts, from its second action on.
+    # V[0] is the value before any action was taken, V[1] after.
+    V = logits.new_zeros(2, env.states)
+    for _ in range(env.horizon):
+        new = []
+        for acted in (False, True):
+            after = acts | acted  # has anyone acted once this state is left, [S]
+            if env.discount_clock == "position":
+                gamma = torch.full((env.states, env.states), env.discount, dtype=pi.dtype)
+            else:
+                gamma = torch.where(after.unsqueeze(-1) & acts, env.discount, 1.0).to(pi.dtype)
+            following = torch.where(after.unsqueeze(-1), V[1], V[0])  # [S, S']
+            q = (transition * (reward + (gamma * following).unsqueeze(1))).sum(-1)
+            new.append(torch.where(over, torch.zeros_like(q[:, 0]), (pi * q).sum(-1)))
+        V = torch.stack(new)
+    return (env.initial * V[0]).sum()
+
+
+def returns(paths: Paths) -> Tensor:
+    """R(τ) = Σ_t γ^t r_t of every rollout, `[N]`, written out on its own (see `Batch.episode_return`)."""
+    total = torch.zeros(len(paths), dtype=torch.float64)
+    acted = torch.zeros(len(paths), dtype=torch.float64)
+    for t in range(paths.steps):
+        acted = acted + paths.mask[:, t]
+        exponent = torch.full_like(acted, t) if paths.discount_clock == "position" else (acted - 1).clamp(min=0)
+        total = total + paths.reward[:, t] * paths.discount**exponent
+    return total
+
+
+def value_by_enumeration(paths: Paths, logits: Tensor) -> Tensor:
+    """J = Σ_τ p(τ) R(τ), differentiable in `logits`."""
+    logp = torch.log_softmax(logits, -1)[paths.context.clamp(min=0), paths.action.clamp(min=0)] * paths.mask
+    return (paths.start_probability[paths.start] * paths.env_probability * logp.sum(-1).exp() * returns(paths)).sum()
+
+
+def gradient_by_enumeration(trajectories: Trajectories) -> Tensor:
+    """∇J = Σ_τ p(τ) R(τ) Σ_t (1[a_t = ·] − π(·|k_t)), `[K, A]`, without autograd."""
+    paths, logits = trajectories.paths, trajectories.logits
+    pi = torch.softmax(logits, -1)
+    weight = paths.start_probability[paths.start] * trajectories.probability * returns(paths)
+    out = torch.zeros_like(pi)
+    for t in range(paths.steps):
+        acts = paths.mask[:, t] > 0
+        k, a, w = paths.context[acts, t], paths.action[acts, t], weight[acts]
+        out.index_put_((k, a), w, accumulate=True)
+        out.index_add_(0, k, -w.unsqueeze(-1) * pi[k])
+    return out
+
+
+def gradient_by_autograd(value: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor:
+    """∇ of `value` at `logits`."""
+    leaf = logits.detach().clone().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(value(leaf), leaf)
+    return gradient.detach()
+
+
+def gradient_by_central_differences(
+    value: Callable[[Tensor], Tensor], logits: Tensor, *, step: float = 1e-3
+) -> Tensor:
+    """(8 (J(z+h) − J(z−h)) − (J(z+2h) − J(z−2h))) / 12h for every logit; error O(h⁴) plus rounding 1e-16 / h."""
+    out = torch.zeros_like(logits)
+    for k in range(logits.shape[0]):
+        for a in range(logits.shape[1]):
+
+            def at(h: float, k: int = k, a: int = a) -> float:
+                moved = logits.detach().clone()
+                moved[k, a] += h
+                return float(value(moved))
+
+            near, far = at(step) - at(-step), at(2 * step) - at(-2 * step)
+            out[k, a] = (8 * near - far) / (12 * step)
+    return out
+
+
+def agreed_gradient(first: Tensor, second: Tensor, *, size: float, problem: str) -> Tensor:
+    """`first`, if `second` agrees within 1e-9 of `size` (the largest return).
+
+    Raises:
+        TruthError: they differ.
+    """
+    gap = float((first - second).abs().max())
+    if not gap <= 1e-9 * max(size, 1e-300):
+        raise TruthError(f"{problem}: two derivations of ∇J differ by {gap:.3g}; please report this as a pgcheck bug.")
+    return first

@@ -1,0 +1,26 @@
+"""Shared settings: Hypothesis profiles and the contract problem."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "ci", derandomize=True, max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile(
+    "thorough", max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(scope="session")
+def contract() -> dict[str, Any]:
+    """The worked example, computed elsewhere by brute force over ordered tuples."""
+    data: dict[str, Any] = json.loads((Path(__file__).parent / "two_turn.json").read_text())
+    return data
