@@ -4,6 +4,7 @@
     ├── UsageError (ValueError)         what was handed in cannot be used; the message names field, value and mend
     │   ├── ProblemError                an environment, a policy or a sampling plan
     │   ├── EstimatorError              a loss or coefficient function that breaks its contract
+    │   │   └── NotFiniteError          … by returning NaN or infinity
     │   ├── SuiteError                  a suite file
     │   ├── UnknownNameError            no such estimator, problem, check or suite
     │   └── BudgetError                 exact enumeration does not fit the stated budget
@@ -36,6 +37,10 @@ class ProblemError(UsageError):
 
 class EstimatorError(UsageError):
     """A loss or a coefficient function breaks its contract (shape, NaN, no gradient, state, randomness)."""
+
+
+class NotFiniteError(EstimatorError):
+    """Coefficients are NaN or infinite on some batch."""
 
 
 class SuiteError(UsageError):

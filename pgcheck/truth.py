@@ -7,7 +7,7 @@
 * enumeration: Σ_τ p(τ) R(τ) Σ_t (1[a_t = ·] − π(·|k_t)), the score-function identity summed over the table of rollouts;
 * central differences of fourth order of J, each logit in turn.
 
-Guarantee: `agreed_gradient` returns only when two of them agree to 1e-9 relative to the size of the returns.
+Guarantee: `agreed_gradient` returns only when two of them agree to 1e-11 relative to the size of the returns.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def value_by_dynamic_programming(env: TabularMDP, logits: Tensor, contexts: Sequ
             if env.discount_clock == "position":
                 gamma = torch.full((env.states, env.states), env.discount, dtype=pi.dtype)
             else:
-                gamma = torch.where(after.unsqueeze(-1) & acts, env.discount, 1.0).to(pi.dtype)
+                discounts = (after.unsqueeze(-1) & acts).to(pi.dtype)
+                gamma = discounts * env.discount + (1.0 - discounts)
             following = torch.where(after.unsqueeze(-1), V[1], V[0])  # [S, S']
             q = (transition * (reward + (gamma * following).unsqueeze(1))).sum(-1)
             new.append(torch.where(over, torch.zeros_like(q[:, 0]), (pi * q).sum(-1)))
@@ -105,12 +106,12 @@ def gradient_by_central_differences(
 
 
 def agreed_gradient(first: Tensor, second: Tensor, *, size: float, problem: str) -> Tensor:
-    """`first`, if `second` agrees within 1e-9 of `size` (the largest return).
+    """`first`, if `second` agrees within 1e-11 of `size` (the largest return).
 
     Raises:
         TruthError: they differ.
     """
     gap = float((first - second).abs().max())
-    if not gap <= 1e-9 * max(size, 1e-300):
+    if not gap <= 1e-11 * max(size, 1e-300):
         raise TruthError(f"{problem}: two derivations of ∇J differ by {gap:.3g}; please report this as a pgcheck bug.")
     return first

@@ -25,7 +25,8 @@ from torch import Tensor
 from pgcheck.batch import Batch
 from pgcheck.engines.enumeration import Batches
 from pgcheck.engines.moments import Moments, covariance_from
-from pgcheck.errors import BudgetError, EstimatorError
+from pgcheck.engines.purity import find_impurity
+from pgcheck.errors import BudgetError, EstimatorError, NotFiniteError
 from pgcheck.estimators.base import Couples, Estimator
 from pgcheck.estimators.from_loss import LossCoefficients
 from pgcheck.problem import Problem
@@ -55,7 +56,8 @@ def coefficients_of(estimator: Estimator, batch: Batch) -> Tensor:
     """c of a batch, with everything that is no policy position set to 0.
 
     Raises:
-        EstimatorError: not a tensor, wrong shape, not finite (showing the first such batch).
+        EstimatorError: not a tensor, wrong shape.
+        NotFiniteError: NaN or infinity, showing the first such batch.
     """
     c = estimator.coefficients(batch)
     if not isinstance(c, Tensor):
@@ -69,7 +71,7 @@ def coefficients_of(estimator: Estimator, batch: Batch) -> Tensor:
     mask = batch.mask if estimator.leaf == "logp" else batch.mask.unsqueeze(-1)
     c = torch.where(mask > 0, c, torch.zeros_like(c))
     if not bool(torch.isfinite(c).all()):
-        raise EstimatorError(_not_finite(estimator, batch, c))
+        raise NotFiniteError(_not_finite(estimator, batch, c))
     return c
 
 
@@ -107,6 +109,10 @@ def exact_moments(
     plans: dict[_Plan, list[int]] = {}
     for i, e in enumerate(estimators):
         table = problem.trajectories_with(e.needs)
+        _, probe = _probe(problem, table, e)
+        impurity = find_impurity(e, probe)
+        if impurity is not None:
+            raise EstimatorError(f"estimator '{e.name}' {impurity.what}: {impurity.mend}.")
         _verify_couples(e, problem, table)
         ordered = e.couples != "trajectory" and not _row_order_is_free(e, problem, table)
         sizes = sorted(set(problem.sizes)) if e.couples == "group" else [0]
@@ -221,7 +227,7 @@ def _assemble(
         cov = covariance_from(second, mean)
     fn = estimator.coefficients
     lane = fn.lane or "loop" if isinstance(fn, LossCoefficients) else "coefficients"
-    return Moments(mean.reshape(K, A), (cov + cov.T) / 2, None, evaluated, lane)
+    return Moments(mean.reshape(K, A), (cov + cov.T) / 2, None, evaluated, lane, problem.policy)
 
 
 # -- what is declared is verified

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from pgcheck.errors import UsageError
 from pgcheck.policies.tabular import logit_jacobian
 
 
@@ -22,6 +23,7 @@ class Moments:
     batches: int | None  # number drawn; None: every batch was enumerated
     enumerated: int = 0  # number of distinct batches evaluated
     lane: str = "coefficients"  # how the coefficients were evaluated
+    policy: nn.Module | None = None  # the way to the parameters
 
     @property
     def total_variance(self) -> float:
@@ -33,9 +35,15 @@ class Moments:
         """E ‖ĝ‖² = tr Cov ĝ + ‖E ĝ‖²."""
         return self.total_variance + float((self.mean**2).sum())
 
-    def in_parameters(self, policy: nn.Module) -> tuple[Tensor, Tensor]:
-        """Mean `[P]` and covariance `[P, P]` of ĝ_θ: (dz/dθ)ᵀ E ĝ and (dz/dθ)ᵀ Cov ĝ (dz/dθ)."""
-        jacobian = logit_jacobian(policy)
+    def in_parameters(self) -> tuple[Tensor, Tensor]:
+        """Mean `[P]` and covariance `[P, P]` of ĝ_θ: (dz/dθ)ᵀ E ĝ and (dz/dθ)ᵀ Cov ĝ (dz/dθ).
+
+        Raises:
+            UsageError: the moments were made without a policy.
+        """
+        if self.policy is None:
+            raise UsageError("policy: these moments were made without one, so there are no parameters to go to.")
+        jacobian = logit_jacobian(self.policy)
         return jacobian.T @ self.mean.reshape(-1), jacobian.T @ self.covariance @ jacobian
 
 

@@ -160,7 +160,7 @@ def standardised_return(over: Over, *, ddof: int = 0, eps: float = 1e-6) -> Adva
         R = batch.episode_return
         same = peers(batch, over)
         std = std_of_peers(R, same, ddof=ddof)
-        spread = std > 0
+        spread = std > 1e-12 * mean_of_peers(R**2, same).sqrt()  # equal returns differ by rounding
         scaled = (R - mean_of_peers(R, same)) / (std + eps).where(spread, torch.ones_like(std))
         return scaled.where(spread, torch.zeros_like(scaled)).unsqueeze(-1)
 

@@ -1,0 +1,98 @@
+"""Whether an estimator is a function of its batch: the same numbers for the same batch, and the batch left as it was.
+
+Guarantee: run before anything is enumerated, so that a random, stateful or mutating loss never gets a verdict.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pgcheck.batch import Batch
+from pgcheck.estimators.base import Estimator
+
+
+@dataclass(frozen=True)
+class Impurity:
+    """`kind` is the name of the check that it fails; the rest is for messages."""
+
+    kind: str
+    what: str
+    mend: str
+    measured: float
+
+
+_DERIVED = ("clock", "discount_weight", "episode_return", "reward_to_go", "length", "same_group")
+
+
+def copied(batch: Batch) -> Batch:
+    """The batch in memory of its own."""
+    return batch.map(torch.Tensor.clone)
+
+
+def find_impurity(estimator: Estimator, batch: Batch) -> Impurity | None:
+    """The first of: writes to its inputs; draws from a global random generator; keeps state from one call to the next.
+
+    `batch` `[M, B, T]`, M ≥ 2. Global random state is as before when this returns.
+    """
+    given, kept = copied(batch), copied(batch)
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()
+    try:
+        first = estimator.coefficients(given)
+        derived = [name for name in _DERIVED if name in vars(given)]  # computed once and shared by all estimators
+        now = given.tensors() | {name: getattr(given, name) for name in derived}
+        before_call = kept.tensors() | {name: getattr(kept, name) for name in derived}
+        for name, x in now.items():
+            before = before_call[name]
+            if not torch.equal(x, before):
+                moved = float((x.to(torch.float64) - before.to(torch.float64)).abs().max())
+                return Impurity(
+                    "inputs_unchanged", f"changes its inputs: batch.{name}", "write out of place, x = x - m", moved
+                )
+        drew = not torch.equal(torch.get_rng_state(), torch_state) or not _same(np.random.get_state(), numpy_state)
+        torch.manual_seed(1)
+        np.random.seed(1)
+        second = estimator.coefficients(copied(batch))
+        if drew or (not _equal(first, second) and _equal(second, _seeded(estimator, batch))):
+            return Impurity(
+                "deterministic",
+                "draws random numbers",
+                "an exact verdict needs a function of the batch; take dropout and noise out",
+                _gap(first, second),
+            )
+        torch.set_rng_state(torch_state)
+        other = copied(batch.map(lambda x: x.flip(0)))
+        estimator.coefficients(other)
+        third = estimator.coefficients(copied(batch))
+        if not _equal(first, second) or not _equal(first, third):
+            return Impurity(
+                "stateless",
+                "keeps state from one batch to the next",
+                "a running mean or a counter makes the result depend on what came before; pass it in as a constant",
+                max(_gap(first, second), _gap(first, third)),
+            )
+    finally:
+        torch.set_rng_state(torch_state)
+        np.random.set_state(numpy_state)
+    return None
+
+
+def _seeded(estimator: Estimator, batch: Batch) -> Tensor:
+    torch.manual_seed(1)
+    np.random.seed(1)
+    return estimator.coefficients(copied(batch))
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)))
+
+
+def _gap(a: Tensor, b: Tensor) -> float:
+    return float((torch.nan_to_num(a) - torch.nan_to_num(b)).abs().max()) if a.shape == b.shape else float("nan")
+
+
+def _same(a: object, b: object) -> bool:
+    return repr(a) == repr(b)

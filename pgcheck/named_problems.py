@@ -1,0 +1,364 @@
+"""The named problems: small enough to enumerate, and together without a blind spot.
+
+What hides a bias: one step or equal lengths hide every length and credit error; one prompt with 0/1 rewards, or groups
+of two, hide the std; no observation inside a row hides the multi-turn family; on-policy hides every ratio; γ = 1 hides
+γ^t; a scale error shows only in `scale`; one θ may be a lucky one (`NAME@1` is the same problem at another θ).
+
+Guarantee: every problem pins its number of rollouts and contexts in a test.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+
+from pgcheck.batch import DiscountClock
+from pgcheck.envs.tabular import TabularMDP
+from pgcheck.problem import Problem, register_problem
+
+INF = math.inf
+
+
+def named(name: str) -> Callable[[Callable[[], Problem]], Callable[[], Problem]]:
+    """Register a builder as `name`, with its docstring as the problem's `about`."""
+
+    def decorate(build: Callable[[], Problem]) -> Callable[[], Problem]:
+        @functools.cache
+        def built() -> Problem:
+            problem = build()
+            object.__setattr__(problem, "name", name)
+            object.__setattr__(problem, "about", " ".join((build.__doc__ or "").split()))
+            return problem
+
+        register_problem(name, built)
+        return built
+
+    return decorate
+
+
+# -- bandits
+
+
+def bandit(rewards: Sequence[Sequence[float]], initial: Sequence[float]) -> TabularMDP:
+    """One step; `rewards[s][a]`."""
+    S, A = len(rewards), len(rewards[0])
+    stay = torch.eye(S, dtype=torch.float64).unsqueeze(1).expand(S, A, S)
+    return TabularMDP(stay, rewards, initial, horizon=1)
+
+
+@named("bandit/two-arm")
+def _two_arm() -> Problem:
+    """Two arms, reward 1 and 0, π(a₁) = .9: where V^π is a worse baseline than none at all."""
+    return Problem(bandit([[1.0, 0.0]], [1.0]), [[math.log(9.0), 0.0]], groups=1, group_size=4)
+
+
+CONTEXTUAL_REWARDS = [[1.0, 0.0, -0.5], [0.2, 2.0, 0.7], [-1.0, 0.4, 0.3]]
+CONTEXTUAL_LOGITS = [[0.3, -0.2, 0.1], [-0.4, 0.5, 0.0], [0.2, 0.6, -0.7]]
+
+
+@named("bandit/contextual")
+def _contextual() -> Problem:
+    """Three prompts of different spread, three arms, nine reward values: shows what a std does between prompts."""
+    return Problem(bandit(CONTEXTUAL_REWARDS, [0.5, 0.3, 0.2]), CONTEXTUAL_LOGITS, groups=2, group_size=3)
+
+
+@named("bandit/stationary")
+def _stationary() -> Problem:
+    """∇J = 0: both arms have the mean reward .5, one surely, one as a coin with skewed faces. Any drift is bias."""
+    # State 0 acts; the reward depends on where it goes: arm 0 pays .5; arm 1 pays 2 with .4 and -.5 with .6.
+    transition = torch.zeros(3, 2, 3, dtype=torch.float64)
+    transition[0, 0, 1] = 1.0
+    transition[0, 1, 1], transition[0, 1, 2] = 0.4, 0.6
+    reward = torch.zeros(3, 2, 3, dtype=torch.float64)
+    reward[0, 0, 1], reward[0, 1, 1], reward[0, 1, 2] = 0.5, 2.0, -0.5
+    env = TabularMDP(transition, reward, [1, 0, 0], horizon=1, terminal=[1, 2])
+    return Problem(env, [[0.4, -0.3]] * 3, groups=1, group_size=3)
+
+
+@named("bandit/extreme")
+def _extreme() -> Problem:
+    """Probabilities of 1 − 1e-6 and 1e-6 next to an even choice: what divides by π or by a std shows here."""
+    return Problem(
+        bandit([[0.0, 1.0], [1.0, 0.5]], [0.5, 0.5]), [[13.8, 0.0], [0.0, 0.3]], groups=2, group_size=2
+    )
+
+
+@named("degenerate/all-equal")
+def _all_equal() -> Problem:
+    """Two prompts; in one, every arm pays 1, so all its groups have std 0. The other has three reward values."""
+    return Problem(
+        bandit([[1.0, 1.0, 1.0], [0.0, 1.0, 3.0]], [0.6, 0.4]),
+        [[0.5, 0.0, -0.5], [0.1, 0.4, -0.2]],
+        groups=2,
+        group_size=3,
+    )
+
+
+@named("degenerate/group-of-one")
+def _group_of_one() -> Problem:
+    """Four prompts drawn, one rollout each: group statistics have nobody to compare with."""
+    return Problem(
+        bandit([[1.0, 0.0, 0.5], [0.3, -1.0, 2.0]], [0.7, 0.3]),
+        [[0.2, 0.0, -0.3], [0.4, -0.1, 0.6]],
+        groups=4,
+        group_size=1,
+    )
+
+
+# -- MDPs
+
+
+def two_state(discount: float) -> TabularMDP:
+    """Two states, two actions, a reward at each of three steps, stochastic moves on one action only."""
+    transition = [[[1.0, 0.0], [0.3, 0.7]], [[0.0, 1.0], [1.0, 0.0]]]
+    reward = [[1.0, -0.5], [0.3, 2.0]]
+    return TabularMDP(transition, reward, [0.6, 0.4], horizon=3, discount=discount)
+
+
+TWO_STATE_LOGITS = {1.0: [[0.2, -0.4], [0.5, 0.1]], 0.9: [[-0.3, 0.4], [0.0, 0.6]], 0.5: [[0.7, 0.0], [-0.2, 0.3]]}
+
+
+@named("mdp/two-state")
+def _two_state() -> Problem:
+    """Dense rewards over three steps, γ = 1, two start states: credit assignment without discount."""
+    return Problem(two_state(1.0), TWO_STATE_LOGITS[1.0], groups=1, group_size=3)
+
+
+@named("mdp/two-state-0.9")
+def _two_state_9() -> Problem:
+    """The same dynamics with γ = .9: a missing γ^t shows."""
+    return Problem(two_state(0.9), TWO_STATE_LOGITS[0.9], groups=1, group_size=3)
+
+
+@named("mdp/two-state-0.5")
+def _two_state_5() -> Problem:
+    """The same dynamics with γ = .5: a missing γ^t shows strongly."""
+    return Problem(two_state(0.5), TWO_STATE_LOGITS[0.5], groups=2, group_size=1)
+
+
+def absorbing_chain(discount: float) -> TabularMDP:
+    """Three states in a row and an exit; action 0 walks on (and may slip), action 1 leaves with what the state pays."""
+    transition = torch.zeros(4, 2, 4, dtype=torch.float64)
+    for s in range(3):
+        transition[s, 0, min(s + 1, 2)] = 1.0
+        transition[s, 1, 3] = 1.0
+    transition[3, :, 3] = 1.0
+    transition[1, 0, 2], transition[1, 0, 3] = 0.75, 0.25
+    reward = torch.zeros(4, 2, 4, dtype=torch.float64)
+    reward[0, 1, :], reward[1, 1, :], reward[2, 1, :] = 0.5, 1.5, 3.0
+    reward[:3, 0, :] = -0.25
+    return TabularMDP(transition, reward, [0.7, 0.3, 0, 0], horizon=3, discount=discount, terminal=[3])
+
+
+@named("chain/absorbing")
+def _chain() -> Problem:
+    """A walk that ends when the policy leaves or slips: lengths 1, 2 and 3, and the length depends on the actions."""
+    return Problem(absorbing_chain(0.9), [[0.3, -0.2], [0.1, 0.4], [-0.3, 0.2], [0.0, 0.0]], groups=2, group_size=2)
+
+
+@named("chain/linear-policy")
+def _chain_linear() -> Problem:
+    """The walk under a policy with linear features: fewer parameters than logits, γ = 1."""
+    from pgcheck.policies import LinearPolicy
+
+    features = [[1.0, 0.0], [1.0, 0.5], [1.0, 1.0], [1.0, 1.5]]
+    policy = LinearPolicy(features, [[0.2, -0.1], [-0.4, 0.3]])
+    return Problem(absorbing_chain(1.0), policy, groups=1, group_size=3)
+
+
+@named("mdp/pessimal")
+def _pessimal() -> Problem:
+    """Two steps, one context: a₁ at t = 0 pays +1 at t = 1, a₁ at t = 1 pays −.75, γ = .5. Without γ^t, ascent goes to
+    the worst policy."""
+    # states: 0 first step; 1, 2 second step after a₁ or a₂. Action 0 is a₁.
+    transition = torch.zeros(3, 2, 3, dtype=torch.float64)
+    transition[0, 0, 1] = transition[0, 1, 2] = 1.0
+    transition[1:, :, 0] = 1.0
+    reward = [[0.0, 0.0], [1.0 - 0.75, 1.0], [-0.75, 0.0]]
+    env = TabularMDP(transition, reward, [1, 0, 0], horizon=2, discount=0.5)
+    return Problem(env, [[0.4, 0.0]], contexts=[0, 0, 0], groups=1, group_size=4)
+
+
+# -- dialogues: an observation between two turns
+
+
+def two_turn(discount: float, clock: DiscountClock) -> TabularMDP:
+    """Two prompts; the policy answers at once, or asks a tool, sees one of two results, and answers then.
+
+    States 0, 1 prompts; 2, 3 the tool's turn after each; 4–7 second turns; 8 the end. The tool's turn pays as well.
+    """
+    S, end = 9, 8
+    transition = torch.zeros(S, 2, S, dtype=torch.float64)
+    reward = torch.zeros(S, 2, S, dtype=torch.float64)
+    for prompt, (direct, ask) in enumerate([(0.5, -0.2), (1.2, 0.1)]):
+        tool = 2 + prompt
+        transition[prompt, 0, end], transition[prompt, 1, tool] = 1.0, 1.0
+        reward[prompt, 0, end], reward[prompt, 1, tool] = direct, ask
+        good, poor = 4 + 2 * prompt, 5 + 2 * prompt
+        p = (0.3, 0.8)[prompt]
+        transition[tool, :, good], transition[tool, :, poor] = p, 1.0 - p
+        reward[tool, :, poor] = 0.7
+    for s, (first, second) in zip(range(4, 8), [(0.0, 2.0), (1.0, -1.0), (-0.5, 0.4), (0.3, 1.5)], strict=True):
+        transition[s, :, end] = 1.0
+        reward[s, 0, end], reward[s, 1, end] = first, second
+    transition[end, :, end] = 1.0
+    return TabularMDP(
+        transition, reward, [0.4, 0.6, *[0.0] * 7], horizon=3, discount=discount, terminal=[end], observation=[2, 3],
+        discount_clock=clock,
+    )  # fmt: skip
+
+
+TWO_TURN_CONTEXTS = [0, 1, 0, 0, 2, 2, 2, 2, 0]  # second turns share one context
+TWO_TURN_LOGITS = [[0.2, -0.3], [-0.5, 0.4], [0.1, 0.6]]
+
+
+@named("dialogue/two-turn")
+def _dialogue() -> Problem:
+    """Answer, or ask a tool and answer after its observation: mask 0 and a reward in mid-row, γ = 1."""
+    return Problem(
+        two_turn(1.0, "position"), TWO_TURN_LOGITS, contexts=TWO_TURN_CONTEXTS, groups=2, group_size=2
+    )
+
+
+@named("dialogue/two-turn-0.9")
+def _dialogue_9() -> Problem:
+    """The dialogue with γ = .9 that counts positions, observations included."""
+    return Problem(
+        two_turn(0.9, "position"), [[-0.1, 0.3], [0.4, 0.0], [0.5, -0.2]], contexts=TWO_TURN_CONTEXTS, groups=2, group_size=2
+    )  # fmt: skip
+
+
+@named("dialogue/two-turn-action-clock")
+def _dialogue_action() -> Problem:
+    """The dialogue with γ = .9 that counts the policy's own positions: the observation discounts nothing."""
+    return Problem(
+        two_turn(0.9, "action"), TWO_TURN_LOGITS, contexts=TWO_TURN_CONTEXTS, groups=1, group_size=3
+    )  # fmt: skip
+
+
+@named("dialogue/unequal-groups")
+def _dialogue_unequal() -> Problem:
+    """The dialogue with one group of three rollouts and one of two."""
+    return Problem(
+        two_turn(0.9, "position"), TWO_TURN_LOGITS, contexts=TWO_TURN_CONTEXTS, groups=2, group_size=(3, 2)
+    )  # fmt: skip
+
+
+# -- token trees: history-tabular language models
+
+
+def token_tree(discount: float = 1.0) -> TabularMDP:
+    """Two prompts, tokens {EOS, x, y}, at most three of them; the completed text is scored when it ends.
+
+    Every prefix is a state of its own. Prompt 0 wants as many x as y, prompt 1 wants it short and ending in x.
+    """
+    prefixes = [(prompt, *text) for n in range(3) for prompt in (0, 1) for text in _texts(n)]
+    number = {prefix: i for i, prefix in enumerate(prefixes)}
+    S, end = len(prefixes) + 1, len(prefixes)
+    transition = torch.zeros(S, 3, S, dtype=torch.float64)
+    reward = torch.zeros(S, 3, S, dtype=torch.float64)
+    for prefix, s in number.items():
+        for token in range(3):
+            text = (*prefix, token)
+            s2 = number.get(text, end) if token else end
+            transition[s, token, s2] = 1.0
+            if s2 == end:
+                reward[s, token, s2] = _score(prefix[0], [x for x in text[1:] if x])
+    transition[end, :, end] = 1.0
+    initial = [0.0] * S
+    initial[number[(0,)]], initial[number[(1,)]] = 0.5, 0.5
+    return TabularMDP(transition, reward, initial, horizon=3, discount=discount, terminal=[end])
+
+
+def _texts(n: int) -> list[tuple[int, ...]]:
+    return [()] if n == 0 else [(*text, x) for text in _texts(n - 1) for x in (1, 2)]
+
+
+def _score(prompt: int, text: list[int]) -> float:
+    if prompt == 0:
+        return 1.0 if text and text.count(1) == text.count(2) else 0.25 * len(text)
+    return 2.0 - 0.5 * len(text) if text and text[-1] == 1 else 0.0
+
+
+def token_tree_logits(seed: int, scale: float = 0.6) -> torch.Tensor:
+    """`[15, 3]`: one row for each prefix of `token_tree` and one for its end."""
+    generator = torch.Generator().manual_seed(seed)
+    return (scale * torch.randn(15, 3, generator=generator, dtype=torch.float64)).round(decimals=2)
+
+
+@named("tree/tokens")
+def _tree() -> Problem:
+    """A history-tabular language model: V = 3, at most 3 tokens, two prompts, reward at the end."""
+    return Problem(token_tree(), token_tree_logits(11), groups=1, group_size=3)
+
+
+@named("tree/tokens-0.8")
+def _tree_8() -> Problem:
+    """The token tree with γ = .8 on the final reward; a batch of two prompts with one completion each."""
+    return Problem(token_tree(0.8), token_tree_logits(12), groups=2, group_size=1)
+
+
+@named("tree/extreme")
+def _tree_extreme() -> Problem:
+    """The token tree with logits of standard deviation 6: near-certain tokens next to even ones."""
+    return Problem(token_tree(), token_tree_logits(13, scale=6.0), groups=1, group_size=3)
+
+
+# -- off-policy versions
+
+
+@named("off-policy/contextual-drifted")
+def _contextual_drifted() -> Problem:
+    """The contextual bandit, one step: batches from a policy that drifted by about half a nat."""
+    behavior = (torch.tensor(CONTEXTUAL_LOGITS, dtype=torch.float64) * -0.5).tolist()
+    return Problem(
+        bandit(CONTEXTUAL_REWARDS, [0.5, 0.3, 0.2]), CONTEXTUAL_LOGITS, behavior_logits=behavior, groups=2, group_size=2
+    )
+
+
+@named("off-policy/two-state-drifted")
+def _two_state_drifted() -> Problem:
+    """The dense two-state MDP, γ = .9: batches from another policy, three ratios a row."""
+    return Problem(
+        two_state(0.9), TWO_STATE_LOGITS[0.9], behavior_logits=[[0.3, -0.1], [0.5, 0.0]], groups=1, group_size=2
+    )
+
+
+@named("off-policy/dialogue-stale")
+def _dialogue_stale() -> Problem:
+    """The dialogue, γ = .9: batches from the policy before a large update; observation positions carry no ratio."""
+    return Problem(
+        two_turn(0.9, "position"), TWO_TURN_LOGITS, contexts=TWO_TURN_CONTEXTS,
+        behavior_logits=[[-0.1, 0.2], [0.3, 0.1], [0.5, -0.2]], groups=2, group_size=2,
+    )  # fmt: skip
+
+
+@named("off-policy/tree-stale")
+def _tree_stale() -> Problem:
+    """The token tree: batches from a policy several updates old."""
+    return Problem(
+        token_tree(), token_tree_logits(11), behavior_logits=token_tree_logits(14), groups=1, group_size=2
+    )  # fmt: skip
+
+
+@named("off-policy/tree-truncated")
+def _tree_truncated() -> Problem:
+    """The token tree sampled with the least likely token cut off in every context (top-2): support is broken."""
+    logits = token_tree_logits(11)
+    least = logits.argmin(-1, keepdim=True)
+    return Problem(
+        token_tree(), logits, behavior_logits=logits.scatter(-1, least, -INF), groups=1, group_size=2
+    )  # fmt: skip
+
+
+@named("off-policy/contextual-truncated")
+def _contextual_truncated() -> Problem:
+    """The contextual bandit sampled without the first arm: its gradient cannot be seen."""
+    behavior = torch.tensor(CONTEXTUAL_LOGITS, dtype=torch.float64)
+    behavior[:, 0] = -INF
+    return Problem(
+        bandit(CONTEXTUAL_REWARDS, [0.5, 0.3, 0.2]), CONTEXTUAL_LOGITS, behavior_logits=behavior, groups=2, group_size=2
+    )

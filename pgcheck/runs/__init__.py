@@ -1,0 +1,1 @@
+"""Runs: many estimators on many problems, as data."""

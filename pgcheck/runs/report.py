@@ -1,0 +1,204 @@
+"""The report: everything a run found, as one validated document (report.json).
+
+Guarantee: numbers and names only, no timestamps and no machine, so that an unchanged run writes the same bytes on the
+same platform; NaN and infinities are null.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from pgcheck.estimators.base import Claim, Estimator
+from pgcheck.problem import Problem
+from pgcheck.verdicts.verdict import Measurement, NotAsked, Status, Verdict, as_list, finite_or_none
+
+SCHEMA = "pgcheck-report/1"
+
+
+class _Row(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ProblemRow(_Row):
+    """A problem as it was run."""
+
+    name: str
+    about: str
+    digest: str
+    rollouts: int
+    contexts: int
+    actions: int
+    steps: int
+    rows: int
+    group_sizes: list[int]
+    discount: float
+    on_policy: bool
+    full_support: bool
+    value: float
+    gradient_norm: float
+
+
+class ClaimRow(_Row):
+    """A claim in words that a table can show."""
+
+    kind: str
+    conditions: list[str]
+    scale: float | None = None
+    reason: str = ""
+
+
+class EstimatorRow(_Row):
+    """An estimator as it was run."""
+
+    name: str
+    formula: str
+    reference: str
+    about: str
+    couples: str
+    claims: list[ClaimRow]
+
+
+class MeasurementRow(_Row):
+    """See `pgcheck.verdicts.verdict.Measurement`; null stands for "no such number" (∇J = 0)."""
+
+    estimator: str
+    problem: str
+    finding: Literal["unbiased", "proportional", "biased"]
+    rel: float | None
+    scale: float | None
+    cosine: float | None
+    off_axis: float | None
+    bias: float
+    size: float
+    total_variance: float
+    mse: float
+    snr: float | None
+    batches: int | None
+    enumerated: int
+    lane: str
+    worst_context: int
+    worst_action: int
+    expected: list[list[float]]
+    truth: list[list[float]]
+
+
+class VerdictRow(_Row):
+    """See `pgcheck.verdicts.verdict.Verdict`."""
+
+    estimator: str
+    check: str
+    problem: str
+    status: Status
+    measured: float | None
+    allowed: float
+    claimed_scale: float | None = None
+    reason: str = ""
+
+
+class NotAskedRow(_Row):
+    """A pair that was not judged."""
+
+    estimator: str
+    problem: str
+    reason: str
+
+
+class Report(_Row):
+    """Everything a run found."""
+
+    schema_: Literal["pgcheck-report/1"] = Field(default=SCHEMA, alias="schema")
+    suite: str
+    version: str
+    problems: list[ProblemRow]
+    estimators: list[EstimatorRow]
+    measurements: list[MeasurementRow]
+    verdicts: list[VerdictRow]
+    not_asked: list[NotAskedRow]
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    def count(self) -> Counter[Status]:
+        """Verdicts by status."""
+        return Counter(v.status for v in self.verdicts)
+
+    @property
+    def failures(self) -> list[VerdictRow]:
+        """Verdicts that are not PASS, in the order of the run."""
+        return [v for v in self.verdicts if v.status is not Status.PASS]
+
+    @property
+    def exit_code(self) -> int:
+        """0: every verdict agrees with its claim; 1: one failed or is inconclusive; 5: nothing was checked."""
+        if not self.verdicts:
+            return 5
+        return 1 if self.failures else 0
+
+    def cell(self, estimator: str, problem: str) -> MeasurementRow | None:
+        """The measurement of that pair, if it was taken."""
+        return next((m for m in self.measurements if (m.estimator, m.problem) == (estimator, problem)), None)
+
+    def to_json(self) -> str:
+        """The document as text, keys in a fixed order."""
+        return self.model_dump_json(indent=1, by_alias=True) + "\n"
+
+
+def problem_row(problem: Problem) -> ProblemRow:
+    """A problem's line of the report."""
+    t = problem.trajectories
+    return ProblemRow(
+        name=problem.name,
+        about=problem.about,
+        digest=problem.digest,
+        rollouts=len(t),
+        contexts=t.contexts,
+        actions=t.actions,
+        steps=t.paths.steps,
+        rows=problem.rows,
+        group_sizes=list(problem.sizes),
+        discount=problem.discount,
+        on_policy=problem.on_policy,
+        full_support=problem.full_support,
+        value=problem.value(),
+        gradient_norm=float(problem.gradient().norm()),
+    )
+
+
+def claim_row(claim: Claim) -> ClaimRow:
+    """A claim's entry of the report; a scale that depends on the problem is told in the verdicts."""
+    scale = claim.scale if isinstance(claim.scale, float) else None
+    return ClaimRow(kind=claim.kind, conditions=[c.name for c in claim.conditions], scale=scale, reason=claim.reason)
+
+
+def estimator_row(estimator: Estimator) -> EstimatorRow:
+    """An estimator's line of the report."""
+    words = {name: getattr(estimator, name) for name in ("name", "formula", "reference", "about", "couples")}
+    return EstimatorRow(**words, claims=[claim_row(c) for c in estimator.claims])
+
+
+def measurement_row(m: Measurement) -> MeasurementRow:
+    """A measurement's line of the report."""
+    same = ("estimator", "problem", "finding", "bias", "size", "total_variance", "mse", "batches", "enumerated", "lane")
+    maybe = ("rel", "scale", "cosine", "off_axis", "snr")
+    context, action = m.worst
+    return MeasurementRow(
+        **{name: getattr(m, name) for name in same},
+        **{name: finite_or_none(getattr(m, name)) for name in maybe},
+        worst_context=context,
+        worst_action=action,
+        expected=as_list(m.expected),
+        truth=as_list(m.truth),
+    )
+
+
+def verdict_row(v: Verdict) -> VerdictRow:
+    """A verdict's line of the report."""
+    same = ("estimator", "check", "problem", "status", "allowed", "claimed_scale", "reason")
+    return VerdictRow(**{name: getattr(v, name) for name in same}, measured=finite_or_none(v.measured))
+
+
+def not_asked_row(n: NotAsked) -> NotAskedRow:
+    """The line of a pair that was not judged."""
+    return NotAskedRow(estimator=n.estimator, problem=n.problem, reason=n.reason)

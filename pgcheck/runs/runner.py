@@ -1,0 +1,168 @@
+"""Estimators × problems → `Report`.
+
+For each problem, all estimators are enumerated on the same batches. Hygiene comes first: an estimator that is random,
+stateful or writes to its inputs gets that verdict and no other.
+
+Guarantee: every pair ends up in exactly one of three places: measured, not asked (with the reason), or failed by
+`finite` or INCONCLUSIVE (too large), never silently dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+
+from pgcheck.engines.exact import DEFAULT_BUDGET, Progress, exact_moments
+from pgcheck.engines.moments import Moments
+from pgcheck.errors import BudgetError, NotFiniteError, UsageError
+from pgcheck.estimators.base import Estimator
+from pgcheck.problem import Problem
+from pgcheck.runs import report as rows
+from pgcheck.runs.report import Report
+from pgcheck.verdicts.checks import registered_checks
+from pgcheck.verdicts.checks.bias import claims_on, judge_claims
+from pgcheck.verdicts.verdict import RTOL, Finding, Measurement, NotAsked, Status, Verdict, measure
+
+HYGIENE_FIRST = ("inputs_unchanged", "deterministic", "stateless")
+RICH_PROBLEMS = 2  # on how many problems the single-batch checks run
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What a suite expects on one problem, claim or no claim."""
+
+    estimator: str
+    problem: str
+    finding: Finding
+
+
+def richness(problem: Problem) -> tuple[bool, bool, bool, bool, int]:
+    """How much a single batch of the problem can show: unequal groups, observations, ragged rows, several groups."""
+    paths = problem.trajectories.paths
+    inside = (paths.mask == 0) & (paths.mask.flip(-1).cumsum(-1).flip(-1) > 0)
+    return (
+        len(set(problem.sizes)) > 1,
+        bool(inside.any()),
+        not problem.fixed_length,
+        problem.groups > 1 and problem.rows > problem.groups,
+        problem.rows,
+    )
+
+
+def run(
+    estimators: Sequence[Estimator],
+    problems: Sequence[Problem],
+    *,
+    suite: str = "",
+    checks: Sequence[str] | None = None,
+    expectations: Sequence[Expectation] = (),
+    budget: int = DEFAULT_BUDGET,
+    rtol: float = RTOL,
+    progress: Progress | None = None,
+) -> Report:
+    """Judge every estimator on every problem.
+
+    Args:
+        checks: names of checks to run; default, all of them.
+        expectations: findings expected on single problems, on top of the claims.
+        budget: most batches for one estimator on one problem.
+
+    Raises:
+        UsageError: two estimators of one name, or two problems.
+        EstimatorError: coefficients of the wrong shape, no gradient, or a wrong `couples`.
+    """
+    for what, names in (("estimators", [e.name for e in estimators]), ("problems", [p.name for p in problems])):
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise UsageError(f"{what}: '{min(twice)}' is given twice; give one of them another name.")
+    wanted = set(registered_checks() if checks is None else checks)
+    verdicts: list[Verdict] = []
+    not_asked: list[NotAsked] = []
+    clean = []
+    for e in estimators:
+        impure = _hygiene_first(e, problems, wanted)
+        verdicts += impure
+        if all(v.status is Status.PASS for v in impure):
+            clean.append(e)
+    found: dict[tuple[str, str], Measurement] = {}
+    for problem in problems:
+        asked = [e for e in clean if e.fits(problem)]
+        not_asked += [
+            NotAsked(e.name, problem.name, f"needs at least {e.min_group_size} rows to compare")
+            for e in clean
+            if not e.fits(problem)
+        ]
+        for e, moments in _moments(asked, problem, budget, progress):
+            if isinstance(moments, Moments):
+                found[e.name, problem.name] = measure(e, problem, moments, rtol=rtol)
+                if not claims_on(e, problem):
+                    not_asked.append(NotAsked(e.name, problem.name, "no claim is made under these conditions"))
+                verdicts.append(Verdict(e.name, "finite", problem.name, Status.PASS, 0.0, 0.0))
+            else:
+                verdicts.append(_refused(e, problem, moments))
+    for e in clean:
+        pairs = [(p, m) for p in problems if (m := found.get((e.name, p.name))) is not None]
+        verdicts += judge_claims(e, [p for p, _ in pairs], [m for _, m in pairs], rtol=rtol)
+        verdicts += _single_batch_checks(e, [p for p, _ in pairs])
+    verdicts += [_judge_expectation(x, found) for x in expectations]
+    return Report(
+        suite=suite,
+        version=metadata.version("pgcheck"),
+        problems=[rows.problem_row(p) for p in problems],
+        estimators=[rows.estimator_row(e) for e in estimators],
+        measurements=[rows.measurement_row(m) for m in found.values()],
+        verdicts=[rows.verdict_row(v) for v in verdicts if v.check in wanted or v.check == "expected_finding"],
+        not_asked=[rows.not_asked_row(n) for n in not_asked],
+    )
+
+
+def _hygiene_first(estimator: Estimator, problems: Sequence[Problem], wanted: set[str]) -> list[Verdict]:
+    problem = next((p for p in problems if estimator.fits(p)), None)
+    if problem is None:
+        return []
+    verdicts = (registered_checks()[name].run for name in HYGIENE_FIRST)
+    return [v for run_check in verdicts if run_check and (v := run_check(estimator, problem)) is not None]
+
+
+def _moments(
+    estimators: Sequence[Estimator], problem: Problem, budget: int, progress: Progress | None
+) -> list[tuple[Estimator, Moments | NotFiniteError | BudgetError]]:
+    """Moments of all at once; if one of them cannot be had, one by one."""
+    try:
+        return list(zip(estimators, exact_moments(estimators, problem, budget=budget, progress=progress), strict=True))
+    except (NotFiniteError, BudgetError) as error:
+        if len(estimators) == 1:
+            return [(estimators[0], error)]
+        return [pair for e in estimators for pair in _moments([e], problem, budget, progress)]
+
+
+def _refused(estimator: Estimator, problem: Problem, error: NotFiniteError | BudgetError) -> Verdict:
+    if isinstance(error, NotFiniteError):
+        return Verdict(estimator.name, "finite", problem.name, Status.FAIL, float("nan"), 0.0, reason=str(error))
+    claims = claims_on(estimator, problem)
+    name = claims[0].kind if claims else "finite"
+    return Verdict(estimator.name, name, problem.name, Status.INCONCLUSIVE, float("nan"), RTOL, reason=str(error))
+
+
+def _single_batch_checks(estimator: Estimator, problems: Sequence[Problem]) -> list[Verdict]:
+    """Invariance and hygiene on the problems whose batches can show most."""
+    rich = sorted(problems, key=richness, reverse=True)[:RICH_PROBLEMS]
+    verdicts = []
+    for c in registered_checks().values():
+        if c.run is None or c.name in HYGIENE_FIRST:
+            continue
+        # a bias check belongs to every problem, a single-batch check to the telling ones
+        for problem in problems if c.kind == "bias" else rich:
+            verdict = c.run(estimator, problem)
+            if verdict is not None:
+                verdicts.append(verdict)
+    return verdicts
+
+
+def _judge_expectation(x: Expectation, found: dict[tuple[str, str], Measurement]) -> Verdict:
+    m = found.get((x.estimator, x.problem))
+    status = Status.PASS if m is not None and m.finding == x.finding else Status.FAIL
+    reason = f"expected {x.finding}, found {m.finding if m else 'no measurement'}"
+    measured = m.distance(1.0) if m else float("nan")
+    return Verdict(x.estimator, "expected_finding", x.problem, status, measured, RTOL, reason=reason)

@@ -1,0 +1,161 @@
+"""Suites: which estimators on which problems, as TOML.
+
+    name = "core"
+    about = "…"
+    estimators = ["reinforce", "leave_one_out"]      # or "all"
+    problems = ["bandit/two-arm", "mdp/*"]           # ids, or patterns
+    thetas = 2                                       # each problem at this many θ
+    checks = ["unbiased", "biased"]                  # optional: default, all
+    budget = 5000000                                 # optional: most batches a cell
+
+    [[expect]]                                       # optional: what is expected on one problem
+    estimator = "token_is"
+    problem = "off-policy/contextual-drifted"
+    finding = "unbiased"
+
+Guarantee: an unknown key, a misspelt name or a wrong type is one error that names the file, the field and the mend.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pgcheck.engines.exact import DEFAULT_BUDGET, Progress
+from pgcheck.errors import SuiteError, UnknownNameError
+from pgcheck.estimators.base import Estimator, find_estimator, registered_estimators
+from pgcheck.problem import Problem, find_problem, registered_problems
+from pgcheck.runs.report import Report
+from pgcheck.runs.runner import Expectation, run
+from pgcheck.verdicts.checks import find_check
+
+
+class ExpectRow(BaseModel):
+    """One `[[expect]]` entry."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    estimator: str
+    problem: str
+    finding: Literal["unbiased", "proportional", "biased"]
+
+
+class Suite(BaseModel):
+    """A suite file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str = Field(min_length=1)
+    about: str = ""
+    estimators: Literal["all"] | list[str]
+    problems: list[str] = Field(min_length=1)
+    thetas: int = Field(default=1, ge=1, le=8)
+    checks: list[str] | None = None
+    budget: int = Field(default=DEFAULT_BUDGET, ge=1)
+    expect: list[ExpectRow] = []
+
+    def resolve_estimators(self) -> list[Estimator]:
+        """The estimators, in the order of the file."""
+        if self.estimators == "all":
+            return list(registered_estimators().values())
+        return [find_estimator(name) for name in self.estimators]
+
+    def resolve_problems(self) -> list[Problem]:
+        """The problems: patterns expanded, each once, every θ of one next to each other."""
+        return problems_matching(self.problems, thetas=self.thetas)
+
+    def run(
+        self, *, estimators: list[Estimator] | None = None, budget: int | None = None, progress: Progress | None = None
+    ) -> Report:
+        """Run it, with other estimators in place of its own if given."""
+        chosen = self.resolve_estimators() if estimators is None else estimators
+        names = {e.name for e in chosen}
+        return run(
+            chosen,
+            self.resolve_problems(),
+            suite=self.name,
+            checks=self.checks,
+            expectations=[
+                Expectation(x.estimator, x.problem, x.finding) for x in self.expect if x.estimator in names
+            ],
+            budget=self.budget if budget is None else budget,
+            progress=progress,
+        )
+
+
+def problems_matching(patterns: list[str], *, thetas: int = 1) -> list[Problem]:
+    """Named problems by id or pattern (`mdp/*`), each at `thetas` parameter values.
+
+    Raises:
+        UnknownNameError: a pattern without a match; suggests the nearest id.
+    """
+    known = registered_problems()
+    names: list[str] = []
+    for pattern in patterns:
+        found = [name for name in known if fnmatch.fnmatchcase(name, pattern)]
+        if not found and "@" in pattern:
+            found = [pattern]
+        if not found:
+            raise UnknownNameError("problem", pattern, known)
+        names += [name for name in found if name not in names]
+    return [find_problem(name).at(draw) for name in names for draw in range(thetas)]
+
+
+def _folder() -> Path:
+    """Suites of the wheel; in a checkout, the folder beside the package."""
+    packaged = Path(str(resources.files("pgcheck"))) / "suites"
+    return packaged if packaged.is_dir() else packaged.parent.parent / "suites"
+
+
+def shipped_suites() -> dict[str, Path]:
+    """Suite files that come with pgcheck, by name."""
+    return {path.stem: path for path in sorted(_folder().glob("*.toml"))}
+
+
+def load_suite(name_or_path: str) -> Suite:
+    """A shipped suite by name, or a TOML file by path.
+
+    Raises:
+        UnknownNameError: neither.
+        SuiteError: not TOML, or a field that is unknown, missing or of the wrong type.
+    """
+    shipped = shipped_suites()
+    path = shipped.get(name_or_path, Path(name_or_path))
+    if not path.is_file():
+        hint = "`pgcheck list suites` shows them all; a path to a .toml file works as well."
+        raise UnknownNameError("suite", name_or_path, shipped, hint=hint)
+    try:
+        suite = Suite.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SuiteError(f"{path}: not a TOML file: {error}.") from None
+    except ValidationError as error:
+        raise SuiteError(f"{path}: {_first_fault(error)}") from None
+    _check_names(path, suite)
+    return suite
+
+
+def _first_fault(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"] if part not in ("literal['all']", "list[str]"))
+    if first["type"] == "extra_forbidden":
+        known = ExpectRow.model_fields if where.startswith("expect") else Suite.model_fields
+        return str(UnknownNameError("field", where.split(".")[-1], known, hint=f"Fields: {', '.join(known)}."))
+    return f"field '{where}': {first['msg'].lower()}, got {first['input']!r}."
+
+
+def _check_names(path: Path, suite: Suite) -> None:
+    try:
+        estimators = {e.name for e in suite.resolve_estimators()}
+        problems = {p.name for p in suite.resolve_problems()}
+        for name in suite.checks or ():
+            find_check(name)
+        for x in suite.expect:
+            if x.estimator not in estimators:
+                raise UnknownNameError("estimator", x.estimator, estimators, hint="[[expect]] names the suite's own.")
+            if x.problem not in problems:
+                raise UnknownNameError("problem", x.problem, problems, hint="[[expect]] names the suite's own.")
+    except UnknownNameError as error:
+        raise SuiteError(f"{path}: {error}") from None

@@ -1,0 +1,1 @@
+"""Verdicts: numbers judged against claims."""

@@ -1,0 +1,151 @@
+"""Claims about E ĝ, judged on moments: `unbiased`, `proportional`, `biased`; and the finiteness of every coefficient.
+
+A claim holds over a set of problems: `unbiased` and `proportional` on every problem that meets its conditions, `biased`
+on at least one (every bias vanishes somewhere). Both directions are tested: an entry that claims bias fails if none is
+found.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from pgcheck.estimators.base import Claim, Estimator
+from pgcheck.problem import Problem
+from pgcheck.verdicts.checks.base import add_check, check
+from pgcheck.verdicts.verdict import RTOL, Measurement, Status, Verdict
+
+add_check(
+    "unbiased",
+    "bias",
+    """E ĝ = ∇J, in logit space, on every problem that meets the claim's conditions.
+
+    What it does: enumerates every batch, sums the estimates weighted by probability, and compares with the exact
+    gradient. Judged at 1e-9 of max(‖∇J‖, √E‖ĝ‖²): there is no sampling error, so no luck.
+    Why it matters: a bias does not average out. It is the part of the error that more data cannot remove, and its
+    direction decides what is learned in the end. Unbiased in logit space means unbiased under every parametrisation.
+    Example: leave-one-out (RLOO) passes; a baseline with the own return in it fails with scale (B−1)/B.
+    What to do: read `scale` and `off_axis`. off_axis = 0: the direction is right and only the step size is off. Else
+    look at what the coefficient of a row may not depend on: its own later actions, its own return, its own length.
+    References: Williams 1992; Sutton et al. 2000, theorem 1.""",
+    None,
+)
+add_check(
+    "proportional",
+    "bias",
+    """E ĝ = κ ∇J, with the κ that is claimed, or some κ > 0 if none is.
+
+    What it does: the same enumeration as `unbiased`, compared with κ ∇J.
+    Why it matters: a constant factor is a learning rate; a factor that changes from prompt to prompt is a new objective.
+    Example: subtracting the batch mean gives κ = (B−1)/B exactly.
+    What to do: if off_axis is not zero the factor differs between contexts; look for a std, a length or a group size
+    that depends on the rollout itself.
+    References: lecture notes on baselines; Kool et al. 2019.""",
+    None,
+)
+add_check(
+    "biased",
+    "bias",
+    """E ĝ ≠ ∇J on at least one problem that meets the claim's conditions.
+
+    What it does: the same enumeration as `unbiased`; passes as soon as one problem shows a bias.
+    Why it matters: a claim of bias is a claim, too. If an estimator that is known to be biased comes out unbiased
+    everywhere, either it was fixed and its entry is stale, or the problems have a blind spot.
+    Example: GRPO, CISPO, any baseline that is downstream of the action.
+    What to do: if this fails, claim `unbiased()`; or add a problem that shows the bias.""",
+    None,
+)
+add_check(
+    "finite",
+    "hygiene",
+    """Every coefficient of every batch the problem can draw is finite.
+
+    What it does: the enumeration visits all-equal groups, groups of one and extreme probabilities; one NaN fails it.
+    Why it matters: one unanimous group with std 0 turns a training step into NaN.
+    Example: (R − mean)/std without ε on a prompt whose every completion scores 1.
+    What to do: add an ε to the divisor, or give such groups coefficient 0.""",
+    None,
+)
+
+
+@check("bias")
+def check_weights_average_to_one(estimator: Estimator, problem: Problem) -> Verdict | None:
+    """E_behavior[w] = 1 for an estimator that declares its importance weight w (asked where support is full).
+
+    What it does: sums w over the rollouts of the behaviour policy, exactly.
+    Why it matters: E_behavior[w] is the mass of the target policy that the behaviour policy can reach. Below 1 there are
+    completions it never sees (top-p, top-k), and no reweighting brings them back.
+    Example: a product of token ratios over observation positions, or a truncated ratio, is not 1 on average.
+    What to do: take the ratio over policy positions only, and do not clip it if you claim unbiasedness.
+    References: Precup, Sutton & Singh 2000."""
+    if estimator.weight is None or not problem.full_support:
+        return None
+    table = problem.trajectories_with(estimator.needs)
+    possible = (table.behavior_probability > 0).nonzero().squeeze(-1)
+    w = estimator.weight(table.batch(possible, possible))
+    chance = (table.behavior_probability * table.paths.start_probability[table.paths.start])[possible]
+    measured = abs(float((chance * w).sum()) - 1.0)
+    status = Status.PASS if measured <= RTOL else Status.FAIL
+    return Verdict(estimator.name, "weights_average_to_one", problem.name, status, measured, RTOL)
+
+
+def claims_on(estimator: Estimator, problem: Problem) -> list[Claim]:
+    """The claims whose conditions this problem meets."""
+    return [claim for claim in estimator.claims if claim.applies(problem)]
+
+
+def judge_claims(
+    estimator: Estimator, problems: Sequence[Problem], measured: Sequence[Measurement], *, rtol: float = RTOL
+) -> list[Verdict]:
+    """A verdict for every claim that any of the problems can decide; `measured[i]` belongs to `problems[i]`."""
+    verdicts = []
+    for claim in estimator.claims:
+        pairs = [(p, m) for p, m in zip(problems, measured, strict=True) if claim.applies(p)]
+        if not pairs:
+            continue
+        if claim.kind == "biased":
+            verdicts.append(_judge_biased(estimator, claim, [m for _, m in pairs], rtol))
+        else:
+            verdicts.extend(_judge_equal(estimator, claim, p, m, rtol) for p, m in pairs)
+    return verdicts
+
+
+def _judge_equal(estimator: Estimator, claim: Claim, problem: Problem, m: Measurement, rtol: float) -> Verdict:
+    scale = claim.scale_on(problem)
+    # an open κ is the measured one, but a negative one is no proportionality; where ∇J = 0, every κ says E ĝ = 0
+    used = scale if scale is not None else (max(m.scale, 0.0) if math.isfinite(m.scale) else 0.0)
+    gap = m.distance(used)
+    right = gap <= rtol and (scale is not None or used > 0 or m.gradient_norm == 0)
+    return Verdict(
+        estimator=estimator.name,
+        check=claim.kind,
+        problem=problem.name,
+        status=Status.PASS if right else Status.FAIL,
+        measured=gap,
+        allowed=rtol,
+        claim=claim.kind,
+        claimed_scale=scale,
+        numbers=_numbers(m),
+    )
+
+
+def _judge_biased(estimator: Estimator, claim: Claim, measured: Sequence[Measurement], rtol: float) -> Verdict:
+    worst = max(measured, key=lambda m: m.distance(1.0))
+    largest = worst.distance(1.0)
+    return Verdict(
+        estimator=estimator.name,
+        check="biased",
+        problem="",
+        status=Status.PASS if largest > rtol else Status.FAIL,
+        measured=largest,
+        allowed=rtol,
+        claim="biased",
+        numbers={**_numbers(worst), "problems": float(len(measured))},
+        reason=worst.problem,
+    )
+
+
+def _numbers(m: Measurement) -> dict[str, float]:
+    return {"rel": m.rel, "scale": m.scale, "cosine": m.cosine, "off_axis": m.off_axis, "variance": m.total_variance}
+
+

@@ -1,0 +1,170 @@
+"""Numbers and statuses: how far E ĝ is from ∇J, and what a check concluded.
+
+For g = ∇J and m = E ĝ:
+
+    rel = ‖m − g‖ / ‖g‖      scale = ⟨m, g⟩ / ‖g‖²      cosine = ⟨m, g⟩ / (‖m‖ ‖g‖)
+    off_axis = ‖m − scale · g‖ / ‖m‖      MSE = ‖m − g‖² + tr Cov ĝ      SNR = ‖m‖ / √tr Cov ĝ
+
+Guarantee: an exact verdict is decided at `RTOL` of max(‖g‖, √E‖ĝ‖²), which is never zero unless ĝ is; so a stationary
+point (g = 0) is judged like any other. Words about verdicts are written in `pgcheck.render` only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pgcheck.engines.moments import Moments
+from pgcheck.estimators.base import ClaimKind, Estimator
+from pgcheck.problem import Problem
+
+RTOL = 1e-9
+
+Finding = Literal["unbiased", "proportional", "biased"]
+
+
+class Status(StrEnum):
+    """PASS: agrees with the claim. FAIL: contradicts it. INCONCLUSIVE: neither could be shown."""
+
+    PASS = "PASS"
+    FAIL = "FAIL"
+    INCONCLUSIVE = "INCONCLUSIVE"
+
+
+@dataclass(frozen=True)
+class Direction:
+    """Where m = E ĝ points, seen from g; NaN where g = 0 makes a number meaningless."""
+
+    rel: float
+    scale: float
+    cosine: float
+    off_axis: float
+
+
+def direction(mean: Tensor, gradient: Tensor) -> Direction:
+    """The numbers of `mean` against `gradient`, both `[K, A]`."""
+    m, g = mean.reshape(-1), gradient.reshape(-1)
+    size_m, size_g = float(m.norm()), float(g.norm())
+    dot = float(m @ g)
+    scale = dot / size_g**2 if size_g > 0 else math.nan
+    return Direction(
+        rel=float((m - g).norm()) / size_g if size_g > 0 else math.nan,
+        scale=scale,
+        cosine=dot / (size_m * size_g) if size_m > 0 and size_g > 0 else math.nan,
+        off_axis=float((m - scale * g).norm()) / size_m if size_m > 0 and size_g > 0 else math.nan,
+    )
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was measured of one estimator on one problem; no opinion in it but `finding`."""
+
+    estimator: str
+    problem: str
+    finding: Finding
+    rel: float
+    scale: float
+    cosine: float
+    off_axis: float
+    bias: float  # ‖E ĝ − g‖
+    size: float  # max(‖g‖, √E‖ĝ‖²), what `bias` is judged against
+    gradient_norm: float
+    total_variance: float
+    mse: float
+    snr: float
+    rows: int  # B
+    batches: int | None  # drawn; None: exact
+    enumerated: int
+    lane: str
+    expected: Tensor  # E ĝ [K, A]
+    truth: Tensor  # g [K, A]
+
+    @property
+    def worst(self) -> tuple[int, int]:
+        """The (context, action) with the largest bias."""
+        gap = (self.expected - self.truth).abs()
+        at = int(gap.argmax())
+        return at // gap.shape[1], at % gap.shape[1]
+
+    def distance(self, scale: float) -> float:
+        """‖E ĝ − scale · g‖ / max(‖g‖, √E‖ĝ‖²)."""
+        if self.size == 0:
+            return 0.0
+        return float((self.expected - scale * self.truth).norm()) / self.size
+
+
+def measure(estimator: Estimator, problem: Problem, moments: Moments, *, rtol: float = RTOL) -> Measurement:
+    """Judge moments against the truth of the problem."""
+    g, m = problem.gradient(), moments.mean
+    numbers = direction(m, g)
+    size = max(float(g.norm()), math.sqrt(max(moments.second_moment, 0.0)))
+    bias = float((m - g).norm())
+    variance = moments.total_variance
+    finding: Finding = "biased"
+    if bias <= rtol * size:
+        finding = "unbiased"
+    elif numbers.scale > 0 and float((m - numbers.scale * g).norm()) <= rtol * size:
+        finding = "proportional"
+    return Measurement(
+        estimator=estimator.name,
+        problem=problem.name,
+        finding=finding,
+        rel=numbers.rel,
+        scale=numbers.scale,
+        cosine=numbers.cosine,
+        off_axis=numbers.off_axis,
+        bias=bias,
+        size=size,
+        gradient_norm=float(g.norm()),
+        total_variance=variance,
+        mse=bias**2 + variance,
+        snr=float(m.norm()) / math.sqrt(variance) if variance > 0 else math.inf,
+        rows=problem.rows,
+        batches=moments.batches,
+        enumerated=moments.enumerated,
+        lane=moments.lane,
+        expected=m,
+        truth=g,
+    )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one check concluded of one estimator, on one problem or (problem = "") on a set."""
+
+    estimator: str
+    check: str
+    problem: str
+    status: Status
+    measured: float
+    allowed: float
+    claim: ClaimKind | None = None
+    claimed_scale: float | None = None
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    reason: str = ""  # a machine's remark: which tensor, which error; sentences are made in `render`
+
+
+@dataclass(frozen=True)
+class NotAsked:
+    """A pair that was not judged, and why; it never counts as passed."""
+
+    estimator: str
+    problem: str
+    reason: str
+
+
+def finite_or_none(x: float) -> float | None:
+    """For JSON: NaN and infinities have no number there."""
+    return x if math.isfinite(x) else None
+
+
+def as_list(x: Tensor) -> list[list[float]]:
+    """A `[K, A]` tensor for JSON."""
+    values: list[list[float]] = x.to(torch.float64).tolist()
+    return values

@@ -1,0 +1,535 @@
+"""Losses as estimators: c = −∂loss/∂logp, the same number in every lane."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pgcheck.batch import Batch, LogitsNotAsked
+from pgcheck.engines.exact import exact_moments
+from pgcheck.errors import EstimatorError
+from pgcheck.estimators import advantages as adv
+from pgcheck.estimators import aggregation as agg
+from pgcheck.estimators import ratios
+from pgcheck.estimators.base import find_estimator
+from pgcheck.estimators.from_loss import LossCoefficients, from_loss
+from pgcheck.estimators.zoo import compose
+from tests.engines.oracle import bandit, dialogue, walk
+
+EXACT = {"rtol": 0.0, "atol": 1e-14}
+
+
+def random_batch(*leading: int, seed: int = 0, B: int = 4, T: int = 3, A: int = 3) -> Batch:
+    """Random rollouts `[*leading, B, T]` in two groups, ragged and with observation positions; logits included."""
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*leading, *shape, generator=g, dtype=torch.float64)
+
+    mask = (torch.rand(*leading, B, T, generator=g, dtype=torch.float64) < 0.7).to(torch.float64)
+    mask[..., 0] = 1.0
+    action = torch.randint(0, A, (*leading, B, T), generator=g)
+    logits = draw(B, T, A)
+    logp = torch.log_softmax(logits, -1).gather(-1, action.unsqueeze(-1)).squeeze(-1) * mask
+    minus_one = torch.full_like(action, -1)
+    return Batch(
+        state=torch.where(mask > 0, torch.zeros_like(action), minus_one),
+        context=torch.where(mask > 0, torch.zeros_like(action), minus_one),
+        action=torch.where(mask > 0, action, minus_one),
+        reward=draw(B, T),
+        mask=mask,
+        logp=logp,
+        behavior_logp=logp - 0.3 * draw(B, T) * mask,
+        ref_logp=logp + 0.3 * draw(B, T) * mask,
+        value=draw(B, T + 1),
+        group=torch.tensor([0, 0, 1, 1]).expand(*leading, B),
+        discount=0.9,
+        action_logits=logits,
+    )
+
+
+def single(batch: Batch, m: int) -> Batch:
+    return batch.map(lambda x: x[m])
+
+
+def lane_of(loss: Callable[[Batch], Any], batch: Batch) -> tuple[Tensor, str | None]:
+    coefficients = LossCoefficients(loss, leaf="logp", name="loss")
+    return coefficients(batch), coefficients.lane
+
+
+# -- the same loss in three lanes: REINFORCE with the batch mean, c = (R_i − R̄)/B
+
+
+def plain(batch: Batch) -> Tensor:
+    R = batch.episode_return
+    return -((R - R.mean()).unsqueeze(-1) * batch.logp * batch.mask).sum(-1).mean()
+
+
+def logging_item(batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    """As libraries do: the metrics are Python floats."""
+    loss = plain(batch)
+    kl = (batch.behavior_logp - batch.logp).mean()
+    metrics = {"loss": loss.item(), "kl": -kl.item() / 2 + 1, "label": abs(kl.item())}
+    return loss, {**metrics, "line": f"{metrics['loss']:.3f}"}  # type: ignore[dict-item]
+
+
+def branching(batch: Batch) -> Tensor:
+    """A Python branch on data, both sides equal in value."""
+    R = batch.episode_return
+    centred = R - R.mean() if R.mean().item() > 0 else R - R.sum() / batch.rows
+    return -(centred.unsqueeze(-1) * batch.logp * batch.mask).sum(-1).mean()
+
+
+def boolean_indexing(batch: Batch) -> Tensor:
+    """x[mask.bool()]: the number of elements depends on the data."""
+    R = batch.episode_return
+    terms = ((R - R.mean()).unsqueeze(-1) * batch.logp)[batch.mask.bool()]
+    return -terms.sum() / batch.rows
+
+
+LANES: list[tuple[Callable[[Batch], Any], str]] = [
+    (plain, "vmap"),
+    (logging_item, "vmap, logged items"),
+    (branching, "loop"),
+    (boolean_indexing, "loop"),
+]
+
+
+def by_hand(batch: Batch) -> Tensor:
+    """(R_i − R̄)/B, in loops over rows and steps of each batch of `[M, B, T]`."""
+    out = torch.zeros_like(batch.reward)
+    for m, rewards in enumerate(batch.reward.tolist()):
+        R = [sum(batch.discount**t * r for t, r in enumerate(row)) for row in rewards]
+        for i, row in enumerate(batch.mask[m].tolist()):
+            for t, acts in enumerate(row):
+                out[m, i, t] = acts * (R[i] - sum(R) / len(R)) / len(R)
+    return out
+
+
+@pytest.mark.parametrize(("loss", "lane"), LANES)
+def test_every_lane_gives_the_coefficients_by_hand(loss: Callable[[Batch], Any], lane: str) -> None:
+    """Same numbers, and the fastest lane the loss allows."""
+    batch = random_batch(9)
+    found, chosen = lane_of(loss, batch)
+    torch.testing.assert_close(found, by_hand(batch), **EXACT)
+    assert chosen == lane
+
+
+@pytest.mark.parametrize(("loss", "lane"), LANES)
+def test_one_batch_alone_is_one_of_many(loss: Callable[[Batch], Any], lane: str) -> None:
+    """`[B, T]` in, `[B, T]` out."""
+    batch = random_batch(3)
+    found = LossCoefficients(loss, leaf="logp", name="loss")(single(batch, 1))
+    torch.testing.assert_close(found, by_hand(batch)[1], **EXACT)
+
+
+@pytest.mark.parametrize(("loss", "lane"), LANES)
+def test_any_number_of_leading_dimensions(loss: Callable[[Batch], Any], lane: str) -> None:
+    batch = random_batch(2, 5)
+    found, chosen = lane_of(loss, batch)
+    flat = batch.map(lambda x: x.flatten(0, 1))
+    torch.testing.assert_close(found, by_hand(flat).unflatten(0, (2, 5)), **EXACT)
+    assert chosen == lane
+
+
+@pytest.mark.parametrize(("loss", "lane"), LANES)
+def test_the_engine_reports_the_lane(loss: Callable[[Batch], Any], lane: str) -> None:
+    """E ĝ of the batch mean is (B−1)/B ∇J, whichever way it was evaluated."""
+    problem = walk(group_size=3)
+    (found,) = exact_moments([from_loss(loss)], problem)
+    torch.testing.assert_close(found.mean, problem.gradient() * 2 / 3, **EXACT)
+    assert found.lane == lane
+
+
+def test_losses_are_minimised_and_coefficients_ascend() -> None:
+    """loss = −mean R log π has c = +R/B, and E ĝ = +∇J."""
+
+    def loss(batch: Batch) -> Tensor:
+        return -(batch.episode_return.unsqueeze(-1) * batch.logp * batch.mask).sum(-1).mean()
+
+    problem = dialogue(groups=2, group_size=2)
+    estimator = from_loss(loss, couples="trajectory")
+    batch = random_batch(2)
+    torch.testing.assert_close(
+        estimator.coefficients(batch), batch.episode_return.unsqueeze(-1) * batch.mask / 4, **EXACT
+    )
+    (found,) = exact_moments([estimator], problem)
+    torch.testing.assert_close(found.mean, problem.gradient(), **EXACT)
+
+
+# -- numbers that leave the tensors and come back
+
+
+def item_in_the_loss(batch: Batch) -> Tensor:
+    """The scale is a Python number: x.item() times a tensor."""
+    R = batch.episode_return
+    return -((R - R.mean().item()).unsqueeze(-1) * batch.logp * batch.mask).sum(-1).mean()
+
+
+def clamped_by_item(batch: Batch) -> Tensor:
+    R = batch.episode_return
+    centred = R - R.clamp(max=100.0 + R.max().item()).mean()
+    return -(centred.unsqueeze(-1) * batch.logp * batch.mask).sum(-1).mean()
+
+
+def list_of_items(batch: Batch) -> Tensor:
+    R = batch.episode_return
+    mean = sum(R.tolist()) / batch.rows
+    return -((R - mean).unsqueeze(-1) * batch.logp * batch.mask).sum(-1).mean()
+
+
+@pytest.mark.parametrize("loss", [item_in_the_loss, clamped_by_item, list_of_items])
+def test_an_item_in_the_loss_falls_to_the_loop(loss: Callable[[Batch], Tensor]) -> None:
+    batch = random_batch(9)
+    found, lane = lane_of(loss, batch)
+    torch.testing.assert_close(found, by_hand(batch), **EXACT)
+    assert lane == "loop"
+
+
+# A branch that is taken on few batches: the first ones, on which lanes are compared, do not show it. The rewards of one
+# batch in `rare_batch` are large, all the others' are small, and all these losses double their scale on the large one.
+
+
+def branch_on_item(batch: Batch) -> Tensor:
+    return (2.0 if batch.reward.sum().item() > 50 else 1.0) * plain(batch)
+
+
+def branch_on_float(batch: Batch) -> Tensor:
+    return (2.0 if float(batch.reward.sum()) > 50 else 1.0) * plain(batch)
+
+
+def branch_on_math(batch: Batch) -> Tensor:
+    return (2.0 if math.sqrt(batch.reward.sum().item() ** 2) > 50 else 1.0) * plain(batch)
+
+
+def branch_on_round(batch: Batch) -> Tensor:
+    return (2.0 if round(batch.reward.sum().item(), 3) > 50 else 1.0) * plain(batch)
+
+
+def compare_with_item(batch: Batch) -> Tensor:
+    """A tensor compared with an item: an outlier filter as many write it."""
+    large = batch.reward.sum() > 50 + 0 * batch.reward.max().item()
+    return torch.where(large, 2.0, 1.0) * plain(batch)
+
+
+def clamp_at_item(batch: Batch) -> Tensor:
+    """clamp(s/50, 1, 2) with a bound that was an item."""
+    scale = (batch.reward.sum() / 50).clamp(min=1.0 + 0 * batch.reward.max().item()).clamp(max=2.0)
+    return scale * plain(batch)
+
+
+def rare_batch() -> Batch:
+    batch = random_batch(12)
+    batch.reward[8, 0, 0] = 1_000.0
+    return batch
+
+
+@pytest.mark.parametrize(
+    "loss", [branch_on_item, branch_on_float, branch_on_math, branch_on_round, compare_with_item, clamp_at_item]
+)
+def test_an_item_that_steers_only_some_batches(loss: Callable[[Batch], Tensor]) -> None:
+    """What `.item()` decides is decided batch by batch, also where the first batches do not show it."""
+    batch = rare_batch()
+    expected = by_hand(batch)
+    expected[8] *= 2.0
+    found, _ = lane_of(loss, batch)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_a_logged_value_that_is_compared_for_the_log_alone() -> None:
+    """A branch that only decides what is logged costs speed, not correctness."""
+
+    def loss(batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        out = plain(batch)
+        return out, ({"high": 1.0} if out.item() > 0 else {})
+
+    batch = random_batch(9)
+    found, lane = lane_of(loss, batch)
+    torch.testing.assert_close(found, by_hand(batch), **EXACT)
+    assert lane == "loop"
+
+
+def test_a_float_for_the_log() -> None:
+    """float(x) is a log line too; whichever lane it takes, the numbers are right."""
+    batch = random_batch(9)
+    found, _ = lane_of(lambda b: (plain(b), float(b.reward.mean())), batch)
+    torch.testing.assert_close(found, by_hand(batch), **EXACT)
+
+
+# -- what a loss may return
+
+
+def test_a_tuple_counts_as_its_first_element() -> None:
+    batch = random_batch(5)
+    found, lane = lane_of(lambda b: (plain(b), {"anything": "at all"}, None), batch)
+    torch.testing.assert_close(found, by_hand(batch), **EXACT)
+    assert lane == "vmap"
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        (lambda b: b.logp.sum(-1), r"returned a tensor of shape \[4\], not a scalar; end it with a sum or a mean"),
+        (lambda b: b.logp, r"returned a tensor of shape \[4, 3\], not a scalar"),
+        (lambda b: b.logp.sum().reshape(1), r"returned a tensor of shape \[1\], not a scalar"),
+        (lambda b: 3.0, "returned float, not a torch tensor"),
+        (lambda b: None, "returned NoneType, not a torch tensor"),
+        (lambda b: (), "returned tuple, not a torch tensor"),
+        (lambda b: {"loss": b.logp.sum()}, "returned dict, not a torch tensor"),
+        (lambda b: (1.0, b.logp.sum()), "returned float, not a torch tensor"),
+        (lambda b: b.logp.sum().item(), "returned float, not a torch tensor"),
+    ],
+)
+@pytest.mark.parametrize("leading", [(), (9,)])
+def test_what_is_no_scalar_is_refused(loss: Callable[[Batch], Any], words: str, leading: tuple[int, ...]) -> None:
+    with pytest.raises(EstimatorError, match=rf"loss 'loss' {words}"):
+        lane_of(loss, random_batch(*leading))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda b: b.reward.sum(),
+        lambda b: b.logp.detach().sum(),
+        lambda b: torch.zeros(()),
+        lambda b: torch.ones((), requires_grad=True) * b.reward.sum(),
+    ],
+)
+@pytest.mark.parametrize("leading", [(), (9,)])
+def test_no_gradient_is_refused(loss: Callable[[Batch], Tensor], leading: tuple[int, ...]) -> None:
+    """A loss that does not depend on batch.logp has no coefficients; zeros would look like an answer."""
+    with pytest.raises(EstimatorError, match="loss 'loss' has no gradient"):
+        lane_of(loss, random_batch(*leading))
+
+
+def test_a_loss_under_no_grad_is_refused() -> None:
+    def loss(batch: Batch) -> Tensor:
+        with torch.no_grad():
+            return plain(batch)
+
+    with pytest.raises(EstimatorError, match=r"no gradient.*torch\.no_grad"):
+        lane_of(loss, random_batch(9))
+
+
+def test_a_batch_with_nothing_to_learn_has_coefficients_zero() -> None:
+    """Unanimous batches that return a constant have no gradient of their own, also when one ends up alone in a block.
+
+    Two arms, G = 64: 65 multisets, so blocks of 64 leave the last, (1, …, 1), by itself.
+    """
+
+    def skips_unanimous(batch: Batch) -> Tensor:
+        R = batch.episode_return
+        if bool((R == R[0]).all()):
+            return torch.zeros((), dtype=R.dtype)
+        return plain(batch)
+
+    problem = bandit([1.0, 0.0], [0.3, -0.2], group_size=64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pgcheck.engines.exact._BLOCK_ELEMENTS", 1)
+        (found,) = exact_moments([from_loss(skips_unanimous)], problem)
+    torch.testing.assert_close(found.mean, problem.gradient() * 63 / 64, **EXACT)
+
+
+@pytest.mark.parametrize("in_loop", [False, True])
+def test_a_loss_that_is_not_a_number_is_refused(in_loop: bool) -> None:
+    """Dividing by a standard deviation that can be zero; the engine shows the batch."""
+
+    def loss(batch: Batch) -> Tensor:
+        R = batch.episode_return
+        if in_loop:
+            assert R.sum().item() > -1e9
+        return -(((R - R.mean()) / R.std()).unsqueeze(-1) * batch.logp).sum(-1).mean()
+
+    problem = bandit([1.0, 0.0], [0.3, -0.2], group_size=2)
+    with pytest.raises(EstimatorError, match=r"'divides' returns nan on the batch with rewards \[\[(\d\.0)\], \[\1\]\]"):
+        exact_moments([from_loss(loss, name="divides")], problem)
+
+
+@pytest.mark.parametrize("leading", [(), (9,)])
+def test_an_exception_in_the_loss_comes_through_with_a_note(leading: tuple[int, ...]) -> None:
+    def loss(batch: Batch) -> Tensor:
+        return batch.logp @ batch.logp
+
+    with pytest.raises(RuntimeError) as caught:
+        lane_of(loss, random_batch(*leading))
+    assert "raised inside the loss 'loss' on a batch of shape [B, T] = [4, 3]" in "\n".join(caught.value.__notes__)
+
+
+def test_an_exception_of_the_users_own_kind_stays_that_kind() -> None:
+    class OwnError(Exception):
+        pass
+
+    def loss(batch: Batch) -> Tensor:
+        raise OwnError("mine")
+
+    with pytest.raises(OwnError, match="mine"):
+        exact_moments([from_loss(loss)], walk(group_size=2))
+
+
+# -- what a loss may not do to its inputs
+
+
+@pytest.mark.parametrize(("loss", "lane"), LANES)
+def test_inputs_are_left_as_they_were(loss: Callable[[Batch], Any], lane: str) -> None:
+    batch = random_batch(9)
+    before = {name: x.clone() for name, x in batch.tensors().items()}
+    lane_of(loss, batch)
+    for name, x in batch.tensors().items():
+        assert torch.equal(x, before[name]), name
+        assert not x.requires_grad, name
+
+
+def in_place(batch: Batch) -> Tensor:
+    """As trainers do: the KL penalty is taken off the rewards in place, then the returns are formed."""
+    rewards = batch.reward
+    rewards -= 0.5 * (batch.behavior_logp - batch.ref_logp)
+    return -(rewards.sum(-1).unsqueeze(-1) * batch.logp * batch.mask).sum(-1).mean()
+
+
+def out_of_place(batch: Batch) -> Tensor:
+    rewards = batch.reward - 0.5 * (batch.behavior_logp - batch.ref_logp)
+    return -(rewards.sum(-1).unsqueeze(-1) * batch.logp * batch.mask).sum(-1).mean()
+
+
+@pytest.mark.parametrize("leading", [(), (3,), (9,)])
+def test_a_loss_that_works_in_place_gives_the_same_numbers(leading: tuple[int, ...]) -> None:
+    """Each evaluation sees the batch as it was, and the caller's batch stays as it was."""
+    batch, same = random_batch(*leading), random_batch(*leading)
+    found, _ = lane_of(in_place, batch)
+    expected, _ = lane_of(out_of_place, same)
+    torch.testing.assert_close(found, expected, **EXACT)
+    assert torch.equal(batch.reward, same.reward)
+
+
+# -- losses on the logits
+
+
+def entropy(batch: Batch) -> Tensor:
+    """−(1/B) Σ H(π(·|k)) over policy positions: an entropy bonus alone."""
+    logp = torch.log_softmax(batch.logits, -1)
+    return ((logp.exp() * logp).sum(-1) * batch.mask).sum(-1).mean()
+
+
+def test_entropy_in_closed_form() -> None:
+    """∂H/∂z_a = −π_a (log π_a + H)."""
+    batch = random_batch(6)
+    found = LossCoefficients(entropy, leaf="logits", name="entropy")(batch)
+    pi = torch.softmax(batch.logits, -1)
+    H = -(pi * pi.log()).sum(-1, keepdim=True)
+    expected = -pi * (pi.log() + H) * batch.mask.unsqueeze(-1) / 4
+    assert found.shape == batch.logits.shape
+    torch.testing.assert_close(found, expected, **EXACT)
+
+
+def test_full_kl_in_closed_form() -> None:
+    """KL(π‖u) to the uniform policy: −∂KL/∂z_a = −π_a (log π_a − log u − KL), with log u = −log A."""
+
+    def kl(batch: Batch) -> Tensor:
+        logp = torch.log_softmax(batch.logits, -1)
+        return ((logp.exp() * (logp + math.log(3))).sum(-1) * batch.mask).sum(-1).mean()
+
+    batch = random_batch(6)
+    found = LossCoefficients(kl, leaf="logits", name="kl")(batch)
+    pi = torch.softmax(batch.logits, -1)
+    distance = (pi * (pi.log() + math.log(3))).sum(-1, keepdim=True)
+    expected = -pi * (pi.log() + math.log(3) - distance) * batch.mask.unsqueeze(-1) / 4
+    torch.testing.assert_close(found, expected, **EXACT)
+
+
+def test_logp_is_recomputed_from_the_logits() -> None:
+    """With leaf="logits", −∂/∂z of −R log π is R (1[a] − π): the same ĝ as leaf="logp"."""
+    batch = random_batch(6)
+    over_logits = LossCoefficients(plain, leaf="logits", name="plain")(batch)
+    c = LossCoefficients(plain, leaf="logp", name="plain")(batch)
+    pi = torch.softmax(batch.logits, -1)
+    drawn = torch.nn.functional.one_hot(batch.action.clamp(min=0), 3)
+    torch.testing.assert_close(over_logits, c.unsqueeze(-1) * (drawn - pi), **EXACT)
+    problem = dialogue(groups=2, group_size=2)
+    a, b = exact_moments([from_loss(plain), from_loss(plain, leaf="logits")], problem)
+    torch.testing.assert_close(a.mean, b.mean, **EXACT)
+    torch.testing.assert_close(a.covariance, b.covariance, **EXACT)
+
+
+def test_logits_lane_in_a_loop() -> None:
+    """A branch on data, and a single batch, give the same as vmap."""
+
+    def with_branch(batch: Batch) -> Tensor:
+        assert batch.reward.sum().item() < 1e9
+        return entropy(batch)
+
+    batch = random_batch(6)
+    slow = LossCoefficients(with_branch, leaf="logits", name="slow")
+    fast = LossCoefficients(entropy, leaf="logits", name="fast")
+    torch.testing.assert_close(slow(batch), fast(batch), **EXACT)
+    assert (slow.lane, fast.lane) == ("loop", "vmap")
+    torch.testing.assert_close(slow(single(batch, 2)), fast(batch)[2], **EXACT)
+
+
+def test_logits_are_there_only_when_asked_for() -> None:
+    """A loss with leaf="logp" that reads batch.logits is told which leaf to declare."""
+    with pytest.raises(LogitsNotAsked, match='leaf="logits"'):
+        exact_moments([from_loss(entropy)], walk(group_size=2))
+
+
+# -- from_loss itself
+
+
+def test_from_loss_passes_its_declarations_on() -> None:
+    e = from_loss(plain, couples="group", name="mine", min_group_size=3)
+    assert (e.name, e.couples, e.leaf, e.min_group_size) == ("mine", "group", "logp", 3)
+    assert from_loss(plain).name == "plain"
+    assert from_loss(plain).couples == "batch"
+    assert [c.kind for c in from_loss(plain).claims] == ["unbiased"]
+
+    class Callable_:
+        def __call__(self, batch: Batch) -> Tensor:
+            return plain(batch)
+
+    assert from_loss(Callable_()).name == "Callable_"
+
+
+def test_one_loss_on_several_problems() -> None:
+    """The lane found on one problem serves the next, of another shape."""
+    estimator = from_loss(logging_item)
+    for problem in (walk(group_size=3), dialogue(groups=2, group_size=2), bandit([1.0, 0.0], [0.3, 0.1], group_size=5)):
+        (found,) = exact_moments([estimator], problem)
+        share = (problem.rows - 1) / problem.rows
+        torch.testing.assert_close(found.mean, share * problem.gradient(), **EXACT)
+
+
+def ppo_clip_loss(batch: Batch) -> Tensor:
+    """−(1/G) Σ_i (1/|o_i|) Σ_t min(r A, clip(r, .8, 1.2) A), A = (R − mean)/(std + 1e-6), population std, one group."""
+    R = batch.episode_return
+    A = ((R - R.mean()) / (R.std(correction=0) + 1e-6)).unsqueeze(-1)
+    ratio = torch.exp(batch.logp - batch.behavior_logp)
+    surrogate = torch.minimum(ratio * A, ratio.clamp(0.8, 1.2) * A)
+    return -((surrogate * batch.mask).sum(-1) / batch.mask.sum(-1)).mean()
+
+
+def test_a_real_ppo_clip_loss_is_the_zoo_entry_off_policy() -> None:
+    """Away from the kinks r = .8, 1.2, autograd and `ppo_clip` agree; both have clipped and unclipped positions."""
+    batch = random_batch(40, seed=3)
+    one_group = replace(batch, group=torch.zeros_like(batch.group))
+    r = (batch.logp - batch.behavior_logp).exp()[batch.mask > 0]
+    assert float((r - 0.8).abs().min()) > 1e-6
+    assert float((r - 1.2).abs().min()) > 1e-6
+    found, lane = lane_of(ppo_clip_loss, one_group)
+    expected = compose(adv.standardised_return("group"), ratio=ratios.ppo_clip(), aggregation=agg.sequence_mean)
+    torch.testing.assert_close(found, expected(one_group), rtol=1e-11, atol=1e-14)
+    assert lane == "vmap"
+    silent = (expected(one_group) == 0) & (batch.mask > 0)
+    assert 0 < int(silent.sum()) < int((batch.mask > 0).sum())
+
+
+def test_a_real_ppo_clip_loss_is_grpo_in_expectation() -> None:
+    """The same over every batch of an off-policy problem."""
+    problem = walk(group_size=3, behavior_logits=[[-0.3, 0.5], [0.6, -0.1]])
+    found, expected = exact_moments([from_loss(ppo_clip_loss, couples="group"), find_estimator("grpo")], problem)
+    torch.testing.assert_close(found.mean, expected.mean, rtol=0, atol=1e-13)
+    torch.testing.assert_close(found.covariance, expected.covariance, rtol=0, atol=1e-13)
