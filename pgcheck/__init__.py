@@ -1,1 +1,69 @@
-"""pgcheck."""
+"""pgcheck: what a policy-gradient estimator really estimates.
+
+    import pgcheck
+    pgcheck.check_estimator(my_loss)      # raises pgcheck.BiasError, or returns a Report
+
+Names are imported on first use, so that `import pgcheck` and `pgcheck --help` do not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_WHERE = {
+    "pgcheck.api": ("as_estimator", "as_problems", "check_estimator", "compare", "moments"),
+    "pgcheck.batch": ("Batch",),
+    "pgcheck.engines.exact": ("exact_moments",),
+    "pgcheck.engines.moments": ("Moments",),
+    "pgcheck.envs.tabular": ("TabularMDP",),
+    "pgcheck.errors": (
+        "BiasError", "BudgetError", "CheckFailed", "EstimatorError", "NotFiniteError", "PgcheckError", "ProblemError",
+        "SuiteError", "TruthError", "UnknownNameError", "UsageError",
+    ),
+    "pgcheck.estimators.base": ("Claim", "Estimator", "biased", "from_coefficients", "proportional", "unbiased"),
+    "pgcheck.estimators.from_loss": ("from_loss",),
+    "pgcheck.policies": ("LinearPolicy", "ModulePolicy", "SoftmaxTable"),
+    "pgcheck.problem": ("Problem",),
+    "pgcheck.runs.report": ("Report",),
+    "pgcheck.trajectories": ("Paths", "Trajectories"),
+}  # fmt: skip
+_MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
+
+__all__ = sorted(_MODULE_OF)  # noqa: PLE0605
+
+if TYPE_CHECKING:
+    from pgcheck.api import as_estimator, as_problems, check_estimator, compare, moments
+    from pgcheck.batch import Batch
+    from pgcheck.engines.exact import exact_moments
+    from pgcheck.engines.moments import Moments
+    from pgcheck.envs.tabular import TabularMDP
+    from pgcheck.errors import (
+        BiasError,
+        BudgetError,
+        CheckFailed,
+        EstimatorError,
+        NotFiniteError,
+        PgcheckError,
+        ProblemError,
+        SuiteError,
+        TruthError,
+        UnknownNameError,
+        UsageError,
+    )
+    from pgcheck.estimators.base import Claim, Estimator, biased, from_coefficients, proportional, unbiased
+    from pgcheck.estimators.from_loss import from_loss
+    from pgcheck.policies import LinearPolicy, ModulePolicy, SoftmaxTable
+    from pgcheck.problem import Problem
+    from pgcheck.runs.report import Report
+    from pgcheck.trajectories import Paths, Trajectories
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'pgcheck' has no attribute '{name}'")
+    return getattr(importlib.import_module(_MODULE_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

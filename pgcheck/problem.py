@@ -108,7 +108,7 @@ class Problem:
         """B, the number of rows of a batch."""
         return sum(self.sizes)
 
-    @property
+    @cached_property
     def group_labels(self) -> Tensor:
         """The group of each row, `[B]`."""
         return torch.repeat_interleave(torch.arange(self.groups), torch.tensor(self.sizes))
@@ -146,10 +146,17 @@ class Problem:
 
     def trajectories_with(self, needs: Sequence[SideTable]) -> Trajectories:
         """The table with the side columns (and auxiliary draws) an estimator declared."""
-        table = self.trajectories
-        for provide in needs:
-            table = provide(table)
-        return table
+        key = tuple(needs)
+        if key not in self._tables:
+            table = self.trajectories
+            for provide in key:
+                table = provide(table)
+            self._tables[key] = table
+        return self._tables[key]
+
+    @cached_property
+    def _tables(self) -> dict[tuple[SideTable, ...], Trajectories]:
+        return {}
 
     # -- facts that conditions of claims refer to
 

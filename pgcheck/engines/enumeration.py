@@ -158,7 +158,7 @@ class Batches:
         """Number of batches to evaluate."""
         return math.prod(choices for *_, choices in self._classes)
 
-    @property
+    @cached_property
     def labels(self) -> Tensor:
         """The group of each row, `[B]`."""
         return torch.repeat_interleave(torch.arange(len(self.sizes)), torch.tensor(self.sizes))
@@ -186,10 +186,12 @@ class Batches:
     def random(self, number: int, *, seed: int) -> Tensor:
         """`number` batches `[number, B]` in which every start and every rollout of it is equally likely."""
         generator = np.random.Generator(np.random.Philox(seed))
-        outcomes = next(iter(self._outcomes.values()))
-        starts = np.flatnonzero([len(m) > 0 for m in outcomes.members])
+        members = next(iter(self._outcomes.values())).members
+        length = np.array([len(m) for m in members])
+        first = np.concatenate([[0], np.cumsum(length)])[:-1]
+        every, starts = np.concatenate(members), np.flatnonzero(length)
         columns = []
         for size in self.sizes:
-            start = generator.choice(starts, size=number)
-            columns.append(np.stack([generator.choice(outcomes.members[s], size=size) for s in start]))
+            start = generator.choice(starts, size=(number, 1))
+            columns.append(every[first[start] + (generator.random((number, size)) * length[start]).astype(np.int64)])
         return torch.from_numpy(np.concatenate(columns, 1))

@@ -153,6 +153,12 @@ def alive_mean_to_go(batch: Batch) -> Tensor:
 # -- normalised by a standard deviation
 
 
+def _spreads(std: Tensor, x: Tensor, same: Tensor, n: Tensor) -> Tensor:
+    """Whether the peers differ by more than rounding; where they do not, 0/0 must not become rounding/rounding."""
+    size = ((same @ (x**2).unsqueeze(-1)).squeeze(-1) / n).sqrt()
+    return std > 16 * torch.finfo(x.dtype).eps * size
+
+
 def standardised_return(over: Over, *, ddof: int = 0, eps: float = 1e-6) -> Advantage:
     """(R − mean) / (std + ε) over the peers; 0 where the peers all agree, whatever ε."""
 
@@ -160,7 +166,7 @@ def standardised_return(over: Over, *, ddof: int = 0, eps: float = 1e-6) -> Adva
         R = batch.episode_return
         same = peers(batch, over)
         std = std_of_peers(R, same, ddof=ddof)
-        spread = std > 1e-12 * mean_of_peers(R**2, same).sqrt()  # equal returns differ by rounding
+        spread = _spreads(std, R, same, same.sum(-1))
         scaled = (R - mean_of_peers(R, same)) / (std + eps).where(spread, torch.ones_like(std))
         return scaled.where(spread, torch.zeros_like(scaled)).unsqueeze(-1)
 
@@ -222,9 +228,9 @@ def anchor_state_advantage(*, own: Literal["exclude", "include"], alone: Fallbac
         acts = batch.mask.flatten(-2)
         same = (flat_state.unsqueeze(-1) == flat_state.unsqueeze(-2)).to(to_go.dtype)
         same = same * acts.unsqueeze(-1) * acts.unsqueeze(-2)
-        same = same * batch.same_group.repeat_interleave(T, -1).repeat_interleave(T, -2)  # [..., BT, BT]
-        own_row = torch.eye(B, dtype=to_go.dtype, device=to_go.device).repeat_interleave(T, -1).repeat_interleave(T, -2)
-        others = same * (1.0 - own_row)
+        row = torch.arange(B, device=to_go.device).unsqueeze(-1).expand(B, T).flatten()  # the row of each position
+        same = same * batch.same_group[..., row, :][..., row]  # [..., BT, BT]
+        others = same * (row.unsqueeze(-1) != row).to(to_go.dtype)
         shared = others.sum(-1) > 0
         counted = others if own == "exclude" else same
         n = counted.sum(-1).clamp(min=1.0)
@@ -232,7 +238,8 @@ def anchor_state_advantage(*, own: Literal["exclude", "include"], alone: Fallbac
         adv = flat_to_go - mean
         if std:
             spread = ((flat_to_go.unsqueeze(-2) - mean.unsqueeze(-1)) ** 2 * counted).sum(-1) / n
-            adv = adv / (spread.sqrt() + eps)
+            spread = spread.sqrt()
+            adv = torch.where(_spreads(spread, flat_to_go, counted, n), adv / (spread + eps), torch.zeros_like(adv))
         adv = torch.where(shared, adv, flat_to_go if alone == "no baseline" else torch.zeros_like(adv))
         return batch.discount_weight * adv.unflatten(-1, (B, T))
 

@@ -103,6 +103,7 @@ class Estimator:
         reference: paper and equation.
         about: what to know about it.
         min_group_size: smaller groups are not asked of it; default 2 where rows are coupled, 1 where they are not.
+            A statistic over the whole batch may say 1: it needs two rows, not two in a group.
         needs: side tables beyond the rows (`pgcheck.side`).
         leaf: `"logits"` if the coefficients are `[..., B, T, A]`, weights on every action's logit.
         shift_invariant: ĝ does not move when the same constant is added to every row's return.
@@ -133,9 +134,8 @@ class Estimator:
             object.__setattr__(self, "min_group_size", 1 if self.couples == "trajectory" else 2)
 
     def fits(self, problem: Problem) -> bool:
-        """Whether the problem's batches are large enough to ask: groups, or for batch-wide statistics the batch."""
-        smallest = min(problem.sizes) if self.couples == "group" else problem.rows
-        return smallest >= self.min_group_size
+        """Whether the problem's groups (and, for coupled rows, its batches) are large enough to ask."""
+        return min(problem.sizes) >= self.min_group_size and (self.couples == "trajectory" or problem.rows >= 2)
 
 
 def from_coefficients(

@@ -173,7 +173,13 @@ class LossCoefficients:
                 f"loss '{self.name}' has no gradient: it does not depend on batch.{self.leaf}. Use batch.logp where the"
                 " policy's log-probabilities enter, without .detach() and outside torch.no_grad()."
             )
-        (gradient,) = torch.autograd.grad(losses.sum(), leaf, allow_unused=True)
+        try:
+            (gradient,) = torch.autograd.grad(losses.sum(), leaf, allow_unused=True)
+        except RuntimeError as error:
+            raise EstimatorError(
+                f"loss '{self.name}' cannot be differentiated: {str(error).splitlines()[0]} If it changes its inputs in place"
+                " (x -= m), write out of place (x = x - m)."
+            ) from None
         if gradient is None:
             raise EstimatorError(f"loss '{self.name}' has no gradient with respect to batch.{self.leaf}.")
         return -gradient.detach()

@@ -202,6 +202,7 @@ _add(
     reference=f"{NOTES}, final comment",
     about="The own return is in the mean and cancels 1/B of the signal: E ĝ = (B−1)/B ∇J, exactly.",
     shift_invariant=True,
+    min_group_size=1,
 )
 
 _add(
@@ -223,6 +224,7 @@ _add(
     formula="Σ_t γ^t (Ĝ_{i,t} − mean_B Ĝ_{j,t}) ∇log π_t,  Ĝ = 0 after the end",
     reference=f"{NOTES}, final comment",
     about="The mean at each t runs over all B rows, finished ones counting zero; that keeps the factor (B−1)/B exact.",
+    min_group_size=1,
 )
 
 _add(
@@ -233,6 +235,7 @@ _add(
     formula="Σ_t γ^t (Ĝ_{i,t} − mean over rows alive at t of Ĝ_{j,t}) ∇log π_t",
     reference="variant of the notes' batch mean; pgcheck",
     about="The mean at t over the rows still running: the number of them is random, and a direction error follows.",
+    min_group_size=1,
 )
 
 _add(
@@ -256,6 +259,7 @@ _add(
     reference="Kool, van Hoof & Welling 2019; Ahmadian et al., arXiv 2402.14740",
     about="RLOO over the whole batch, whatever the prompts: unbiased too, and louder where prompts differ.",
     shift_invariant=True,
+    min_group_size=1,
 )
 
 # -- importance weights
@@ -355,7 +359,7 @@ _add(
     formula="Σ_{i,t} (Ĝ_{i,t} − mean over tokens)/√(var over tokens + ε) ∇log π_t / Σ_i |o_i|",
     reference="REINFORCE++, arXiv 2501.03262 v9",
     about="Whitened over all tokens of the batch, as the public code does; the bias vanishes as 1/B at γ = 1.",
-    shift_invariant=False,
+    min_group_size=1,
 )
 
 _add(

@@ -1,9 +1,10 @@
 """Brute force over ordered tuples of rollouts, in plain Python floats; and the small problems it can afford.
 
-    E ĝ = Σ_(starts) Σ_(tuples) Π q(s_g) Π μ(τ_i | s_g) ĝ(τ_1, …, τ_B),   ĝ[k,a] = Σ_(i,t at k) c[i,t] (1[a = a_it] − π(a|k))
+    E ĝ = Σ_(starts) Σ_(tuples) Π q(s_g) Π μ(τ_i | s_g) ĝ(τ_1, …, τ_B)
+    ĝ[k,a] = Σ_(i,t at k) c[i,t] (1[a = a_it] − π(a|k))
 
-Guarantee: shares no code with `pgcheck.engines`. No multiset, no multinomial weight, no block, no claim about which rows
-a coefficient looks at: every tuple of starts, and for each every tuple of rollouts, is one batch `[B, T]`.
+Guarantee: shares no code with `pgcheck.engines`. No multiset, no multinomial weight, no block, nothing assumed about
+which rows a coefficient looks at: every tuple of starts, and for each every tuple of rollouts, is one batch `[B, T]`.
 """
 
 from __future__ import annotations

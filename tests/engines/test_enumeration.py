@@ -176,7 +176,7 @@ def test_random_batches_respect_the_starts() -> None:
 
 
 def test_random_leaves_global_generators_alone() -> None:
-    state, torch_state = np.random.get_state()[1].copy(), torch.get_rng_state()  # noqa: NPY002
+    state, torch_state = np.random.get_state()[1].copy(), torch.get_rng_state()
     Batches(walk().trajectories, (2,)).random(10, seed=0)
-    assert np.array_equal(np.random.get_state()[1], state)  # noqa: NPY002
+    assert np.array_equal(np.random.get_state()[1], state)
     assert torch.equal(torch.get_rng_state(), torch_state)

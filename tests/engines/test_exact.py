@@ -80,7 +80,7 @@ def test_every_registered_estimator_agrees_with_brute_force(name: str) -> None:
 
 @pytest.mark.parametrize("sizes", [(2,), (1, 1)])
 def test_side_tables_and_auxiliary_draws_agree_with_brute_force(sizes: tuple[int, ...]) -> None:
-    """Side columns ride along; VinePPO's continuations split each rollout into its outcomes, which are drawn with it."""
+    """Side columns ride along; VinePPO's continuations split each rollout into their outcomes."""
     problem = walk(groups=len(sizes), group_size=sizes)
     asked = [e for e in registered_estimators().values() if e.fits(problem) and e.needs]
     assert {"vineppo(K=1)", "baselined(optimal_constant)", "baselined(next_action)"} <= {e.name for e in asked}
@@ -173,7 +173,7 @@ ORDERED_CASES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[], Problem]
     "next row, three rows": (next_row, lambda: bandit([1.0, 0.25, -0.5], [0.3, -0.2, 0.4], group_size=3)),
     "next row, four rows": (next_row, lambda: bandit([1.0, 0.25, -0.5], [0.3, -0.2, 0.4], group_size=4)),
     "tiled means": (tiled_means, lambda: dialogue(groups=2, group_size=2)),
-    "next group": (next_group, lambda: bandit([1.0, 0.25], [0.3, -0.2], groups=3, group_size=2)),
+    "next group": (next_group, lambda: bandit([1.0, 0.25, -0.5], [0.3, -0.2, 0.4], groups=3, group_size=2)),
     "next row, three groups of one": (next_row, lambda: dialogue(groups=3, group_size=1)),
 }
 
@@ -301,23 +301,16 @@ def test_many_at_once_are_the_same_as_one_at_a_time() -> None:
         assert found.enumerated == alone.enumerated
 
 
-def test_one_that_changes_its_batch_does_not_change_the_next() -> None:
-    """Coefficients that overwrite the rewards they were handed are refused, or hurt nobody."""
+def test_one_that_changes_its_batch_is_refused() -> None:
+    """All estimators share the blocks, so nobody may write to them."""
 
     def rude(batch: Batch) -> Tensor:
         R = batch.reward.sum(-1)
         batch.reward.mul_(0.0)
         return (R / batch.rows).unsqueeze(-1) * batch.mask
 
-    problem = walk(group_size=2)
-    asked = [from_coefficients(rude, couples="batch", name="rude"), find_estimator("batch_mean")]
-    (alone,) = exact_moments(asked[1:], problem)
-    try:
-        found = exact_moments(asked, problem)[1]
-    except EstimatorError as error:
-        assert "rude" in str(error)
-        return
-    assert torch.equal(found.mean, alone.mean)
+    with pytest.raises(EstimatorError, match=r"'rude' changes its inputs: batch\.reward"):
+        exact_moments([from_coefficients(rude), find_estimator("batch_mean")], walk(group_size=2))
 
 
 def test_the_same_call_gives_the_same_bytes() -> None:
@@ -337,9 +330,7 @@ def test_a_true_zero_is_a_zero() -> None:
 
 def test_covariance_is_symmetric_and_falls_as_one_over_groups() -> None:
     """Independent groups: Cov of `groups` of them is Cov of one over `groups`."""
-    one, four = (
-        exact_moments([find_estimator("leave_one_out")], dialogue(groups=g, group_size=2))[0] for g in (1, 4)
-    )
+    one, four = (exact_moments([find_estimator("leave_one_out")], dialogue(groups=g, group_size=2))[0] for g in (1, 4))
     assert torch.equal(one.covariance, one.covariance.T)
     torch.testing.assert_close(four.covariance, one.covariance / 4, rtol=0, atol=1e-14)
     torch.testing.assert_close(four.mean, one.mean, rtol=0, atol=1e-15)
@@ -439,7 +430,7 @@ def test_not_a_number_shows_the_batch() -> None:
         return (adv / batch.rows).unsqueeze(-1) * batch.mask
 
     problem = bandit([1.0, 0.0], [0.3, -0.2], group_size=2)
-    with pytest.raises(EstimatorError, match=r"'divided' returns nan on the batch with rewards \[\[(\d\.0)\], \[\1\]\]"):
+    with pytest.raises(EstimatorError, match=r"'divided' returns nan on .* rewards \[\[(\d\.0)\], \[\1\]\]"):
         exact_moments([from_coefficients(divided)], problem)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pgcheck.errors import EstimatorError, UnknownNameError, UsageError
-from pgcheck.estimators import base, zoo  # noqa: F401  (zoo fills the registry)
+from pgcheck.estimators import base, zoo
 from pgcheck.estimators.base import (
     Claim,
     Estimator,
@@ -64,9 +64,7 @@ def test_names_and_aliases_share_one_space(name: str, aliases: tuple[str, ...]) 
 
 
 @pytest.mark.usefixtures("own_registry")
-@pytest.mark.parametrize(
-    ("field", "empty"), [("claims", ()), ("formula", ""), ("reference", ""), ("about", "")]
-)
+@pytest.mark.parametrize(("field", "empty"), [("claims", ()), ("formula", ""), ("reference", ""), ("about", "")])
 def test_an_entry_states_what_it_is(field: str, empty: Any) -> None:
     with pytest.raises(EstimatorError, match=f"'mine': {field} is empty"):
         register(entry(**{field: empty}))
@@ -142,7 +140,11 @@ def test_min_group_size_follows_from_couples() -> None:
 
 def test_fits_asks_for_groups_or_for_the_batch() -> None:
     """Group statistics need every group large enough; batch statistics, the batch."""
-    ones, pairs, mixed = dialogue(groups=3, group_size=1), dialogue(groups=2, group_size=2), dialogue(groups=2, group_size=(3, 1))
+    ones, pairs, mixed = (
+        dialogue(groups=3, group_size=1),
+        dialogue(groups=2, group_size=2),
+        dialogue(groups=2, group_size=(3, 1)),
+    )
     group, batch, row = (find_estimator(n) for n in ("leave_one_out", "leave_one_out(batch)", "reinforce"))
     assert [group.fits(p) for p in (ones, pairs, mixed)] == [False, True, False]
     assert [batch.fits(p) for p in (ones, pairs, mixed)] == [True, True, True]

@@ -325,7 +325,7 @@ def test_a_batch_with_nothing_to_learn_has_coefficients_zero() -> None:
 
     def skips_unanimous(batch: Batch) -> Tensor:
         R = batch.episode_return
-        if bool((R == R[0]).all()):
+        if len(set(R.tolist())) == 1:
             return torch.zeros((), dtype=R.dtype)
         return plain(batch)
 
@@ -347,7 +347,7 @@ def test_a_loss_that_is_not_a_number_is_refused(in_loop: bool) -> None:
         return -(((R - R.mean()) / R.std()).unsqueeze(-1) * batch.logp).sum(-1).mean()
 
     problem = bandit([1.0, 0.0], [0.3, -0.2], group_size=2)
-    with pytest.raises(EstimatorError, match=r"'divides' returns nan on the batch with rewards \[\[(\d\.0)\], \[\1\]\]"):
+    with pytest.raises(EstimatorError, match=r"'divides' returns nan on .* rewards \[\[(\d\.0)\], \[\1\]\]"):
         exact_moments([from_loss(loss, name="divides")], problem)
 
 
@@ -388,23 +388,14 @@ def test_inputs_are_left_as_they_were(loss: Callable[[Batch], Any], lane: str) -
 def in_place(batch: Batch) -> Tensor:
     """As trainers do: the KL penalty is taken off the rewards in place, then the returns are formed."""
     rewards = batch.reward
-    rewards -= 0.5 * (batch.behavior_logp - batch.ref_logp)
+    rewards -= 0.5 * (1.0 + batch.behavior_logp - batch.ref_logp)
     return -(rewards.sum(-1).unsqueeze(-1) * batch.logp * batch.mask).sum(-1).mean()
 
 
-def out_of_place(batch: Batch) -> Tensor:
-    rewards = batch.reward - 0.5 * (batch.behavior_logp - batch.ref_logp)
-    return -(rewards.sum(-1).unsqueeze(-1) * batch.logp * batch.mask).sum(-1).mean()
-
-
-@pytest.mark.parametrize("leading", [(), (3,), (9,)])
-def test_a_loss_that_works_in_place_gives_the_same_numbers(leading: tuple[int, ...]) -> None:
-    """Each evaluation sees the batch as it was, and the caller's batch stays as it was."""
-    batch, same = random_batch(*leading), random_batch(*leading)
-    found, _ = lane_of(in_place, batch)
-    expected, _ = lane_of(out_of_place, same)
-    torch.testing.assert_close(found, expected, **EXACT)
-    assert torch.equal(batch.reward, same.reward)
+def test_a_loss_that_works_in_place_is_refused() -> None:
+    """A later evaluation of the same rows would see what an earlier one did to them."""
+    with pytest.raises(EstimatorError, match=r"'in_place' changes its inputs: batch\.reward"):
+        exact_moments([from_loss(in_place)], dialogue(groups=2, group_size=2))
 
 
 # -- losses on the logits
@@ -487,11 +478,11 @@ def test_from_loss_passes_its_declarations_on() -> None:
     assert from_loss(plain).couples == "batch"
     assert [c.kind for c in from_loss(plain).claims] == ["unbiased"]
 
-    class Callable_:
+    class LossObject:
         def __call__(self, batch: Batch) -> Tensor:
             return plain(batch)
 
-    assert from_loss(Callable_()).name == "Callable_"
+    assert from_loss(LossObject()).name == "LossObject"
 
 
 def test_one_loss_on_several_problems() -> None:
@@ -528,8 +519,11 @@ def test_a_real_ppo_clip_loss_is_the_zoo_entry_off_policy() -> None:
 
 
 def test_a_real_ppo_clip_loss_is_grpo_in_expectation() -> None:
-    """The same over every batch of an off-policy problem."""
+    """The same over every batch of an off-policy problem.
+
+    To 1e-10: in a unanimous group the loss divides one rounding of its mean, 1e-16, by ε = 1e-6; the entry gives 0.
+    """
     problem = walk(group_size=3, behavior_logits=[[-0.3, 0.5], [0.6, -0.1]])
     found, expected = exact_moments([from_loss(ppo_clip_loss, couples="group"), find_estimator("grpo")], problem)
-    torch.testing.assert_close(found.mean, expected.mean, rtol=0, atol=1e-13)
-    torch.testing.assert_close(found.covariance, expected.covariance, rtol=0, atol=1e-13)
+    torch.testing.assert_close(found.mean, expected.mean, rtol=0, atol=1e-10)
+    torch.testing.assert_close(found.covariance, expected.covariance, rtol=0, atol=1e-10)

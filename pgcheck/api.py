@@ -1,0 +1,209 @@
+"""The library's doors: `check_estimator`, `compare`, `moments`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+
+from pgcheck import named_problems
+from pgcheck.batch import LogitsNotAsked
+from pgcheck.engines.enumeration import Batches
+from pgcheck.engines.exact import DEFAULT_BUDGET, Progress, exact_moments
+from pgcheck.engines.moments import Moments
+from pgcheck.errors import BiasError, CheckFailed, EstimatorError, UsageError
+from pgcheck.estimators import zoo
+from pgcheck.estimators.base import Claim, Estimator, find_estimator, proportional, unbiased
+from pgcheck.estimators.from_loss import from_loss
+from pgcheck.problem import Problem, find_problem, registered_problems
+from pgcheck.render.messages import BIAS_CHECKS, failure_message
+from pgcheck.runs.report import Report
+from pgcheck.runs.runner import run
+from pgcheck.runs.suite import problems_matching
+from pgcheck.verdicts.diagnose import diagnose
+from pgcheck.verdicts.verdict import RTOL, measure
+
+assert_loaded = (named_problems, zoo)  # importing them fills the registries
+
+AnyEstimator = Estimator | str | Callable[..., Any]
+AnyProblem = Problem | str
+Engine = Literal["exact"]
+
+THETAS = 2
+
+
+def as_estimator(estimator: AnyEstimator) -> Estimator:
+    """An estimator as it is, by name, or from a plain callable taken as a loss over one batch `[B, T]`.
+
+    A loss that reads `batch.logits` gets `leaf="logits"`.
+
+    Raises:
+        UnknownNameError: no estimator of that name.
+        EstimatorError: neither an estimator, nor a name, nor callable.
+    """
+    if isinstance(estimator, Estimator):
+        return estimator
+    if isinstance(estimator, str):
+        return find_estimator(estimator)
+    if not callable(estimator):
+        raise EstimatorError(
+            f"estimator: {estimator!r} is neither an Estimator, nor the name of one, nor a loss `batch -> scalar`."
+        )
+    made = from_loss(estimator)
+    probe = find_problem("dialogue/two-turn")
+    index = Batches(probe.trajectories, probe.sizes).random(1, seed=0)[0]
+    try:
+        made.coefficients(probe.trajectories.batch(index, probe.group_labels))
+    except LogitsNotAsked:
+        return from_loss(estimator, leaf="logits")
+    except Exception:  # the run will meet it, and say on which problem
+        return made
+    return made
+
+
+def command_name(estimator: AnyEstimator) -> str:
+    """How the command line names it: a registered name, or `module:function` for code of the user's."""
+    if isinstance(estimator, str):
+        return f"'{estimator}'" if "(" in estimator else estimator
+    if isinstance(estimator, Estimator):
+        estimator = getattr(estimator.coefficients, "loss", estimator.coefficients)
+    module = getattr(estimator, "__module__", "your_module")
+    if module == "__main__":
+        module = Path(getattr(sys.modules["__main__"], "__file__", None) or "your_module.py").stem
+    return f"{module}:{getattr(estimator, '__qualname__', type(estimator).__name__)}"
+
+
+def as_problems(problems: AnyProblem | Sequence[AnyProblem]) -> list[Problem]:
+    """Problems from a set ("core": on-policy; "off-policy"; "all"; each at two θ), ids, patterns, or as they are.
+
+    Raises:
+        UnknownNameError: no such problem; suggests the nearest.
+    """
+    if isinstance(problems, Problem):
+        return [problems]
+    if not isinstance(problems, str):
+        return [p for entry in problems for p in as_problems(entry)]
+    off = [name for name in registered_problems() if name.startswith("off-policy/")]
+    sets = {
+        "core": [name for name in registered_problems() if name not in off],
+        "off-policy": off,
+        "all": list(registered_problems()),
+    }
+    if problems in sets:
+        return problems_matching(sets[problems], thetas=THETAS)
+    return problems_matching([problems])
+
+
+def _claim(claim: str | Claim) -> Claim:
+    if isinstance(claim, Claim):
+        return claim
+    made = {"unbiased": unbiased(), "proportional": proportional()}
+    if claim not in made:
+        raise UsageError(f"claim: {claim!r}; expected 'unbiased', 'proportional', or a pgcheck Claim.")
+    return made[claim]
+
+
+def check_estimator(
+    estimator: AnyEstimator,
+    problems: AnyProblem | Sequence[AnyProblem] = "core",
+    *,
+    claim: str | Claim | None = None,
+    checks: Sequence[str] | None = None,
+    budget: int = DEFAULT_BUDGET,
+    rtol: float = RTOL,
+    progress: Progress | None = None,
+) -> Report:
+    """Judge an estimator's claims, exactly, and everything else a correct loss has.
+
+    Args:
+        estimator: a loss `batch -> scalar`, an `Estimator`, or the name of one.
+        problems: `"core"` (every on-policy problem at two θ), `"off-policy"`, `"all"`, an id, a pattern, a `Problem`, or
+            several of those.
+        claim: what to judge instead of the estimator's own claims; a plain loss claims `"unbiased"`.
+        checks: names of checks; default, all.
+        budget: most batches enumerated on one problem.
+        rtol: tolerance relative to max(‖∇J‖, √E‖ĝ‖²).
+
+    Returns:
+        The report, if every check passed.
+
+    Raises:
+        BiasError: E ĝ contradicts the claim.
+        CheckFailed: any other check failed, or nothing could be checked.
+        UsageError: the estimator or a problem cannot be used.
+    """
+    e = as_estimator(estimator)
+    if claim is not None:
+        e = replace(e, claims=(_claim(claim),))
+    chosen = as_problems(problems)
+    report = run([e], chosen, suite="check", checks=checks, budget=budget, rtol=rtol, progress=progress)
+    if report.exit_code == 0:
+        return report
+    if report.exit_code == 5 or not any(v.check not in ("finite",) for v in report.verdicts):
+        raise CheckFailed(
+            f"{e.name}: nothing was checked: no claim applies on the {len(chosen)} problem(s) given, or their batches are"
+            f" too small (it needs groups of {e.min_group_size}).",
+            report=report,
+        )
+    message = explain_failure(e, chosen, report, command=command_name(estimator))
+    kind = BiasError if any(v.check in BIAS_CHECKS for v in report.failures) else CheckFailed
+    raise kind(message, report=report)
+
+
+def explain_failure(estimator: Estimator, problems: Sequence[Problem], report: Report, command: str | None = None) -> str:
+    """The failure message of one estimator, with a cause found by trying."""
+    measured = {m.problem for m in report.measurements if m.estimator == estimator.name}
+    failed = {v.problem for v in report.failures if v.estimator == estimator.name and v.check in BIAS_CHECKS}
+    found = None
+    if failed & measured:
+        pairs = [p for p in problems if p.name in measured]
+        numbers = [measure(estimator, p, exact_moments([estimator], p)[0]) for p in pairs]
+        found = diagnose(estimator, pairs, numbers)
+    return failure_message(report, estimator.name, diagnosis=found, command=command)
+
+
+def moments(
+    estimator: AnyEstimator,
+    problem: AnyProblem,
+    *,
+    engine: Engine = "exact",
+    budget: int = DEFAULT_BUDGET,
+    progress: Progress | None = None,
+) -> Moments:
+    """E ĝ and Cov ĝ of one batch, in logit space.
+
+    Raises:
+        BudgetError: the batches are too many to enumerate; the message has the numbers and the nearest plan that fits.
+    """
+    if engine != "exact":
+        raise UsageError(f"engine: {engine!r} is not one of exact.")
+    (one,) = as_problems(problem)
+    (found,) = exact_moments([as_estimator(estimator)], one, budget=budget, progress=progress)
+    return found
+
+
+def compare(
+    estimators: Sequence[AnyEstimator],
+    problems: AnyProblem | Sequence[AnyProblem],
+    *,
+    budget: int = DEFAULT_BUDGET,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
+    """Bias and variance of several estimators on the same batches, one row each.
+
+    Columns: estimator, problem, finding, rel, scale, cosine, off_axis, bias, variance (tr Cov ĝ of one batch), mse, snr,
+    batches (None: exact).
+    """
+    rows = []
+    chosen = [as_estimator(e) for e in estimators]
+    for p in as_problems(problems):
+        for e, m in zip(chosen, exact_moments(chosen, p, budget=budget, progress=progress), strict=True):
+            x = measure(e, p, m)
+            names = ("estimator", "problem", "finding", "rel", "scale", "cosine", "off_axis", "bias")
+            more = {"variance": x.total_variance, "mse": x.mse, "snr": x.snr, "batches": x.batches}
+            rows.append({**{name: getattr(x, name) for name in names}, **more})
+    return pd.DataFrame(rows)

@@ -1,0 +1,43 @@
+"""Report files on disk: whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from pgcheck.errors import UsageError
+from pgcheck.render.html import html
+from pgcheck.render.markdown import markdown
+from pgcheck.runs.report import Report
+
+
+def write_report(report: Report, folder: Path) -> list[Path]:
+    """report.json, report.md and report.html in `folder`; all rendered before the first is written."""
+    texts = {"report.json": report.to_json(), "report.md": markdown(report), "report.html": html(report)}
+    return write_all({folder / name: text for name, text in texts.items()})
+
+
+def write_all(texts: dict[Path, str]) -> list[Path]:
+    """Write every file beside its place first, then move all of them there.
+
+    Raises:
+        UsageError: a folder cannot be made or written to.
+    """
+    waiting: list[tuple[Path, Path]] = []
+    try:
+        for path, text in texts.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            waiting.append((Path(name), path))
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+            Path(name).chmod(0o644)
+        for temporary, path in waiting:
+            temporary.replace(path)
+    except OSError as error:
+        raise UsageError(f"out: cannot write {error.filename}: {error.strerror}.") from None
+    finally:
+        for temporary, _ in waiting:
+            temporary.unlink(missing_ok=True)
+    return list(texts)

@@ -1,0 +1,131 @@
+"""Failure messages: what, where, measured, allowed, most likely cause, next command."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pgcheck.runs.report import MeasurementRow, Report, VerdictRow
+from pgcheck.verdicts.checks import find_check
+from pgcheck.verdicts.diagnose import Diagnosis
+from pgcheck.verdicts.verdict import Status
+
+BIAS_CHECKS = ("unbiased", "proportional", "biased", "expected_finding")
+
+
+def number(x: float | None) -> str:
+    """Four significant digits; — for "no such number"."""
+    return "—" if x is None else f"{x:.4g}"
+
+
+def first_sentence(page: str) -> str:
+    """The opening line of a docstring."""
+    return page.strip().split("\n")[0]
+
+
+def cause_of(diagnosis: Diagnosis) -> str:
+    """A diagnosis in words."""
+    if diagnosis.kind == "pattern":
+        return f"it is right on every problem but those where {diagnosis.subject} ({diagnosis.problems} problems compared)"
+    name = "the exact gradient" if diagnosis.subject == "the gradient" else f"`{diagnosis.subject}`"
+    if not diagnosis.factor:
+        return f"in expectation this is {name}, on all {diagnosis.problems} problems compared"
+    hints = {
+        "−1": "the sign is flipped: a loss is minimised, coefficients ascend",
+        "B": "summed over rows where the mean is meant",
+        "1/B": "divided by the number of rows twice",
+        "(B−1)/B": "the own return is in the mean over the batch that is subtracted from it",
+        "G−1 over G": "the own return is in the mean over the group that is subtracted from it",
+    }
+    factor = {"G−1 over G": "(G−1)/G"}.get(diagnosis.factor, diagnosis.factor)
+    hint = f": {hints[diagnosis.factor]}" if diagnosis.factor in hints else ": a constant factor"
+    return f"in expectation this is {factor} × {name}, on all {diagnosis.problems} problems compared{hint}"
+
+
+def _lines(rows: Sequence[tuple[str, str]]) -> str:
+    return "\n".join(f"  {name:<9} {text}" for name, text in rows)
+
+
+def failure_message(
+    report: Report, estimator: str, *, diagnosis: Diagnosis | None = None, command: str | None = None
+) -> str:
+    """Everything a reader needs about one estimator's failed checks, the worst bias first."""
+    failures = [v for v in report.failures if v.estimator == estimator]
+    bias = [v for v in failures if v.check in BIAS_CHECKS]
+    others = [v for v in failures if v.check not in BIAS_CHECKS]
+    parts = []
+    shown = command or estimator
+    if bias:
+        parts.append(_bias_part(report, estimator, bias, diagnosis, shown))
+    for check in dict.fromkeys(v.check for v in others):
+        of_check = [v for v in others if v.check == check]
+        parts.append(_check_part(estimator, of_check))
+    return "\n\n".join(parts)
+
+
+def _bias_part(
+    report: Report, estimator: str, failures: Sequence[VerdictRow], diagnosis: Diagnosis | None, command: str
+) -> str:
+    undecided = [v for v in failures if v.status is Status.INCONCLUSIVE]
+    if len(undecided) == len(failures):
+        return f"{estimator}: INCONCLUSIVE on {len(undecided)} problem(s): {undecided[0].reason}"
+    failed = [v for v in failures if v.status is Status.FAIL]
+    worst = max(failed, key=lambda v: v.measured or 0.0)
+    asked = [v for v in report.verdicts if (v.estimator, v.check) == (estimator, worst.check)]
+    if worst.check == "biased":
+        return f"{estimator} claims to be biased, but no bias was found:\n" + _lines(
+            [
+                ("what", f"E ĝ = ∇J on every problem that meets the claim's conditions (worst: {worst.reason})"),
+                ("measured", number(worst.measured)),
+                ("allowed", f"more than {number(worst.allowed)}, somewhere"),
+                ("cause", "the estimator was mended and its claim is stale, or the problems have a blind spot"),
+                ("next", "claim unbiased(), or add a problem that shows the bias"),
+            ]
+        )
+    if worst.check == "expected_finding":
+        return f"{estimator} on {worst.problem}: {worst.reason}"
+    m = report.cell(estimator, worst.problem)
+    claim = "E ĝ = ∇J" if worst.check == "unbiased" else "E ĝ = κ ∇J"
+    if worst.claimed_scale is not None and worst.check == "proportional":
+        claim += f" with κ = {number(worst.claimed_scale)}"
+    rows = [("what", f"{claim} does not hold on '{worst.problem}', the worst of them; exact, no sampling error")]
+    if m is not None:
+        rows.append(("where", f"context {m.worst_context}, action {m.worst_action}: {_at(m)}"))
+        rows.append(
+            (
+                "measured",
+                f"{number(worst.measured)} of max(‖∇J‖, √E‖ĝ‖²)  (rel {number(m.rel)}, scale {number(m.scale)}, "
+                f"cosine {number(m.cosine)}, off_axis {number(m.off_axis)})",
+            )
+        )
+    rows.append(("allowed", number(worst.allowed)))
+    rows.append(("cause", cause_of(diagnosis) if diagnosis else "no known estimator has this expectation"))
+    against = diagnosis.subject if diagnosis and diagnosis.kind == "identity" else "reward_to_go"
+    against = "reward_to_go" if against == "the gradient" else against
+    rows.append(("next", f"pgcheck compare {command} '{against}' --problem {worst.problem}"))
+    if any(f.check == "unbiased" for f in failed) and _only_scale(report, estimator):
+        rows.append(("note", "the direction is right everywhere; if the factor is meant, claim proportional()"))
+    return f"{estimator} is not {worst.check}: {len(failed)} of {len(asked)} problems contradict the claim.\n" + _lines(rows)
+
+
+def _at(m: MeasurementRow) -> str:
+    k, a = m.worst_context, m.worst_action
+    return f"E ĝ = {m.expected[k][a]:+.6g}, ∇J = {m.truth[k][a]:+.6g}"
+
+
+def _only_scale(report: Report, estimator: str) -> bool:
+    findings = {m.finding for m in report.measurements if m.estimator == estimator}
+    return "proportional" in findings and "biased" not in findings
+
+
+def _check_part(estimator: str, failures: Sequence[VerdictRow]) -> str:
+    first = failures[0]
+    page = find_check(first.check).page
+    where = ", ".join(v.problem for v in failures[:3]) + (" …" if len(failures) > 3 else "")
+    rows = [("what", first_sentence(page)), ("where", where)]
+    if first.reason:
+        rows.append(("found", first.reason))
+    else:
+        rows.append(("measured", f"{number(first.measured)} (relative to the largest coefficient)"))
+        rows.append(("allowed", number(first.allowed)))
+    rows.append(("next", f"pgcheck explain {first.check}"))
+    return f"{estimator} fails {first.check}.\n" + _lines(rows)
