@@ -45,7 +45,7 @@ def problem_of(contract: dict[str, Any], *, off_policy: bool, groups: int, group
 
 
 def tensor(x: Any) -> torch.Tensor:
-    return torch.tensor(x, dtype=torch.float64)
+    return torch.as_tensor(x, dtype=torch.float64)
 
 
 def assert_close(found: torch.Tensor, expected: Any) -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -253,6 +253,7 @@ def _verify_couples(estimator: Estimator, problem: Problem, table: Trajectories)
     parts, low = [], 0
     for size in sizes:
         part = batch.map(lambda x, low=low, size=size: x[:, low : low + size])  # type: ignore[misc]
+        part = replace(part, group=part.group - part.group[:, :1])  # enumerated alone, a group is number 0
         parts.append(coefficients_of(estimator, part) * (size / problem.rows))
         low += size
     if not _close(torch.cat(parts, 1), whole):
@@ -266,31 +267,42 @@ def _verify_couples(estimator: Estimator, problem: Problem, table: Trajectories)
 def _row_order_is_free(estimator: Estimator, problem: Problem, table: Trajectories) -> bool:
     """ĝ does not move when rows are permuted inside their groups and groups of equal size among each other."""
     index, batch = _probe(problem, table, estimator)
-    order = permuted_rows(problem, seed=1)
-    labels = problem.group_labels
-    moved = table.batch(index[:, order], labels, logits=estimator.leaf == "logits")
-    return _close(coefficients_of(estimator, moved), coefficients_of(estimator, batch)[:, order])
+    labels, here = problem.group_labels, coefficients_of(estimator, batch)
+    for order in row_orders(problem):
+        moved = table.batch(index[:, order], labels, logits=estimator.leaf == "logits")
+        if not _close(coefficients_of(estimator, moved), here[:, order]):
+            return False
+    return True
 
 
-def permuted_rows(problem: Problem, *, seed: int) -> Tensor:
-    """A row order `[B]` that permutes groups of equal size, and rows inside each group; never the identity if B > 1."""
-    generator = torch.Generator().manual_seed(seed)
-    low = [0]
+def row_orders(problem: Problem) -> list[Tensor]:
+    """Row orders `[B]` that together generate every exchange of rows in a group, and of groups of one size.
+
+    A transposition of the first two and a rotation generate all permutations; one permutation alone can miss an
+    estimator that happens to be invariant under it (a roll, a pairing, a fixed row).
+    """
+    first = [0]
     for size in problem.sizes:
-        low.append(low[-1] + size)
-    target = list(range(problem.groups))
-    for size in set(problem.sizes):
+        first.append(first[-1] + size)
+    blocks = [list(range(low, low + size)) for low, size in zip(first, problem.sizes, strict=False)]
+
+    def generators(n: int) -> list[list[int]]:
+        found = [[1, 0, *range(2, n)]] if n > 1 else []
+        return found + ([[*range(1, n), 0]] if n > 2 else [])
+
+    orders = []
+    for size in sorted(set(problem.sizes)):
         same = [g for g, s in enumerate(problem.sizes) if s == size]
-        for g, h in zip(same, same[1:] + same[:1], strict=True):  # a rotation moves every group
-            target[g] = h
-    rows = []
-    for g in target:
-        n = problem.sizes[g]
-        inside = torch.randperm(n, generator=generator)
-        if n > 1 and bool((inside == torch.arange(n)).all()):
-            inside = inside.flip(0)
-        rows.append(low[g] + inside)
-    return torch.cat(rows)
+        for inside in generators(size):
+            moved = list(blocks)
+            moved[same[0]] = [blocks[same[0]][i] for i in inside]
+            orders.append(moved)
+        for among in generators(len(same)):
+            moved = list(blocks)
+            for g, h in zip(same, among, strict=True):
+                moved[g] = blocks[same[h]]
+            orders.append(moved)
+    return [torch.tensor([i for block in order for i in block]) for order in orders]
 
 
 # -- the budget
@@ -305,14 +317,14 @@ def _refuse_if_too_large(
         return
     why = f", at {LOOP_COST} each because the loss only runs in a loop" if cost > 1 else ""
     how = "ordered batches (the estimator depends on the order of its rows)" if plan.ordered else "batches"
-    nearest = _nearest_that_fits(problem, table, plan, budget // cost)
+    nearest = _nearest_that_fits(estimator, problem, table, plan, budget // cost)
     raise BudgetError(
         f"estimator '{estimator.name}' on '{problem.name}' needs {batches.count:,} {how}{why} ({len(table):,} rollouts,"
         f" groups={problem.groups}, group_size={problem.group_size}); the budget is {budget:,}. {nearest}"
     )
 
 
-def _nearest_that_fits(problem: Problem, table: Trajectories, plan: _Plan, budget: int) -> str:
+def _nearest_that_fits(estimator: Estimator, problem: Problem, table: Trajectories, plan: _Plan, budget: int) -> str:
     """The plan with the most rows, then the most groups, that fits."""
     largest = max(problem.sizes)
     fits = []
@@ -320,7 +332,7 @@ def _nearest_that_fits(problem: Problem, table: Trajectories, plan: _Plan, budge
         for size in range(largest, 0, -1):
             sizes = (size,) if plan.couples == "group" else (size,) * groups
             n = Batches(table, sizes, plan.ordered).count
-            if n <= budget:
+            if n <= budget and estimator.fits(problem.with_sampling(groups=groups, group_size=size)):
                 fits.append((groups * size, groups, size, n))
                 break
     if not fits:

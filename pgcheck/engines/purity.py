@@ -43,6 +43,8 @@ def find_impurity(estimator: Estimator, batch: Batch) -> Impurity | None:
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()
     try:
         first = estimator.coefficients(given)
+        if not isinstance(first, Tensor):
+            return None  # the engine says so
         derived = [name for name in _DERIVED if name in vars(given)]  # computed once and shared by all estimators
         now = given.tensors() | {name: getattr(given, name) for name in derived}
         before_call = kept.tensors() | {name: getattr(kept, name) for name in derived}

@@ -34,23 +34,29 @@ _VERIFIED_BATCHES = 4
 _LANES = ("vmap", "vmap, logged items", "loop")
 
 
-class _Logged(float):
-    """What `.item()` returns under vmap: good for a log line, and for nothing that would steer the loss."""
+class _Logged:
+    """What `.item()` returns under vmap: good for a log line, and for nothing that would steer the loss.
 
-    def __new__(cls) -> _Logged:
-        return super().__new__(cls, math.nan)
+    No float, so that `math.sqrt`, `float` or a torch function cannot turn it into one that compares.
+    """
 
     def _refuse(self, *_: object) -> NoReturn:
         raise _ItemSteersTheLossError
 
-    __bool__ = __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = _refuse  # type: ignore[assignment]
-    __hash__ = float.__hash__
+    __bool__ = __float__ = __int__ = __index__ = __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = _refuse  # type: ignore[assignment]
+    __hash__ = object.__hash__
 
     def _log(self, *_: object) -> _Logged:
         return _Logged()
 
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _log  # type: ignore[assignment]
-    __neg__ = __pos__ = __abs__ = __pow__ = __rpow__ = _log  # type: ignore[assignment]
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _log
+    __neg__ = __pos__ = __abs__ = __pow__ = __rpow__ = __round__ = _log
+
+    def __format__(self, spec: str) -> str:
+        return format(math.nan, spec)
+
+    def __repr__(self) -> str:
+        return "nan"
 
 
 class _ItemSteersTheLossError(RuntimeError):
@@ -59,7 +65,7 @@ class _ItemSteersTheLossError(RuntimeError):
 
 class _LogItems(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (Tensor.item, Tensor.__float__):
+        if func is Tensor.item:
             return _Logged()
         return func(*args, **(kwargs or {}))
 
@@ -113,7 +119,11 @@ class LossCoefficients:
 
     def _choose(self, batch: Batch) -> str:
         first = batch.map(lambda x: x[:_VERIFIED_BATCHES])
-        slow = self._loop(first)
+        try:
+            slow = self._loop(first)
+        except EstimatorError:  # no gradient on the first few: a constant on degenerate batches, or nowhere
+            self._loop(batch)
+            return "loop"
         for lane in _LANES[:-1]:
             try:
                 fast = self._vmap(first, lane)
@@ -168,6 +178,8 @@ class LossCoefficients:
         return self._gradient(torch.stack(losses), leaf)
 
     def _gradient(self, losses: Tensor, leaf: Tensor) -> Tensor:
+        if not losses.requires_grad and self.lane == "loop":
+            return torch.zeros_like(leaf)  # a constant on these batches; elsewhere it had a gradient
         if not losses.requires_grad:
             raise EstimatorError(
                 f"loss '{self.name}' has no gradient: it does not depend on batch.{self.leaf}. Use batch.logp where the"

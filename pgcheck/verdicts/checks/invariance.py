@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pgcheck.batch import Batch
-from pgcheck.engines.exact import coefficients_of, permuted_rows
+from pgcheck.engines.exact import coefficients_of, row_orders
 from pgcheck.estimators.base import Estimator, find_estimator
 from pgcheck.problem import Problem
 from pgcheck.verdicts.checks.base import check, compared, gather, probe_index
@@ -105,7 +105,8 @@ def check_padding_length(estimator: Estimator, problem: Problem) -> Verdict | No
 def check_row_order(estimator: Estimator, problem: Problem) -> Verdict | None:
     """Permuting rows inside a group, and groups among each other, permutes the coefficients.
 
-    What it does: compares the coefficients of permuted batches with permuted coefficients.
+    What it does: compares the coefficients of permuted batches with permuted coefficients, for a set of orders that
+    generates all exchanges of rows in a group and of groups of one size.
     Why it matters: where rows stand in a batch is an accident of the sampler. A loss that depends on it pairs the wrong
     rows.
     Example: prompts tiled [a, b, a, b] and rewards reshaped as if repeated [a, a, b, b].
@@ -113,10 +114,11 @@ def check_row_order(estimator: Estimator, problem: Problem) -> Verdict | None:
     if problem.rows < 2:
         return None
     index = probe_index(estimator, problem)
-    order = permuted_rows(problem, seed=3)
-    found = coefficients_of(estimator, gather(estimator, problem, index[:, order]))
-    expected = coefficients_of(estimator, gather(estimator, problem, index))[:, order]
-    return compared("row_order", estimator, problem, found, expected, allowed=ALLOWED)
+    here = coefficients_of(estimator, gather(estimator, problem, index))
+    orders = row_orders(problem)
+    found = [coefficients_of(estimator, gather(estimator, problem, index[:, order])) for order in orders]
+    expected = [here[:, order] for order in orders]
+    return compared("row_order", estimator, problem, torch.cat(found), torch.cat(expected), allowed=ALLOWED)
 
 
 @check("invariance")
