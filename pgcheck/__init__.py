@@ -12,7 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _WHERE = {
-    "pgcheck.api": ("as_estimator", "as_problems", "check_estimator", "compare", "moments"),
+    "pgcheck.api": ("as_problems", "check_estimator", "compare", "moments"),
     "pgcheck.batch": ("Batch",),
     "pgcheck.engines.exact": ("exact_moments",),
     "pgcheck.engines.moments": ("Moments",),
@@ -23,6 +23,7 @@ _WHERE = {
     ),
     "pgcheck.estimators.base": ("Claim", "Estimator", "biased", "from_coefficients", "proportional", "unbiased"),
     "pgcheck.estimators.from_loss": ("from_loss",),
+    "pgcheck.estimators.lookup": ("as_estimator",),
     "pgcheck.policies": ("LinearPolicy", "ModulePolicy", "SoftmaxTable"),
     "pgcheck.problem": ("Problem",),
     "pgcheck.runs.report": ("Report",),
@@ -30,10 +31,10 @@ _WHERE = {
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 
-__all__ = sorted(_MODULE_OF)  # noqa: PLE0605
+__all__ = sorted(_MODULE_OF)
 
 if TYPE_CHECKING:
-    from pgcheck.api import as_estimator, as_problems, check_estimator, compare, moments
+    from pgcheck.api import as_problems, check_estimator, compare, moments
     from pgcheck.batch import Batch
     from pgcheck.engines.exact import exact_moments
     from pgcheck.engines.moments import Moments
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     )
     from pgcheck.estimators.base import Claim, Estimator, biased, from_coefficients, proportional, unbiased
     from pgcheck.estimators.from_loss import from_loss
+    from pgcheck.estimators.lookup import as_estimator
     from pgcheck.policies import LinearPolicy, ModulePolicy, SoftmaxTable
     from pgcheck.problem import Problem
     from pgcheck.runs.report import Report

@@ -2,79 +2,30 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pandas as pd
 
-from pgcheck import named_problems
-from pgcheck.batch import LogitsNotAsked
-from pgcheck.engines.enumeration import Batches
 from pgcheck.engines.exact import DEFAULT_BUDGET, Progress, exact_moments
 from pgcheck.engines.moments import Moments
-from pgcheck.errors import BiasError, CheckFailed, EstimatorError, UsageError
-from pgcheck.estimators import zoo
-from pgcheck.estimators.base import Claim, Estimator, find_estimator, proportional, unbiased
-from pgcheck.estimators.from_loss import from_loss
-from pgcheck.problem import Problem, find_problem, registered_problems
+from pgcheck.errors import BiasError, CheckFailed, UsageError
+from pgcheck.estimators.base import Claim, Estimator, proportional, unbiased
+from pgcheck.estimators.lookup import AnyEstimator, as_estimator, command_name
+from pgcheck.problem import Problem, registered_problems
 from pgcheck.render.messages import BIAS_CHECKS, failure_message
+from pgcheck.render.progress import ProgressBar
 from pgcheck.runs.report import Report
 from pgcheck.runs.runner import run
 from pgcheck.runs.suite import problems_matching
 from pgcheck.verdicts.diagnose import diagnose
 from pgcheck.verdicts.verdict import RTOL, measure
 
-assert_loaded = (named_problems, zoo)  # importing them fills the registries
-
-AnyEstimator = Estimator | str | Callable[..., Any]
 AnyProblem = Problem | str
 Engine = Literal["exact"]
 
 THETAS = 2
-
-
-def as_estimator(estimator: AnyEstimator) -> Estimator:
-    """An estimator as it is, by name, or from a plain callable taken as a loss over one batch `[B, T]`.
-
-    A loss that reads `batch.logits` gets `leaf="logits"`.
-
-    Raises:
-        UnknownNameError: no estimator of that name.
-        EstimatorError: neither an estimator, nor a name, nor callable.
-    """
-    if isinstance(estimator, Estimator):
-        return estimator
-    if isinstance(estimator, str):
-        return find_estimator(estimator)
-    if not callable(estimator):
-        raise EstimatorError(
-            f"estimator: {estimator!r} is neither an Estimator, nor the name of one, nor a loss `batch -> scalar`."
-        )
-    made = from_loss(estimator)
-    probe = find_problem("dialogue/two-turn")
-    index = Batches(probe.trajectories, probe.sizes).random(1, seed=0)[0]
-    try:
-        made.coefficients(probe.trajectories.batch(index, probe.group_labels))
-    except LogitsNotAsked:
-        return from_loss(estimator, leaf="logits")
-    except Exception:  # the run will meet it, and say on which problem
-        return made
-    return made
-
-
-def command_name(estimator: AnyEstimator) -> str:
-    """How the command line names it: a registered name, or `module:function` for code of the user's."""
-    if isinstance(estimator, str):
-        return f"'{estimator}'" if "(" in estimator else estimator
-    if isinstance(estimator, Estimator):
-        estimator = getattr(estimator.coefficients, "loss", estimator.coefficients)
-    module = getattr(estimator, "__module__", "your_module")
-    if module == "__main__":
-        module = Path(getattr(sys.modules["__main__"], "__file__", None) or "your_module.py").stem
-    return f"{module}:{getattr(estimator, '__qualname__', type(estimator).__name__)}"
 
 
 def as_problems(problems: AnyProblem | Sequence[AnyProblem]) -> list[Problem]:
@@ -126,6 +77,7 @@ def check_estimator(
         claim: what to judge instead of the estimator's own claims; a plain loss claims `"unbiased"`.
         checks: names of checks; default, all.
         budget: most batches enumerated on one problem.
+        progress: called with (what, done, total); default, a bar on stderr after two seconds, if that is a terminal.
         rtol: tolerance relative to max(‖∇J‖, √E‖ĝ‖²).
 
     Returns:
@@ -140,7 +92,8 @@ def check_estimator(
     if claim is not None:
         e = replace(e, claims=(_claim(claim),))
     chosen = as_problems(problems)
-    report = run([e], chosen, suite="check", checks=checks, budget=budget, rtol=rtol, progress=progress)
+    with ProgressBar() as bar:
+        report = run([e], chosen, suite="check", checks=checks, budget=budget, rtol=rtol, progress=progress or bar)
     if report.exit_code == 0:
         return report
     if report.exit_code == 5 or not any(v.check not in ("finite",) for v in report.verdicts):
@@ -154,7 +107,9 @@ def check_estimator(
     raise kind(message, report=report)
 
 
-def explain_failure(estimator: Estimator, problems: Sequence[Problem], report: Report, command: str | None = None) -> str:
+def explain_failure(
+    estimator: Estimator, problems: Sequence[Problem], report: Report, command: str | None = None
+) -> str:
     """The failure message of one estimator, with a cause found by trying."""
     measured = {m.problem for m in report.measurements if m.estimator == estimator.name}
     failed = {v.problem for v in report.failures if v.estimator == estimator.name and v.check in BIAS_CHECKS}
@@ -182,7 +137,8 @@ def moments(
     if engine != "exact":
         raise UsageError(f"engine: {engine!r} is not one of exact.")
     (one,) = as_problems(problem)
-    (found,) = exact_moments([as_estimator(estimator)], one, budget=budget, progress=progress)
+    with ProgressBar() as bar:
+        (found,) = exact_moments([as_estimator(estimator)], one, budget=budget, progress=progress or bar)
     return found
 
 
@@ -200,10 +156,11 @@ def compare(
     """
     rows = []
     chosen = [as_estimator(e) for e in estimators]
-    for p in as_problems(problems):
-        for e, m in zip(chosen, exact_moments(chosen, p, budget=budget, progress=progress), strict=True):
-            x = measure(e, p, m)
-            names = ("estimator", "problem", "finding", "rel", "scale", "cosine", "off_axis", "bias")
-            more = {"variance": x.total_variance, "mse": x.mse, "snr": x.snr, "batches": x.batches}
-            rows.append({**{name: getattr(x, name) for name in names}, **more})
+    names = ("estimator", "problem", "finding", "rel", "scale", "cosine", "off_axis", "bias")
+    with ProgressBar() as bar:
+        for p in as_problems(problems):
+            for e, m in zip(chosen, exact_moments(chosen, p, budget=budget, progress=progress or bar), strict=True):
+                x = measure(e, p, m)
+                more = {"variance": x.total_variance, "mse": x.mse, "snr": x.snr, "batches": x.batches}
+                rows.append({**{name: getattr(x, name) for name in names}, **more})
     return pd.DataFrame(rows)

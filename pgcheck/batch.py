@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -106,7 +106,9 @@ class Batch:
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Batch:
         """A new batch with `fn` applied to every tensor."""
-        changes = {f.name: fn(x) for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
+        changes: dict[str, Any] = {
+            f.name: fn(x) for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)
+        }
         return replace(self, side={name: fn(x) for name, x in self.side.items()}, **changes)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -117,4 +119,5 @@ class Batch:
     def with_tensors(self, named: Mapping[str, Tensor]) -> Batch:
         """The batch with the tensors of `named` (keys as in `tensors`) in place of its own."""
         side = {name: named.get(f"side.{name}", x) for name, x in self.side.items()}
-        return replace(self, side=side, **{k: v for k, v in named.items() if not k.startswith("side.")})
+        own: dict[str, Any] = {k: v for k, v in named.items() if not k.startswith("side.")}
+        return replace(self, side=side, **own)

@@ -81,9 +81,7 @@ def _stationary() -> Problem:
 @named("bandit/extreme")
 def _extreme() -> Problem:
     """Probabilities of 1 − 1e-6 and 1e-6 next to an even choice: what divides by π or by a std shows here."""
-    return Problem(
-        bandit([[0.0, 1.0], [1.0, 0.5]], [0.5, 0.5]), [[13.8, 0.0], [0.0, 0.3]], groups=2, group_size=2
-    )
+    return Problem(bandit([[0.0, 1.0], [1.0, 0.5]], [0.5, 0.5]), [[13.8, 0.0], [0.0, 0.3]], groups=2, group_size=2)
 
 
 @named("degenerate/all-equal")
@@ -218,9 +216,7 @@ TWO_TURN_LOGITS = [[0.2, -0.3], [-0.5, 0.4], [0.1, 0.6]]
 @named("dialogue/two-turn")
 def _dialogue() -> Problem:
     """Answer, or ask a tool and answer after its observation: mask 0 and a reward in mid-row, γ = 1."""
-    return Problem(
-        two_turn(1.0, "position"), TWO_TURN_LOGITS, contexts=TWO_TURN_CONTEXTS, groups=2, group_size=2
-    )
+    return Problem(two_turn(1.0, "position"), TWO_TURN_LOGITS, contexts=TWO_TURN_CONTEXTS, groups=2, group_size=2)
 
 
 @named("dialogue/two-turn-0.9")

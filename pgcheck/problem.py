@@ -193,7 +193,9 @@ class Problem:
         env = self.env
         if method == "dynamic_programming":
             if not isinstance(env, TabularMDP):
-                raise ProblemError("method: dynamic programming needs an environment; this problem is a table of rollouts.")
+                raise ProblemError(
+                    "method: dynamic programming needs an environment; this problem is a table of rollouts."
+                )
             contexts = range(env.states) if self.contexts is None else self.contexts
             return lambda z: truth.value_by_dynamic_programming(env, z, list(contexts))
         return lambda z: truth.value_by_enumeration(self._paths, z)
@@ -233,7 +235,17 @@ class Problem:
         """SHA-256 over everything that decides an expectation; changes when the problem does."""
         p, t = self._paths, self.trajectories
         h = hashlib.sha256()
-        for x in (p.start, p.state, p.context, p.action, p.reward, p.mask, p.env_probability, p.start_probability, p.end):
+        for x in (
+            p.start,
+            p.state,
+            p.context,
+            p.action,
+            p.reward,
+            p.mask,
+            p.env_probability,
+            p.start_probability,
+            p.end,
+        ):
             h.update(x.contiguous().numpy().tobytes())
         for x in (t.logits, self.behavior_logits, self.ref_logits):
             h.update(b"none" if x is None else x.contiguous().numpy().tobytes())

@@ -62,7 +62,9 @@ class Paths:
             raise ProblemError(f"reward: shape {shape}, expected [N, T] with at least one trajectory and one position.")
         for name in ("state", "context", "action", "mask"):
             if tuple(getattr(self, name).shape) != shape:
-                raise ProblemError(f"{name}: shape {tuple(getattr(self, name).shape)}, expected {shape} as `reward` has.")
+                raise ProblemError(
+                    f"{name}: shape {tuple(getattr(self, name).shape)}, expected {shape} as `reward` has."
+                )
         for name in ("start", "env_probability"):
             if tuple(getattr(self, name).shape) != shape[:1]:
                 raise ProblemError(f"{name}: shape {tuple(getattr(self, name).shape)}, expected {shape[:1]}.")
@@ -82,7 +84,9 @@ class Paths:
             raise ProblemError(f"discount_clock: {self.discount_clock!r} is not one of {', '.join(DISCOUNT_CLOCKS)}.")
         if not bool(torch.isfinite(self.reward).all()):
             n, t = (int(i) for i in (~torch.isfinite(self.reward)).nonzero()[0])
-            raise ProblemError(f"reward: trajectory {n}, position {t} is {float(self.reward[n, t])}; it must be finite.")
+            raise ProblemError(
+                f"reward: trajectory {n}, position {t} is {float(self.reward[n, t])}; it must be finite."
+            )
         if not bool(((self.mask == 0) | (self.mask == 1)).all()):
             raise ProblemError("mask: entries must be 0 or 1.")
         acts = self.mask == 1

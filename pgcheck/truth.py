@@ -87,9 +87,7 @@ def gradient_by_autograd(value: Callable[[Tensor], Tensor], logits: Tensor) -> T
     return gradient.detach()
 
 
-def gradient_by_central_differences(
-    value: Callable[[Tensor], Tensor], logits: Tensor, *, step: float = 1e-3
-) -> Tensor:
+def gradient_by_central_differences(value: Callable[[Tensor], Tensor], logits: Tensor, *, step: float = 1e-3) -> Tensor:
     """(8 (J(z+h) − J(z−h)) − (J(z+2h) − J(z−2h))) / 12h for every logit; error O(h⁴) plus rounding 1e-16 / h."""
     out = torch.zeros_like(logits)
     for k in range(logits.shape[0]):

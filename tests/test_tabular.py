@@ -171,7 +171,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"terminal": [3]}, r"terminal: state 3 is outside \[0, 3\)"),
     ({"observation": [-1]}, r"observation: state -1 is outside \[0, 3\)"),
     ({"observation": [2]}, r"observation: state 2 is also terminal"),
-    ({"observation": [1]}, r"observation: state 1 has a transition or a reward that depends on the action.*make its rows equal"),  # fmt: skip
+    (
+        {"observation": [1]},
+        r"observation: state 1 has a transition or a reward that depends on the action.*make its rows equal",
+    ),  # fmt: skip
 ]
 
 

@@ -278,7 +278,9 @@ def random_world(
         rows = [law(states, rng.randint(1, branches), range(states)) for _ in range(actions)]
         # few distinct values, so that rollouts tie and merge
         pays: list[Any] = [
-            tuple(Fraction(rng.randint(-4, 4), 2) for _ in range(states)) if wide_reward else Fraction(rng.randint(-4, 4), 2)  # fmt: skip
+            tuple(Fraction(rng.randint(-4, 4), 2) for _ in range(states))
+            if wide_reward
+            else Fraction(rng.randint(-4, 4), 2)  # fmt: skip
             for _ in range(actions)
         ]
         if s in looks:

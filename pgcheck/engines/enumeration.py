@@ -140,9 +140,7 @@ class Batches:
             for s, q in enumerate(paths.start_probability.tolist())
         )
         q = paths.start_probability.numpy()
-        return {
-            size: GroupOutcomes(members, q, probability, size, self.ordered) for size in sorted(set(self.sizes))
-        }
+        return {size: GroupOutcomes(members, q, probability, size, self.ordered) for size in sorted(set(self.sizes))}
 
     @cached_property
     def _classes(self) -> list[tuple[GroupOutcomes, list[int], int]]:

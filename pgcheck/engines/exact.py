@@ -209,9 +209,7 @@ def _centering(table: Trajectories) -> Tensor:
     return torch.block_diag(*blocks)
 
 
-def _assemble(
-    estimator: Estimator, problem: Problem, parts: dict[int, tuple[Tensor, Tensor, Tensor, int]]
-) -> Moments:
+def _assemble(estimator: Estimator, problem: Problem, parts: dict[int, tuple[Tensor, Tensor, Tensor, int]]) -> Moments:
     K, A = problem.trajectories.contexts, problem.trajectories.actions
     B, sizes = problem.rows, problem.sizes
     evaluated = sum(part[3] for part in parts.values())

@@ -96,7 +96,9 @@ class TabularMDP:
                 )
         for s in range(S):
             if self.initial[s] > 0 and s in self.terminal:
-                raise ProblemError(f"initial: state {s} is terminal, so an episode would be over before its first action.")
+                raise ProblemError(
+                    f"initial: state {s} is terminal, so an episode would be over before its first action."
+                )
 
     @property
     def starts(self) -> list[int]:
@@ -105,13 +107,14 @@ class TabularMDP:
 
     def moves(self, state: int) -> list[tuple[int, int, float, float]]:
         """(action, next state, probability, reward) of everything that can happen in `state`; action -1 for none."""
-        actions = [0] if state in self.observation else range(self.actions)
+        nobody = state in self.observation
+        transition, reward = self.transition[state].tolist(), self.full_reward[state].tolist()
         return [
-            (-1 if state in self.observation else a, s2, float(self.transition[state, a, s2]), float(self.full_reward[state, a, s2]))
-            for a in actions
+            (-1 if nobody else a, s2, transition[a][s2], reward[a][s2])
+            for a in range(1 if nobody else self.actions)
             for s2 in range(self.states)
-            if self.transition[state, a, s2] > 0
-        ]  # fmt: skip
+            if transition[a][s2] > 0
+        ]
 
     def count_paths(self) -> int:
         """Number of rollouts before merging; computed without listing them."""

@@ -212,7 +212,9 @@ def continuation_advantage(batch: Batch) -> Tensor:
 Fallback = Literal["no baseline", "zero advantage"]
 
 
-def anchor_state_advantage(*, own: Literal["exclude", "include"], alone: Fallback, std: bool = False, eps: float = 1e-6) -> Advantage:  # fmt: skip
+def anchor_state_advantage(
+    *, own: Literal["exclude", "include"], alone: Fallback, std: bool = False, eps: float = 1e-6
+) -> Advantage:
     """γ^t (Ĝ_t − mean of Ĝ over the positions of the group in the same state), GiGPO's step-level advantage.
 
     Args:

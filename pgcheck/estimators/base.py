@@ -151,7 +151,7 @@ def from_coefficients(
     Without `claims` it is taken to claim `unbiased()`.
     """
     return Estimator(
-        name=name or getattr(fn, "__name__", "estimator"),
+        name=name or str(getattr(fn, "__name__", "estimator")),
         coefficients=fn,
         couples=couples,
         claims=(unbiased(),) if claims is None else claims,

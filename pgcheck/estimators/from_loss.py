@@ -43,7 +43,7 @@ class _Logged:
     def _refuse(self, *_: object) -> NoReturn:
         raise _ItemSteersTheLossError
 
-    __bool__ = __float__ = __int__ = __index__ = __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = _refuse  # type: ignore[assignment]
+    __bool__ = __float__ = __int__ = __index__ = __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = _refuse
     __hash__ = object.__hash__
 
     def _log(self, *_: object) -> _Logged:
@@ -188,10 +188,10 @@ class LossCoefficients:
         try:
             (gradient,) = torch.autograd.grad(losses.sum(), leaf, allow_unused=True)
         except RuntimeError as error:
-            raise EstimatorError(
-                f"loss '{self.name}' cannot be differentiated: {str(error).splitlines()[0]} If it changes its inputs in place"
-                " (x -= m), write out of place (x = x - m)."
-            ) from None
+            why = str(error).splitlines()[0]
+            if "inplace" in why:
+                why = "it changes its inputs in place (x -= m); write out of place (x = x - m)."
+            raise EstimatorError(f"loss '{self.name}' cannot be differentiated: {why}") from None
         if gradient is None:
             raise EstimatorError(f"loss '{self.name}' has no gradient with respect to batch.{self.leaf}.")
         return -gradient.detach()
@@ -219,7 +219,7 @@ def from_loss(
     Raises:
         EstimatorError: (when run) no gradient, not a scalar, NaN.
     """
-    called = name or getattr(loss, "__name__", type(loss).__name__)
+    called = name or str(getattr(loss, "__name__", type(loss).__name__))
     return Estimator(
         name=called,
         coefficients=LossCoefficients(loss, leaf=leaf, name=called),

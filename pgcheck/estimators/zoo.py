@@ -95,7 +95,7 @@ _add(
     "trajectory",
     claims=(
         unbiased(on_policy, undiscounted),
-        biased("γ^t is missing: later steps weigh too much, and the result is the gradient of no function", on_policy, discounted),
+        biased("γ^t is missing: later steps weigh too much; it is the gradient of no function", on_policy, discounted),
     ),
     formula="Σ_t Ĝ_t ∇log π_t",
     reference=f"{NOTES}, algorithm box; Nota & Thomas, arXiv 1906.07073",

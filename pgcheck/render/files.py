@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from pgcheck.errors import UsageError
@@ -12,9 +13,16 @@ from pgcheck.render.markdown import markdown
 from pgcheck.runs.report import Report
 
 
-def write_report(report: Report, folder: Path) -> list[Path]:
-    """report.json, report.md and report.html in `folder`; all rendered before the first is written."""
-    texts = {"report.json": report.to_json(), "report.md": markdown(report), "report.html": html(report)}
+def write_report(report: Report, folder: Path, messages: Mapping[str, str] | None = None) -> list[Path]:
+    """report.json, report.md and report.html in `folder`; all rendered before the first is written.
+
+    `messages`: the failure message of each estimator that failed, if they were worked out with a cause.
+    """
+    texts = {
+        "report.json": report.to_json(),
+        "report.md": markdown(report, messages),
+        "report.html": html(report, messages),
+    }
     return write_all({folder / name: text for name, text in texts.items()})
 
 

@@ -2,37 +2,42 @@
 
 from __future__ import annotations
 
-from pgcheck.render.messages import failure_message, number
-from pgcheck.render.tables import LEGEND, cells, summary
+from collections.abc import Mapping
+
+import pandas as pd
+
+from pgcheck.render.messages import failure_messages, number
+from pgcheck.render.tables import COMPARISON, LEGEND, columns, comparison_rows, matrix, summary
 from pgcheck.runs.report import Report
 
 
-def markdown(report: Report) -> str:
+def markdown(report: Report, messages: Mapping[str, str] | None = None) -> str:
     """The report as GitHub-flavoured Markdown."""
-    matrix = cells(report)
+    shown, across = matrix(report), columns(report)
     lines = [f"# pgcheck: {report.suite or 'report'}", "", summary(report), ""]
-    for name in dict.fromkeys(v.estimator for v in report.failures):
-        lines += ["```text", failure_message(report, name), "```", ""]
-    lines += ["## Verdict matrix", "", LEGEND.replace("    ", " · "), ""]
-    lines.append("| estimator | " + " | ".join(str(i + 1) for i in range(len(report.problems))) + " |")
-    lines.append("|---|" + ":-:|" * len(report.problems))
+    for message in failure_messages(report, messages).values():
+        lines += ["```text", message, "```", ""]
+    lines += ["## Verdict matrix", "", LEGEND.replace("    ", "; "), ""]
+    lines.append("| estimator | " + " | ".join(str(i + 1) for i in range(len(across))) + " |")
+    lines.append("|---|" + ":-:|" * len(across))
     for e in report.estimators:
-        row = []
-        for p in report.problems:
-            cell = matrix[e.name, p.name]
-            row.append(f"**{cell.symbol}!**" if cell.contradicts else cell.symbol)
-        lines.append(f"| `{e.name}` | " + " | ".join(row) + " |")
+        row = [shown[e.name, column.name] for column in across]
+        marks = [f"**{c.symbol}!**" if c.contradicts else c.symbol for c in row]
+        lines.append(f"| `{e.name}` | " + " | ".join(marks) + " |")
     lines += ["", "## Problems", "", "| # | id | N | K | B | γ | ‖∇J‖ | about |", "|--:|---|--:|--:|--:|--:|--:|---|"]
-    for i, p in enumerate(report.problems):
+    for i, column in enumerate(across):
+        p = column.row
+        names = ", ".join(f"`{name}`" for name in column.members)
         lines.append(
-            f"| {i + 1} | `{p.name}` | {p.rollouts} | {p.contexts} | {p.rows} | {p.discount:g} | {number(p.gradient_norm)} "
+            f"| {i + 1} | {names} | {p.rollouts} | {p.contexts} | {p.rows} | {p.discount:g} | {number(p.gradient_norm)} "
             f"| {p.about} |"
         )
     lines += ["", "## Numbers", ""]
     for e in report.estimators:
         claims = "; ".join(_claim_words(c.kind, c.conditions, c.reason) for c in e.claims)
         lines += [f"### `{e.name}`", "", e.about, "", f"ĝ = {e.formula}", "", f"Claim: {claims}.", ""]
-        lines += ["| problem | finding | rel | scale | cosine | off_axis | tr Cov | MSE | SNR |", "|---|---|--:|--:|--:|--:|--:|--:|--:|"]  # fmt: skip  # noqa: E501
+        lines += ["| problem | finding | rel | scale | cosine | off_axis | tr Cov | MSE | SNR |"]
+        lines += ["|---|---|--:|--:|--:|--:|--:|--:|--:|"]
         for m in report.measurements:
             if m.estimator == e.name:
                 values = (m.rel, m.scale, m.cosine, m.off_axis, m.total_variance, m.mse, m.snr)
@@ -45,3 +50,18 @@ def _claim_words(kind: str, conditions: list[str], reason: str) -> str:
     under = f" ({', '.join(conditions)})" if conditions else ""
     because = f": {reason}" if reason else ""
     return f"{kind}{under}{because}"
+
+
+def comparison_markdown(table: pd.DataFrame) -> str:
+    """The table of `pgcheck.compare` as Markdown."""
+    lines = []
+    for problem, rows in comparison_rows(table).items():
+        lines += [
+            f"## {problem}",
+            "",
+            "| " + " | ".join(COMPARISON) + " |",
+            "|---|---|" + "--:|" * (len(COMPARISON) - 2),
+        ]
+        lines += ["| " + " | ".join(row) + " |" for row in rows]
+        lines.append("")
+    return "\n".join(lines)

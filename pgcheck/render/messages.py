@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pgcheck.runs.report import MeasurementRow, Report, VerdictRow
 from pgcheck.verdicts.checks import find_check
@@ -13,8 +13,10 @@ BIAS_CHECKS = ("unbiased", "proportional", "biased", "expected_finding")
 
 
 def number(x: float | None) -> str:
-    """Four significant digits; — for "no such number"."""
-    return "—" if x is None else f"{x:.4g}"
+    """Four significant digits, one for what is rounding; — for "no such number"."""
+    if x is None:
+        return "—"
+    return f"{x:.0e}" if 0 < abs(x) < 1e-12 else f"{x:.4g}"
 
 
 def first_sentence(page: str) -> str:
@@ -25,7 +27,9 @@ def first_sentence(page: str) -> str:
 def cause_of(diagnosis: Diagnosis) -> str:
     """A diagnosis in words."""
     if diagnosis.kind == "pattern":
-        return f"it is right on every problem but those where {diagnosis.subject} ({diagnosis.problems} problems compared)"
+        return (
+            f"it is right on every problem but those where {diagnosis.subject} ({diagnosis.problems} problems compared)"
+        )
     name = "the exact gradient" if diagnosis.subject == "the gradient" else f"`{diagnosis.subject}`"
     if not diagnosis.factor:
         return f"in expectation this is {name}, on all {diagnosis.problems} problems compared"
@@ -60,6 +64,12 @@ def failure_message(
         of_check = [v for v in others if v.check == check]
         parts.append(_check_part(estimator, of_check))
     return "\n\n".join(parts)
+
+
+def failure_messages(report: Report, worked_out: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The message of every estimator that failed, as worked out with a cause, else without one."""
+    failed = dict.fromkeys(v.estimator for v in report.failures)
+    return {name: (worked_out or {}).get(name) or failure_message(report, name) for name in failed}
 
 
 def _bias_part(
@@ -104,7 +114,9 @@ def _bias_part(
     rows.append(("next", f"pgcheck compare {command} '{against}' --problem {worst.problem}"))
     if any(f.check == "unbiased" for f in failed) and _only_scale(report, estimator):
         rows.append(("note", "the direction is right everywhere; if the factor is meant, claim proportional()"))
-    return f"{estimator} is not {worst.check}: {len(failed)} of {len(asked)} problems contradict the claim.\n" + _lines(rows)
+    return f"{estimator} is not {worst.check}: {len(failed)} of {len(asked)} problems contradict the claim.\n" + _lines(
+        rows
+    )
 
 
 def _at(m: MeasurementRow) -> str:

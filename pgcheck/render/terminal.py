@@ -2,32 +2,74 @@
 
 from __future__ import annotations
 
+from itertools import groupby
+
+import pandas as pd
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pgcheck.render.tables import LEGEND, cells, summary
+from pgcheck.render.tables import COMPARISON, LEGEND, Cell, Column, columns, comparison_rows, matrix, summary
 from pgcheck.runs.report import Report
 
 _STYLE = {"unbiased": "green", "proportional": "cyan", "biased": "yellow", "none": "dim"}
+_ROOMY = 92  # from here on, families are headed by their whole names
+_NARROW = 120  # below this many columns a comparison leaves out the last two of its numbers that others imply
+
+
+def stdout_console() -> Console:
+    """A console on stdout as wide as the terminal; in a pipe nothing is cut."""
+    console = Console()
+    return console if console.is_terminal else Console(width=200)
+
+
+def _span(name: str, group: list[Column], console: Console) -> int:
+    """Columns a family takes: its whole name where there is room, else a symbol a problem."""
+    return max(len(name), len(group)) if console.width >= _ROOMY else len(group)
 
 
 def print_matrix(report: Report, console: Console) -> None:
-    """The verdict matrix: estimators down, problems across by number, their names underneath."""
-    matrix = cells(report)
-    table = Table(title=f"suite {report.suite}" if report.suite else None, show_lines=False, pad_edge=False, box=None)
-    table.add_column("estimator", no_wrap=True)
-    for i in range(len(report.problems)):
-        table.add_column(str(i + 1), justify="center", no_wrap=True)
+    """The verdict matrix: an estimator a line, a symbol for each problem, grouped by family."""
+    shown = matrix(report)
+    families = [(name, list(group)) for name, group in groupby(columns(report), key=lambda c: c.family)]
+    width = max((len(e.name) for e in report.estimators), default=0)
+    head = Text(" " * (width + 1))
+    for name, group in families:
+        head.append(f" {name:<{len(group)}}"[: 1 + _span(name, group, console)], style="dim")
+    console.print(head, no_wrap=True, crop=False, overflow="ignore")
     for e in report.estimators:
-        row: list[Text | str] = [e.name]
-        for p in report.problems:
-            cell = matrix[e.name, p.name]
-            style = "bold red" if cell.contradicts else _STYLE[cell.finding] if cell.asked else "dim"
-            row.append(Text(f"{cell.symbol}{'!' if cell.contradicts and cell.symbol != '!' else ''}", style=style))
-        table.add_row(*row)
-    console.print(table)
+        line = Text(f"{e.name:<{width + 1}}")
+        for name, group in families:
+            line.append(" ")
+            for column in group:
+                cell = shown[e.name, column.name]
+                line.append("!" if cell.contradicts else cell.symbol, style=_style(cell))
+            line.append(" " * (_span(name, group, console) - len(group)))
+        console.print(line, no_wrap=True, crop=False, overflow="ignore")
+    console.print()
     console.print(Text(LEGEND, style="dim"))
-    names = [f"{i + 1} {p.name}" for i, p in enumerate(report.problems)]
-    console.print(Text("problems: " + ", ".join(names), style="dim"))
+    for name, group in families:
+        short = [column.name.partition("/")[2] for column in group]
+        console.print(Text(f"{name}: {', '.join(short)}", style="dim"))
+    console.print()
     console.print(summary(report))
+
+
+def _style(cell: Cell) -> str:
+    if cell.contradicts:
+        return "bold red"
+    return _STYLE[cell.finding] if cell.asked else "dim"
+
+
+def print_comparison(table: pd.DataFrame, console: Console) -> None:
+    """One table for each problem; all numbers exact."""
+    hidden = {"cosine", "MSE"} if console.width < _NARROW else set()
+    for problem, rows in comparison_rows(table).items():
+        shown = Table(title=f"{problem} (exact)", title_justify="left", box=None, pad_edge=False)
+        for i, name in enumerate(COMPARISON):
+            if name not in hidden:
+                shown.add_column(name, justify="left" if i < 2 else "right", no_wrap=True)
+        for row in rows:
+            styled: list[str | Text] = [row[0], Text(row[1], style=_STYLE[row[1]]), *row[2:]]
+            shown.add_row(*(x for name, x in zip(COMPARISON, styled, strict=True) if name not in hidden))
+        console.print(shown)

@@ -7,7 +7,7 @@ same platform; NaN and infinities are null.
 from __future__ import annotations
 
 from collections import Counter
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -15,7 +15,7 @@ from pgcheck.estimators.base import Claim, Estimator
 from pgcheck.problem import Problem
 from pgcheck.verdicts.verdict import Measurement, NotAsked, Status, Verdict, as_list, finite_or_none
 
-SCHEMA = "pgcheck-report/1"
+SCHEMA: Literal["pgcheck-report/1"] = "pgcheck-report/1"
 
 
 class _Row(BaseModel):
@@ -183,9 +183,10 @@ def measurement_row(m: Measurement) -> MeasurementRow:
     same = ("estimator", "problem", "finding", "bias", "size", "total_variance", "mse", "batches", "enumerated", "lane")
     maybe = ("rel", "scale", "cosine", "off_axis", "snr")
     context, action = m.worst
+    numbers: dict[str, Any] = {name: getattr(m, name) for name in same}
+    numbers |= {name: finite_or_none(getattr(m, name)) for name in maybe}
     return MeasurementRow(
-        **{name: getattr(m, name) for name in same},
-        **{name: finite_or_none(getattr(m, name)) for name in maybe},
+        **numbers,
         worst_context=context,
         worst_action=action,
         expected=as_list(m.expected),

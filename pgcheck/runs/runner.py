@@ -86,7 +86,9 @@ def run(
         if all(v.status is Status.PASS for v in impure):
             clean.append(e)
     found: dict[tuple[str, str], Measurement] = {}
-    for problem in problems:
+    for done, problem in enumerate(problems):
+        if progress is not None:
+            progress("problems", done, len(problems))
         asked = [e for e in clean if e.fits(problem)]
         not_asked += [
             NotAsked(e.name, problem.name, f"needs at least {e.min_group_size} rows to compare")

@@ -2,7 +2,7 @@
 
     name = "core"
     about = "…"
-    estimators = ["reinforce", "leave_one_out"]      # or "all"
+    estimators = ["reinforce", "pkg.mod:my_loss"]    # or "all": the zoo
     problems = ["bandit/two-arm", "mdp/*"]           # ids, or patterns
     thetas = 2                                       # each problem at this many θ
     checks = ["unbiased", "biased"]                  # optional: default, all
@@ -28,7 +28,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pgcheck.engines.exact import DEFAULT_BUDGET, Progress
 from pgcheck.errors import SuiteError, UnknownNameError
-from pgcheck.estimators.base import Estimator, find_estimator, registered_estimators
+from pgcheck.estimators.base import Estimator, registered_estimators
+from pgcheck.estimators.lookup import as_estimator
 from pgcheck.problem import Problem, find_problem, registered_problems
 from pgcheck.runs.report import Report
 from pgcheck.runs.runner import Expectation, run
@@ -61,7 +62,7 @@ class Suite(BaseModel):
         """The estimators, in the order of the file."""
         if self.estimators == "all":
             return list(registered_estimators().values())
-        return [find_estimator(name) for name in self.estimators]
+        return [as_estimator(name) for name in self.estimators]
 
     def resolve_problems(self) -> list[Problem]:
         """The problems: patterns expanded, each once, every θ of one next to each other."""
@@ -78,9 +79,7 @@ class Suite(BaseModel):
             self.resolve_problems(),
             suite=self.name,
             checks=self.checks,
-            expectations=[
-                Expectation(x.estimator, x.problem, x.finding) for x in self.expect if x.estimator in names
-            ],
+            expectations=[Expectation(x.estimator, x.problem, x.finding) for x in self.expect if x.estimator in names],
             budget=self.budget if budget is None else budget,
             progress=progress,
         )

@@ -50,15 +50,10 @@ _FACTORS = (
 )
 
 
-def identify(
-    estimator: Estimator, problems: Sequence[Problem], measured: Sequence[Measurement]
-) -> Diagnosis | None:
+def identify(estimator: Estimator, problems: Sequence[Problem], measured: Sequence[Measurement]) -> Diagnosis | None:
     """The zoo entry (or ∇J) that has the same expectation up to a factor, if there is one."""
     biased = [(p, m) for p, m in zip(problems, measured, strict=True) if m.finding != "unbiased" and m.size > 0]
-    # problems of different kinds first: one of each family, then the rest
-    seen: set[str] = set()
-    order = sorted(biased, key=lambda pm: (pm[0].name.partition("/")[0] in seen or bool(seen.add(pm[0].name.partition("/")[0])), pm[1].enumerated))  # fmt: skip  # noqa: E501
-    tried = order[:TRIED_PROBLEMS]
+    tried = _one_of_each_family_first(biased)[:TRIED_PROBLEMS]
     if not tried:
         return None
     truth = _match("the gradient", [(p, m, m.truth) for p, m in tried])
@@ -85,12 +80,27 @@ def identify(
     return None
 
 
+def _one_of_each_family_first(
+    pairs: Sequence[tuple[Problem, Measurement]],
+) -> list[tuple[Problem, Measurement]]:
+    """Problems of different kinds tell estimators apart best; cheap ones first among equals."""
+    cheap = sorted(pairs, key=lambda pair: pair[1].enumerated)
+    seen: set[str] = set()
+    first: list[tuple[Problem, Measurement]] = []
+    rest: list[tuple[Problem, Measurement]] = []
+    for pair in cheap:
+        family = pair[0].name.partition("/")[0]
+        (rest if family in seen else first).append(pair)
+        seen.add(family)
+    return first + rest
+
+
 def _match(subject: str, rows: Sequence[tuple[Problem, Measurement, Tensor]]) -> Diagnosis | None:
     """E ĝ = factor · other on every row, for a known factor or one constant."""
     if all(float(other.norm()) <= RTOL * m.size for _, m, other in rows):
         return None
     factors = list(_FACTORS)
-    p0, m0, first = next(row for row in rows if float(row[2].norm()) > RTOL * row[1].size)
+    _, m0, first = next(row for row in rows if float(row[2].norm()) > RTOL * row[1].size)
     constant = float((m0.expected * first).sum() / (first * first).sum())
     if len(rows) > 2 and abs(constant) > 1e-6:
         factors.append(_Factor(f"{constant:.6g}", lambda _: constant))
@@ -139,8 +149,6 @@ def pattern(problems: Sequence[Problem], measured: Sequence[Measurement]) -> Dia
     return None
 
 
-def diagnose(
-    estimator: Estimator, problems: Sequence[Problem], measured: Sequence[Measurement]
-) -> Diagnosis | None:
+def diagnose(estimator: Estimator, problems: Sequence[Problem], measured: Sequence[Measurement]) -> Diagnosis | None:
     """What it is in expectation; failing that, where it goes wrong."""
     return identify(estimator, problems, measured) or pattern(problems, measured)

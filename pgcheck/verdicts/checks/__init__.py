@@ -6,7 +6,7 @@ whatever its bias.
 
 from __future__ import annotations
 
+from pgcheck.verdicts.checks import bias, hygiene, invariance  # noqa: F401  (fills the registry)
 from pgcheck.verdicts.checks.base import Check, find_check, registered_checks
-from pgcheck.verdicts.checks import bias, hygiene, invariance  # noqa: F401, I001  (fills the registry)
 
 __all__ = ["Check", "find_check", "registered_checks"]

@@ -147,5 +147,3 @@ def _judge_biased(estimator: Estimator, claim: Claim, measured: Sequence[Measure
 
 def _numbers(m: Measurement) -> dict[str, float]:
     return {"rel": m.rel, "scale": m.scale, "cosine": m.cosine, "off_axis": m.off_axis, "variance": m.total_variance}
-
-

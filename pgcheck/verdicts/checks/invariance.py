@@ -150,7 +150,9 @@ def check_reward_shift(estimator: Estimator, problem: Problem) -> Verdict | None
     batch = gather(estimator, problem, probe_index(estimator, problem))
     shift = torch.zeros_like(batch.reward)
     shift[..., 0] = 0.75
-    moved: Batch = replace(batch, reward=batch.reward + shift, value=batch.value + torch.nn.functional.pad(shift, (0, 1)))
+    moved: Batch = replace(
+        batch, reward=batch.reward + shift, value=batch.value + torch.nn.functional.pad(shift, (0, 1))
+    )
     return compared(
         "reward_shift", estimator, problem, coefficients_of(estimator, moved), coefficients_of(estimator, batch),
         allowed=ALLOWED,
@@ -179,5 +181,3 @@ def check_on_policy_limit(estimator: Estimator, problem: Problem) -> Verdict | N
         "on_policy_limit", estimator, problem, coefficients_of(estimator, batch), coefficients_of(limit, batch),
         allowed=ALLOWED,
     )  # fmt: skip
-
-

@@ -1,0 +1,277 @@
+"""The command line: `pgcheck list | run | compare | explain`.
+
+Exit codes: 0 every verdict agrees with its claim · 1 a verdict failed or was inconclusive · 2 usage or unreadable
+input · 5 nothing was checked. Everything heavy is imported inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from pgcheck.problem import Problem
+    from pgcheck.runs.report import Report
+
+app = typer.Typer(
+    name="pgcheck",
+    help="What does your policy-gradient estimator really estimate? Exact bias and variance on problems whose gradient"
+    " is known.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+class What(StrEnum):
+    """What can be listed."""
+
+    estimators = "estimators"
+    problems = "problems"
+    checks = "checks"
+    suites = "suites"
+
+
+class Format(StrEnum):
+    """How a report is printed."""
+
+    terminal = "terminal"
+    markdown = "markdown"
+    html = "html"
+    json = "json"
+
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Budget = Annotated[
+    int | None, typer.Option(min=1, help="Most batches enumerated for one estimator on one problem.", metavar="N")
+]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib import metadata
+
+        typer.echo(f"pgcheck {metadata.version('pgcheck')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command("list")
+def list_(
+    what: Annotated[What, typer.Argument(help="estimators, problems, checks or suites")], as_json: AsJson = False
+) -> None:
+    """List the estimators, problems, checks or suites."""
+    rows = _listing(what)
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1, ensure_ascii=False))
+        return
+    from rich.table import Table
+
+    from pgcheck.render.terminal import stdout_console
+
+    table = Table(box=None, pad_edge=False)
+    for name in rows[0] if rows else {}:
+        table.add_column(name)
+    for row in rows:
+        table.add_row(*(str(x) for x in row.values()))
+    stdout_console().print(table)
+
+
+def _listing(what: What) -> list[dict[str, object]]:
+    if what is What.suites:
+        from pgcheck.runs.suite import load_suite, shipped_suites
+
+        return [{"name": name, "about": load_suite(str(path)).about} for name, path in shipped_suites().items()]
+    if what is What.checks:
+        from pgcheck.render.messages import first_sentence
+        from pgcheck.verdicts.checks import registered_checks
+
+        return [{"name": c.name, "kind": c.kind, "about": first_sentence(c.page)} for c in registered_checks().values()]
+    from pgcheck.estimators.base import registered_estimators
+    from pgcheck.estimators.lookup import FILLED_BY  # noqa: F401  (fills the registries)
+    from pgcheck.problem import find_problem, registered_problems
+
+    if what is What.estimators:
+        return [
+            {"name": e.name, "claims": ", ".join(dict.fromkeys(c.kind for c in e.claims)), "about": e.about}
+            for e in registered_estimators().values()
+        ]
+    problems = [find_problem(name) for name in registered_problems()]
+    return [
+        {
+            "name": p.name,
+            "N": len(p.trajectories),
+            "K": p.trajectories.contexts,
+            "groups": "+".join(map(str, p.sizes)),
+            "γ": p.discount,
+            "about": p.about,
+        }
+        for p in problems
+    ]
+
+
+@app.command()
+def run(
+    suite: Annotated[str, typer.Argument(help="a shipped suite (`pgcheck list suites`) or a .toml file")],
+    estimator: Annotated[
+        list[str] | None,
+        typer.Option(help="judge these instead of the suite's own: a name, or pkg.mod:function", metavar="NAME"),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="write report.json, report.md and report.html there", metavar="DIR")
+    ] = None,
+    form: Annotated[Format, typer.Option("--format", help="what is printed")] = Format.terminal,
+    as_json: AsJson = False,
+    budget: Budget = None,
+) -> None:
+    """Run a suite: every estimator on every problem, exactly, against its claims."""
+    from pgcheck.estimators.lookup import as_estimator
+    from pgcheck.render.files import write_report
+    from pgcheck.render.progress import ProgressBar
+    from pgcheck.runs.suite import load_suite
+
+    loaded = load_suite(suite)
+    own = [as_estimator(name) for name in estimator] if estimator else None
+    with ProgressBar() as progress:
+        report = loaded.run(estimators=own, budget=budget, progress=progress)
+        messages = _explained(report, estimator or [], loaded.resolve_problems())
+    if out is not None:
+        write_report(report, out, messages)
+    _print_report(report, Format.json if as_json else form, messages)
+    if out is not None and not as_json and form is Format.terminal:
+        typer.echo(f"written: {out / 'report.html'}, report.md, report.json")
+    raise typer.Exit(report.exit_code)
+
+
+def _explained(report: Report, given: list[str], problems: list[Problem]) -> dict[str, str]:
+    """The failure message of every estimator that failed, with its cause."""
+    from pgcheck.api import explain_failure
+    from pgcheck.estimators.lookup import as_estimator, command_name
+
+    by_name = {as_estimator(name).name: name for name in given}
+    failed = dict.fromkeys(v.estimator for v in report.failures)
+    messages = {}
+    for name in failed:
+        given_as = by_name.get(name, name)
+        messages[name] = explain_failure(as_estimator(given_as), problems, report, command=command_name(given_as))
+    return messages
+
+
+def _print_report(report: Report, form: Format, messages: dict[str, str]) -> None:
+    if form is Format.json:
+        typer.echo(report.to_json(), nl=False)
+    elif form is Format.markdown:
+        from pgcheck.render.markdown import markdown
+
+        typer.echo(markdown(report, messages))
+    elif form is Format.html:
+        from pgcheck.render.html import html
+
+        typer.echo(html(report, messages))
+    else:
+        from pgcheck.render.terminal import print_matrix, stdout_console
+
+        print_matrix(report, stdout_console())
+        for message in messages.values():
+            typer.echo("\n" + message)
+
+
+@app.command()
+def compare(
+    estimators: Annotated[list[str], typer.Argument(help="names, or pkg.mod:function of your own")],
+    problem: Annotated[
+        list[str] | None,
+        typer.Option(help="a problem id or pattern; repeat for more (default: dialogue/two-turn)", metavar="ID"),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="write the table there: .csv, .json, .md or .html", metavar="FILE")
+    ] = None,
+    as_json: AsJson = False,
+    budget: Budget = None,
+) -> None:
+    """Compare bias and variance of estimators on the same batches, exactly."""
+    from pgcheck import api
+    from pgcheck.engines.exact import DEFAULT_BUDGET
+    from pgcheck.render.progress import ProgressBar
+
+    if out is not None and out.suffix not in _WRITERS:
+        raise typer.BadParameter(f"{out.name}: the ending must be one of {', '.join(_WRITERS)}", param_hint="--out")
+    with ProgressBar() as progress:
+        table = api.compare(
+            estimators, problem or ["dialogue/two-turn"], budget=budget or DEFAULT_BUDGET, progress=progress
+        )
+    if out is not None:
+        from pgcheck.render.files import write_all
+
+        write_all({out: _WRITERS[out.suffix](table)})
+    if as_json:
+        typer.echo(table.to_json(orient="records", indent=1, force_ascii=False))
+        return
+    from pgcheck.render.terminal import print_comparison, stdout_console
+
+    print_comparison(table, stdout_console())
+
+
+def _html_table(table: pd.DataFrame) -> str:
+    from pgcheck.render.html import comparison_html
+
+    return comparison_html(table)
+
+
+def _markdown_table(table: pd.DataFrame) -> str:
+    from pgcheck.render.markdown import comparison_markdown
+
+    return comparison_markdown(table)
+
+
+_WRITERS = {
+    ".csv": lambda table: table.to_csv(index=False),
+    ".json": lambda table: table.to_json(orient="records", indent=1, force_ascii=False) + "\n",
+    ".md": _markdown_table,
+    ".html": _html_table,
+}
+
+
+@app.command()
+def explain(
+    name: Annotated[str, typer.Argument(help="a check, an estimator or a problem")],
+    as_json: AsJson = False,
+) -> None:
+    """Explain a check, an estimator or a problem: what it is, why it matters, what to do."""
+    from pgcheck.render.explain import explain as page
+
+    text = page(name)
+    typer.echo(json.dumps({"name": name, "page": text}, ensure_ascii=False, indent=1) if as_json else text)
+
+
+def main() -> None:
+    """Entry point: usage errors of pgcheck are one line on stderr and exit code 2."""
+    try:
+        app()
+    except Exception as error:
+        from pgcheck.errors import PgcheckError
+
+        if not isinstance(error, PgcheckError):
+            raise
+        typer.echo(f"pgcheck: {error}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

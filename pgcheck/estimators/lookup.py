@@ -1,0 +1,95 @@
+"""From what a user writes to an `Estimator`: a name of the zoo, `pkg.mod:function`, a plain loss.
+
+Importing this module fills the registries of estimators and problems.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pgcheck import named_problems
+from pgcheck.batch import LogitsNotAsked
+from pgcheck.errors import EstimatorError, UsageError
+from pgcheck.estimators import zoo
+from pgcheck.estimators.base import Estimator, find_estimator
+from pgcheck.estimators.from_loss import from_loss
+from pgcheck.problem import find_problem
+
+AnyEstimator = Estimator | str | Callable[..., Any]
+
+FILLED_BY = (named_problems, zoo)
+
+
+def as_estimator(estimator: AnyEstimator) -> Estimator:
+    """An estimator as it is, by name, by `pkg.mod:function`, or from a plain callable taken as a loss over one batch `[B, T]`.
+
+    A loss that reads `batch.logits` gets `leaf="logits"`.
+
+    Raises:
+        UnknownNameError: no estimator of that name.
+        UsageError: `pkg.mod:function` cannot be imported.
+        EstimatorError: neither an estimator, nor a name, nor callable.
+    """
+    if isinstance(estimator, Estimator):
+        return estimator
+    if isinstance(estimator, str):
+        return imported(estimator) if ":" in estimator else find_estimator(estimator)
+    if not callable(estimator):
+        raise EstimatorError(
+            f"estimator: {estimator!r} is neither an Estimator, nor the name of one, nor a loss `batch -> scalar`."
+        )
+    made = from_loss(estimator)
+    probe = find_problem("dialogue/two-turn")
+    try:
+        made.coefficients(probe.trajectories.batch(torch.arange(probe.rows), probe.group_labels))
+    except LogitsNotAsked:
+        return from_loss(estimator, leaf="logits")
+    except Exception:  # the run will meet it, and say on which problem
+        return made
+    return made
+
+
+def command_name(estimator: AnyEstimator) -> str:
+    """How the command line names it: a registered name, or `module:function` for code of the user's."""
+    if isinstance(estimator, str):
+        return f"'{estimator}'" if "(" in estimator else estimator
+    if isinstance(estimator, Estimator):
+        estimator = getattr(estimator.coefficients, "loss", estimator.coefficients)
+    module = getattr(estimator, "__module__", "your_module")
+    if module == "__main__":
+        module = Path(getattr(sys.modules["__main__"], "__file__", None) or "your_module.py").stem
+    return f"{module}:{getattr(estimator, '__qualname__', type(estimator).__name__)}"
+
+
+def imported(path: str) -> Estimator:
+    """The estimator `pkg.mod:attribute`; the current directory is importable.
+
+    Raises:
+        UsageError: the module or the attribute is not there, or importing it fails.
+    """
+    module_name, _, attribute = path.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        found: Any = importlib.import_module(module_name)
+    except Exception as error:
+        raise UsageError(
+            f"estimator '{path}': importing '{module_name}' failed: {type(error).__name__}: {error}. It is looked for in the"
+            " current directory and among the installed packages."
+        ) from error
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise UsageError(f"estimator '{path}': '{module_name}' has no attribute '{attribute}'.")
+        found = getattr(found, part)
+    if isinstance(found, str):
+        raise UsageError(f"estimator '{path}': is a string, not an estimator or a loss.")
+    made = as_estimator(found)
+    return made if isinstance(found, Estimator) else replace(made, name=path.rpartition(":")[2])
