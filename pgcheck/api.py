@@ -8,8 +8,8 @@ from typing import Literal
 
 import pandas as pd
 
-from pgcheck.engines.exact import DEFAULT_BUDGET, Progress, exact_moments
-from pgcheck.engines.moments import Moments
+from pgcheck.engines.exact import DEFAULT_BUDGET, exact_moments
+from pgcheck.engines.moments import Moments, Progress
 from pgcheck.errors import BiasError, CheckFailed, UsageError
 from pgcheck.estimators.base import Claim, Estimator, proportional, unbiased
 from pgcheck.estimators.lookup import AnyEstimator, as_estimator, command_name
@@ -94,9 +94,11 @@ def check_estimator(
     chosen = as_problems(problems)
     with ProgressBar() as bar:
         report = run([e], chosen, suite="check", checks=checks, budget=budget, rtol=rtol, progress=progress or bar)
-    if report.exit_code == 0:
+    judged = any(v.check in BIAS_CHECKS for v in report.verdicts)
+    nothing = not report.verdicts or (checks is None and not judged and not report.failures)
+    if report.exit_code == 0 and not nothing:
         return report
-    if report.exit_code == 5 or not any(v.check not in ("finite",) for v in report.verdicts):
+    if nothing:
         raise CheckFailed(
             f"{e.name}: nothing was checked: no claim applies on the {len(chosen)} problem(s) given, or their batches are"
             f" too small (it needs groups of {e.min_group_size}).",

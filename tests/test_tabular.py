@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -109,10 +110,10 @@ def test_a_transition_of_probability_zero_gives_no_rollout() -> None:
 
 def test_a_reward_may_depend_on_where_one_gets_to() -> None:
     """r(s, a) is r(s, a, s') constant in s'."""
-    narrow = random_world(3, wide_reward=False).env()
-    wide = TabularMDP(
-        narrow.transition, narrow.full_reward, narrow.initial, horizon=3, discount=0.9, terminal=[2], observation=[1] if narrow.observation else []
-    )  # fmt: skip
+    world = random_world(3, wide_reward=False)
+    pays = tuple(tuple((r,) * world.states for r in row) for row in world.reward)
+    narrow, wide = world.env(), replace(world, reward=pays).env()
+    assert (narrow.reward.dim(), wide.reward.dim()) == (2, 3)
     assert torch.equal(narrow.paths().reward, wide.paths().reward)
 
 

@@ -5,6 +5,7 @@ Guarantee: numbers only. Exact moments have `batches=None`; a sampled engine say
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,19 @@ from torch import Tensor, nn
 
 from pgcheck.errors import UsageError
 from pgcheck.policies.tabular import logit_jacobian
+
+Progress = Callable[[str, int, int], None]
+# (what, batches done, batches in all): called between blocks of anything that has run for two seconds
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What a way of enumerating hands over: moments of one evaluation x `[K·A]`, exact."""
+
+    mean: Tensor  # E x
+    second: Tensor  # E x xᵀ
+    between: Tensor  # Cov_s(E[x | s]) over starts; 0 where x is a whole batch or group
+    evaluated: int
 
 
 @dataclass(frozen=True)

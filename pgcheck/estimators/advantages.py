@@ -99,9 +99,8 @@ def next_state_value(batch: Batch) -> Tensor:
 
 
 def next_action_value(batch: Batch) -> Tensor:
-    """b_t = Q^π(s_{t+1}, a_{t+1}), from the side table `action_value` `[..., B, T]`."""
-    q = batch.side["action_value"]
-    return torch.cat([q[..., 1:], torch.zeros_like(q[..., :1])], -1)
+    """b_t = Q^π at the next state and action of the policy, 0 after the last; side table `action_value` `[..., B, T]`."""
+    return next_policy_position(batch.side["action_value"], batch)
 
 
 def half_own_return(batch: Batch) -> Tensor:

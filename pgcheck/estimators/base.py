@@ -105,6 +105,8 @@ class Estimator:
         min_group_size: smaller groups are not asked of it; default 2 where rows are coupled, 1 where they are not.
             A statistic over the whole batch may say 1: it needs two rows, not two in a group.
         needs: side tables beyond the rows (`pgcheck.side`).
+        reads: what a coefficient reads of *other* rows, of "return" and "length"; lets a large group be enumerated by
+            class counts. Default: unknown, everything.
         leaf: `"logits"` if the coefficients are `[..., B, T, A]`, weights on every action's logit.
         shift_invariant: ĝ does not move when the same constant is added to every row's return.
         on_policy_limit: name of the estimator it equals, row by row, when the batch is on-policy.
@@ -120,6 +122,7 @@ class Estimator:
     about: str = ""
     min_group_size: int = field(default=0)
     needs: tuple[SideTable, ...] = ()
+    reads: tuple[str, ...] | None = None
     leaf: Leaf = "logp"
     shift_invariant: bool = False
     on_policy_limit: str | None = None

@@ -203,6 +203,7 @@ _add(
     about="The own return is in the mean and cancels 1/B of the signal: E ĝ = (B−1)/B ∇J, exactly.",
     shift_invariant=True,
     min_group_size=1,
+    reads=("return",),
 )
 
 _add(
@@ -214,6 +215,7 @@ _add(
     reference=f"{NOTES}, final comment; the mean-only advantage of arXiv 2503.20783",
     about="The same over each group: E ĝ = (G−1)/G ∇J.",
     shift_invariant=True,
+    reads=("return",),
 )
 
 _add(
@@ -248,6 +250,7 @@ _add(
     reference="Kool, van Hoof & Welling 2019; Ahmadian et al., arXiv 2402.14740",
     about="RLOO: the baseline of a row is the mean return of the other rows of its group. Unbiased for G ≥ 2.",
     shift_invariant=True,
+    reads=("return",),
 )
 
 _add(
@@ -260,6 +263,7 @@ _add(
     about="RLOO over the whole batch, whatever the prompts: unbiased too, and louder where prompts differ.",
     shift_invariant=True,
     min_group_size=1,
+    reads=("return",),
 )
 
 # -- importance weights
@@ -311,6 +315,7 @@ _add(
     reference=f"{NOTES}; arXiv 2506.13585 without the clip",
     about="CISPO as the notes write it: group-standardised returns, token ratios, one token mean over the batch.",
     shift_invariant=True,
+    reads=("return", "length"),
 )
 
 _add(
@@ -329,6 +334,7 @@ _add(
     reference="MiniMax-M1, arXiv 2506.13585, equations 4–5",
     about="Clips the weight, not the gradient: no token is silenced. Biased by its ratio, its std and its normaliser.",
     shift_invariant=True,
+    reads=("return", "length"),
 )
 
 # -- standardised by the group or the batch
@@ -345,6 +351,7 @@ _add(
     reference="DeepSeekMath, arXiv 2402.03300, equation 3; Davis & Recht, arXiv 2510.13651, for binary rewards",
     about="With binary rewards, one prompt and equal lengths: E ĝ = w_G(p) ∇p, a different weight for each difficulty.",
     shift_invariant=True,
+    reads=("return",),
 )
 
 _add(

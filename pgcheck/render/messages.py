@@ -99,7 +99,7 @@ def _bias_part(
         claim += f" with κ = {number(worst.claimed_scale)}"
     rows = [("what", f"{claim} does not hold on '{worst.problem}', the worst of them; exact, no sampling error")]
     if m is not None:
-        rows.append(("where", f"context {m.worst_context}, action {m.worst_action}: {_at(m)}"))
+        rows.append(("where", f"context {m.worst_context}, action {m.worst_action}: {_at(report, m)}"))
         rows.append(
             (
                 "measured",
@@ -119,9 +119,10 @@ def _bias_part(
     )
 
 
-def _at(m: MeasurementRow) -> str:
+def _at(report: Report, m: MeasurementRow) -> str:
     k, a = m.worst_context, m.worst_action
-    return f"E ĝ = {m.expected[k][a]:+.6g}, ∇J = {m.truth[k][a]:+.6g}"
+    truth = next(p.gradient for p in report.problems if p.name == m.problem)
+    return f"E ĝ = {m.expected[k][a]:+.6g}, ∇J = {truth[k][a]:+.6g}"
 
 
 def _only_scale(report: Report, estimator: str) -> bool:

@@ -6,6 +6,7 @@ same platform; NaN and infinities are null.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from typing import Any, Literal
 
@@ -39,6 +40,7 @@ class ProblemRow(_Row):
     full_support: bool
     value: float
     gradient_norm: float
+    gradient: list[list[float]]  # ∇J in logit space, [K, A]
 
 
 class ClaimRow(_Row):
@@ -81,8 +83,7 @@ class MeasurementRow(_Row):
     lane: str
     worst_context: int
     worst_action: int
-    expected: list[list[float]]
-    truth: list[list[float]]
+    expected: list[list[float]]  # E ĝ in logit space, [K, A]
 
 
 class VerdictRow(_Row):
@@ -141,8 +142,15 @@ class Report(_Row):
         return next((m for m in self.measurements if (m.estimator, m.problem) == (estimator, problem)), None)
 
     def to_json(self) -> str:
-        """The document as text, keys in a fixed order."""
-        return self.model_dump_json(indent=1, by_alias=True) + "\n"
+        """The document as text: keys in a fixed order, one row of a table a line, so that a diff reads well."""
+        parts = []
+        for key, value in self.model_dump(mode="json", by_alias=True).items():
+            text = json.dumps(value, ensure_ascii=False)
+            if isinstance(value, list) and value:
+                rows = ",\n  ".join(json.dumps(row, ensure_ascii=False) for row in value)
+                text = f"[\n  {rows}\n ]"
+            parts.append(f" {json.dumps(key)}: {text}")
+        return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def problem_row(problem: Problem) -> ProblemRow:
@@ -163,6 +171,7 @@ def problem_row(problem: Problem) -> ProblemRow:
         full_support=problem.full_support,
         value=problem.value(),
         gradient_norm=float(problem.gradient().norm()),
+        gradient=as_list(problem.gradient()),
     )
 
 
@@ -190,7 +199,6 @@ def measurement_row(m: Measurement) -> MeasurementRow:
         worst_context=context,
         worst_action=action,
         expected=as_list(m.expected),
-        truth=as_list(m.truth),
     )
 
 

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 
-from pgcheck.engines.exact import DEFAULT_BUDGET, Progress, exact_moments
-from pgcheck.engines.moments import Moments
+from pgcheck.engines.exact import DEFAULT_BUDGET, exact_moments
+from pgcheck.engines.moments import Moments, Progress
 from pgcheck.errors import BudgetError, NotFiniteError, UsageError
 from pgcheck.estimators.base import Estimator
 from pgcheck.problem import Problem
@@ -100,11 +100,13 @@ def run(
                 found[e.name, problem.name] = measure(e, problem, moments, rtol=rtol)
                 if not claims_on(e, problem):
                     not_asked.append(NotAsked(e.name, problem.name, "no claim is made under these conditions"))
-                verdicts.append(Verdict(e.name, "finite", problem.name, Status.PASS, 0.0, 0.0))
             else:
                 verdicts.append(_refused(e, problem, moments))
     for e in clean:
         pairs = [(p, m) for p in problems if (m := found.get((e.name, p.name))) is not None]
+        broken = any(v.estimator == e.name and v.check == "finite" for v in verdicts)
+        if pairs and not broken:  # the engine saw every batch of every problem
+            verdicts.append(Verdict(e.name, "finite", "", Status.PASS, 0.0, 0.0))
         verdicts += judge_claims(e, [p for p, _ in pairs], [m for _, m in pairs], rtol=rtol)
         verdicts += _single_batch_checks(e, [p for p, _ in pairs])
     verdicts += [_judge_expectation(x, found) for x in expectations]

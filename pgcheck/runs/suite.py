@@ -26,7 +26,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pgcheck.engines.exact import DEFAULT_BUDGET, Progress
+from pgcheck.engines.exact import DEFAULT_BUDGET
+from pgcheck.engines.moments import Progress
 from pgcheck.errors import SuiteError, UnknownNameError
 from pgcheck.estimators.base import Estimator, registered_estimators
 from pgcheck.estimators.lookup import as_estimator

@@ -152,7 +152,8 @@ def vineppo(b: Rows, i: int, t: int) -> float:
 
 
 def q_next(b: Rows, i: int, t: int) -> float:
-    return float(b.side["action_value"][i][t + 1]) if t + 1 < b.T else 0.0
+    after = [k for k in range(t + 1, b.T) if b.mask[i][k]]
+    return float(b.side["action_value"][i][after[0]]) if after else 0.0
 
 
 def everyone(b: Rows) -> range:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pgcheck.engines.exact import coefficients_of
+from pgcheck.engines.coefficients import coefficients_of
 from pgcheck.engines.purity import find_impurity
 from pgcheck.estimators.base import Estimator
 from pgcheck.estimators.from_loss import LossCoefficients

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from pgcheck.batch import Batch
-from pgcheck.engines.exact import coefficients_of, row_orders
+from pgcheck.engines.coefficients import coefficients_of
+from pgcheck.engines.declarations import row_orders
 from pgcheck.estimators.base import Estimator, find_estimator
 from pgcheck.problem import Problem
 from pgcheck.verdicts.checks.base import check, compared, gather, probe_index

@@ -1,0 +1,122 @@
+"""What an estimator declares is verified by substitution on random batches before the engine relies on it.
+
+* purity: a function of its batch (`pgcheck.engines.purity`);
+* `couples`: coefficients computed from the own row or group alone are those of the whole batch;
+* no dependence on the order of rows: without it, ordered tuples are enumerated instead of multisets;
+* `reads`: other rows of the same class give the same coefficients (`pgcheck.engines.lumped`).
+
+Guarantee: a wrong declaration that shows on any of the 64 random batches is an error, never a wrong number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from pgcheck.batch import Batch
+from pgcheck.engines.coefficients import coefficients_of
+from pgcheck.engines.enumeration import Batches
+from pgcheck.engines.lumped import Lumps, substituted
+from pgcheck.engines.purity import find_impurity
+from pgcheck.errors import EstimatorError
+from pgcheck.estimators.base import Estimator
+from pgcheck.estimators.from_loss import LossCoefficients
+from pgcheck.problem import Problem
+from pgcheck.trajectories import Trajectories
+
+PROBES = 64  # random batches on which declarations are verified
+
+
+def verify_purity(estimator: Estimator, problem: Problem, table: Trajectories) -> None:
+    """Raise `EstimatorError` if the estimator writes to its inputs, draws random numbers or keeps state."""
+    impurity = find_impurity(estimator, probe(problem, table, estimator)[1])
+    if impurity is not None:
+        raise EstimatorError(f"estimator '{estimator.name}' {impurity.what}: {impurity.mend}.")
+
+
+def probe(problem: Problem, table: Trajectories, estimator: Estimator, number: int = PROBES) -> tuple[Tensor, Batch]:
+    loop = isinstance(estimator.coefficients, LossCoefficients) and estimator.coefficients.lane == "loop"
+    index = Batches(table, problem.sizes).random(number // 4 if loop else number, seed=0)
+    return index, table.batch(index, problem.group_labels, logits=estimator.leaf == "logits")
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return bool(torch.allclose(a, b, rtol=1e-9, atol=1e-12 * max(1.0, float(b.abs().max()))))
+
+
+def verify_couples(estimator: Estimator, problem: Problem, table: Trajectories) -> None:
+    """Coefficients computed from what `couples` allows, put together, are those of the whole batch."""
+    if estimator.couples == "batch" or (estimator.couples == "group" and problem.groups == 1):
+        return
+    _, batch = probe(problem, table, estimator)
+    whole = coefficients_of(estimator, batch)
+    sizes = problem.sizes if estimator.couples == "group" else (1,) * problem.rows
+    parts, low = [], 0
+    for size in sizes:
+        part = batch.map(lambda x, low=low, size=size: x[:, low : low + size])  # type: ignore[misc]
+        part = replace(part, group=part.group - part.group[:, :1])  # enumerated alone, a group is number 0
+        parts.append(coefficients_of(estimator, part) * (size / problem.rows))
+        low += size
+    if not _close(torch.cat(parts, 1), whole):
+        what = "other groups" if estimator.couples == "group" else "other rows"
+        raise EstimatorError(
+            f"estimator '{estimator.name}' is declared couples='{estimator.couples}', but its coefficients change with"
+            f" {what} of the batch (beyond the 1/B of the batch average); declare couples='batch'."
+        )
+
+
+def verify_reads(estimator: Estimator, table: Trajectories, lumps: Lumps, problem: str) -> None:
+    """Raise `EstimatorError` unless other rows of the same class leave a row's coefficients as they are."""
+    label = torch.zeros(lumps.size, dtype=torch.int64)
+    here, there = (
+        coefficients_of(estimator, table.batch(index, label, logits=estimator.leaf == "logits"))[:, 0]
+        for index in substituted(lumps, PROBES, seed=0)
+    )
+    if not _close(here, there):
+        raise EstimatorError(
+            f"estimator '{estimator.name}' is declared reads={estimator.reads!r}, but on '{problem}' its coefficients change"
+            " when other rows are replaced by rollouts with the same values of those; leave `reads` out or add to it."
+        )
+
+
+def row_order_is_free(estimator: Estimator, problem: Problem, table: Trajectories) -> bool:
+    """ĝ does not move when rows are permuted inside their groups and groups of equal size among each other."""
+    index, batch = probe(problem, table, estimator)
+    labels, here = problem.group_labels, coefficients_of(estimator, batch)
+    for order in row_orders(problem):
+        moved = table.batch(index[:, order], labels, logits=estimator.leaf == "logits")
+        if not _close(coefficients_of(estimator, moved), here[:, order]):
+            return False
+    return True
+
+
+def row_orders(problem: Problem) -> list[Tensor]:
+    """Row orders `[B]` that together generate every exchange of rows in a group, and of groups of one size.
+
+    A transposition of the first two and a rotation generate all permutations; one permutation alone can miss an
+    estimator that happens to be invariant under it (a roll, a pairing, a fixed row).
+    """
+    first = [0]
+    for size in problem.sizes:
+        first.append(first[-1] + size)
+    blocks = [list(range(low, low + size)) for low, size in zip(first, problem.sizes, strict=False)]
+
+    def generators(n: int) -> list[list[int]]:
+        found = [[1, 0, *range(2, n)]] if n > 1 else []
+        return found + ([[*range(1, n), 0]] if n > 2 else [])
+
+    orders = []
+    for size in sorted(set(problem.sizes)):
+        same = [g for g, s in enumerate(problem.sizes) if s == size]
+        for inside in generators(size):
+            moved = list(blocks)
+            moved[same[0]] = [blocks[same[0]][i] for i in inside]
+            orders.append(moved)
+        for among in generators(len(same)):
+            moved = list(blocks)
+            for g, h in zip(same, among, strict=True):
+                moved[g] = blocks[same[h]]
+            orders.append(moved)
+    return [torch.tensor([i for block in order for i in block]) for order in orders]
