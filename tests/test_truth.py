@@ -182,15 +182,17 @@ def test_returns_of_zero_need_no_special_case() -> None:
     assert not bool(problem.gradient().any())
 
 
-def test_rewards_that_cancel_are_no_disagreement() -> None:
+@pytest.mark.parametrize("seed", range(5))
+def test_rewards_that_cancel_are_no_disagreement(seed: int) -> None:
     """Paid 0.1, 0.2, −0.3: R = 0 up to rounding of terms of size 0.3, which is what agreement must be relative to."""
-    move = [[[0.0, 1.0, 0.0, 0.0]] * 2, [[0.0, 0.0, 1.0, 0.0]] * 2, [[0.0, 0.0, 0.0, 1.0]] * 2, [[0.0] * 3 + [1.0]] * 2]
+    chain = [[[0.0, 1.0, 0.0, 0.0]] * 3, [[0.0, 0.0, 1.0, 0.0]] * 3, [[0.0, 0.0, 0.0, 1.0]] * 3, [[0.0] * 3 + [1.0]] * 3]
     env = TabularMDP(
-        move,
-        [[0.1, 0.1], [0.2, 0.2], [-0.3, -0.3], [0.0, 0.0]],
+        chain,
+        [[0.1] * 3, [0.2] * 3, [-0.3] * 3, [0.0] * 3],
         [1.0, 0.0, 0.0, 0.0],
         horizon=3,
         terminal=[3],
     )
-    gradient = Problem(env, [[0.3, -0.1], [0.7, 0.2], [-0.4, 0.9], [0.0, 0.0]]).gradient()
+    logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(seed))
+    gradient = Problem(env, logits).gradient()
     assert_close(gradient, torch.zeros_like(gradient), 1e-15)
