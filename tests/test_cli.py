@@ -1,0 +1,258 @@
+"""The command line: output, exit codes, the user's own code, and that nothing heavy is imported for --help."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from pgcheck.cli import main
+
+ROOT = Path(__file__).parent.parent
+LOSSES = """
+import torch
+
+def sound(batch):
+    weight = batch.discount_weight * batch.reward_to_go
+    return -(weight * batch.logp * batch.mask).sum(-1).mean()
+
+def wrong(batch):
+    r = batch.episode_return
+    return -((r - r.mean())[:, None] * batch.logp * batch.mask).sum(-1).mean()
+
+def nan(batch):
+    r = batch.episode_return
+    return -(((r - r.mean()) / r.std())[:, None] * batch.logp * batch.mask).sum(-1).mean()
+
+def shapeless(batch):
+    return -(batch.logp * batch.mask).sum(-1)
+
+text = "no estimator"
+"""
+SUITE = """
+name = "small"
+about = "three problems"
+estimators = ["reinforce", "leave_one_out"]
+problems = ["bandit/two-arm", "dialogue/two-turn", "dialogue/unequal-groups"]
+"""
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    """Run the command line in a folder that holds `mine.py` and `small.toml`; returns code, stdout, stderr."""
+    (tmp_path / "mine.py").write_text(LOSSES)
+    (tmp_path / "small.toml").write_text(SUITE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["pgcheck", *arguments])
+        capsys.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """`pgcheck --help` answers without torch, pandas, scipy or rich."""
+    code = (
+        "import sys; sys.argv = ['pgcheck', '--help']\n"
+        "from pgcheck.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'pandas', 'scipy', 'numpy', 'pydantic'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "compare" in done.stdout
+
+
+def test_version_is_the_packages(run: Run) -> None:
+    code, out, _ = run("--version")
+    assert code == 0
+    assert out.strip() == f"pgcheck {tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']['version']}"
+
+
+@pytest.mark.parametrize(
+    ("what", "name"),
+    [("estimators", "leave_one_out"), ("problems", "tree/tokens"), ("checks", "unbiased"), ("suites", "core")],
+)
+def test_list(run: Run, what: str, name: str) -> None:
+    code, out, _ = run("list", what)
+    assert code == 0
+    assert name in out
+    code, out, _ = run("list", what, "--json")
+    assert code == 0
+    assert name in {row["name"] for row in json.loads(out)}
+
+
+def test_run_of_a_sound_suite(run: Run, tmp_path: Path) -> None:
+    """Every verdict agrees: exit code 0, three files, and the numbers behind each cell in all of them."""
+    code, out, _ = run("run", "small.toml", "--out", "report")
+    assert code == 0
+    assert "0 FAIL" in out
+    folder = tmp_path / "report"
+    assert {p.name for p in folder.iterdir()} == {"report.json", "report.md", "report.html"}
+    data = json.loads((folder / "report.json").read_text())
+    assert {m["problem"] for m in data["measurements"]} == {
+        "bandit/two-arm", "dialogue/two-turn", "dialogue/unequal-groups",
+    }  # fmt: skip
+    assert "leave_one_out" in (folder / "report.md").read_text()
+
+
+def test_report_page_is_whole(run: Run, tmp_path: Path) -> None:
+    """Well-formed, self-contained, and every link of the matrix has its target."""
+    run("run", "small.toml", "--out", "report")
+    text = (tmp_path / "report" / "report.html").read_text()
+
+    class Links(HTMLParser):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ids: list[str] = []
+            self.links: list[str] = []
+            self.fetched: list[str] = []
+
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            given = dict(attrs)
+            if given.get("id"):
+                self.ids.append(str(given["id"]))
+            if tag == "a":
+                self.links.append(str(given["href"]))
+            if tag in {"link", "img", "iframe"} or (tag == "script" and "src" in given):
+                self.fetched.append(tag)
+
+    page = Links()
+    page.feed(text)
+    assert page.links
+    assert {link.removeprefix("#") for link in page.links} <= set(page.ids)
+    assert len(page.ids) == len(set(page.ids))
+    assert not page.fetched
+    assert not re.search(r"https?://", text)
+
+
+def test_run_judges_the_users_own(run: Run) -> None:
+    """Green on the sound loss; red with the cause, and the command to go on with, on the wrong one."""
+    code, out, _ = run("run", "small.toml", "--estimator", "mine:sound")
+    assert code == 0
+    assert "reinforce" not in out
+    code, out, _ = run("run", "small.toml", "--estimator", "mine:wrong")
+    assert code == 1
+    assert "wrong is not unbiased" in out
+    assert "(B−1)/B × the exact gradient" in out
+    assert "pgcheck compare mine:wrong" in out
+
+
+@pytest.mark.parametrize("form", ["markdown", "html", "json"])
+def test_formats(run: Run, form: str) -> None:
+    code, out, _ = run("run", "small.toml", "--format", form)
+    assert code == 0
+    assert "leave_one_out" in out
+    if form == "json":
+        assert json.loads(out) == json.loads(run("run", "small.toml", "--json")[1])
+
+
+def test_nan_is_a_failure_not_a_crash(run: Run) -> None:
+    """Unanimous groups have std 0: the verdict names the batch and the mend."""
+    code, out, _ = run("run", "small.toml", "--estimator", "mine:nan")
+    assert code == 1
+    assert "nan fails finite" in out
+    assert "add an ε" in out
+
+
+def test_too_large_is_inconclusive(run: Run) -> None:
+    """A budget that one case does not fit: exit code 1, with the numbers and the nearest plan that fits."""
+    code, out, _ = run("run", "small.toml", "--estimator", "mine:sound", "--budget", "300")
+    assert code == 1
+    assert "INCONCLUSIVE" in out
+    assert "The nearest that fits: groups=" in out
+
+
+def test_same_bytes_twice(run: Run, tmp_path: Path) -> None:
+    run("run", "small.toml", "--out", "one")
+    run("run", "small.toml", "--out", "two")
+    for name in ("report.json", "report.md", "report.html"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_nothing_is_half_written(run: Run, tmp_path: Path) -> None:
+    """A folder that cannot be made: one line, exit code 2, nothing left behind."""
+    (tmp_path / "file").write_text("in the way")
+    code, _, err = run("run", "small.toml", "--out", "file/report")
+    assert code == 2
+    assert err.startswith("pgcheck: out: cannot write")
+    assert {p.name for p in tmp_path.iterdir()} - {"__pycache__"} == {"file", "mine.py", "small.toml"}
+
+
+@pytest.mark.parametrize("ending", [".csv", ".json", ".md", ".html"])
+def test_compare_writes_its_table(run: Run, tmp_path: Path, ending: str) -> None:
+    code, out, _ = run(
+        "compare", "rloo", "grpo", "mine:sound", "--problem", "bandit/two-arm", "--out", f"table{ending}"
+    )
+    assert code == 0
+    assert "(exact)" in out
+    text = (tmp_path / f"table{ending}").read_text()
+    assert all(name in text for name in ("leave_one_out", "grpo", "sound"))
+
+
+def test_compare_as_json(run: Run) -> None:
+    code, out, _ = run("compare", "rloo", "--problem", "bandit/two-arm", "--json")
+    assert code == 0
+    (row,) = json.loads(out)
+    assert row["finding"] == "unbiased"
+    assert row["batches"] is None
+
+
+@pytest.mark.parametrize("name", ["unbiased", "padding_length", "grpo", "rloo", "dialogue/two-turn", "mine:sound"])
+def test_explain(run: Run, name: str) -> None:
+    code, out, _ = run("explain", name)
+    assert code == 0
+    assert len(out.splitlines()) > 3
+    assert json.loads(run("explain", name, "--json")[1])["page"] == out.rstrip("\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("explain", "unbised"), "Did you mean 'unbiased'?"),
+        (("compare", "leave_one_outt"), "Did you mean 'leave_one_out'?"),
+        (("compare", "rloo", "--problem", "bandit/two-arms"), "Did you mean 'bandit/two-arm'?"),
+        (("run", "cor"), "Did you mean 'core'?"),
+        (("run", "small.toml", "--estimator", "absent:loss"), "importing 'absent' failed"),
+        (("run", "small.toml", "--estimator", "mine:absent"), "'mine' has no attribute 'absent'"),
+        (("run", "small.toml", "--estimator", "mine:text"), "is a string"),
+        (("run", "small.toml", "--estimator", "mine:shapeless"), "not a scalar"),
+        (("compare", "rloo", "--out", "table.xlsx"), ".csv"),
+        (("list", "everything"), "everything"),
+        (("run", "small.toml", "--budget", "0"), "budget"),
+    ],
+)
+def test_usage_errors(run: Run, arguments: tuple[str, ...], message: str) -> None:
+    """One clear error on stderr, exit code 2, nothing on stdout."""
+    code, out, err = run(*arguments)
+    assert code == 2
+    assert message in re.sub(r"[│╭╮╰╯─\s]+", " ", err)
+    assert not out
+
+
+def test_readme_commands_are_those_of_ci() -> None:
+    """`.ci/run` takes its test command from the README, and the README has exactly two commands that set up."""
+    lines = (ROOT / "README.md").read_text().splitlines()
+    commands = [line for line in lines if line.startswith("python3 -m venv")]
+    assert len(commands) == 2
+    assert "pgcheck run core" in commands[0]
+    assert "pytest" in commands[1]
