@@ -150,7 +150,7 @@ def run(
     own = [as_estimator(name) for name in estimator] if estimator else None
     with ProgressBar() as progress:
         report = loaded.run(estimators=own, budget=budget, progress=progress)
-        messages = _explained(report, estimator or [], loaded.resolve_problems())
+        messages = _explained(report, estimator or [], loaded.resolve_problems(own=own is not None))
     if out is not None:
         write_report(report, out, messages)
     _print_report(report, Format.json if as_json else form, messages)

@@ -135,10 +135,24 @@ def test_the_callers_tables_are_copied() -> None:
     assert policy().tolist() == [[0.0, 1.0]]
 
 
-def test_a_policy_stays_what_it_is() -> None:
-    """`as_policy` wraps once."""
-    policy = SoftmaxTable([[0.0, 1.0]])
-    assert as_policy(policy, 1) is policy
+def test_a_policy_is_wrapped_once() -> None:
+    """`as_policy` of a policy is that policy, not a module over one-hot contexts around it."""
+    for policy in (SoftmaxTable([[0.0, 1.0]]), LinearPolicy([[2.0]], [[0.0, 1.0]])):
+        again = as_policy(policy, 1)
+        assert type(again) is type(policy)
+        assert torch.equal(again(), policy())
+
+
+def test_a_later_step_of_the_callers_optimiser_does_not_reach_the_problem() -> None:
+    """A problem is frozen: J, ∇J and the table stay those of one θ, whatever becomes of the module."""
+    module = nn.Linear(1, 2, bias=False, dtype=torch.float64)
+    problem = Problem(two_arm_env(), module)
+    value, gradient, logits = problem.value(), problem.gradient(), problem.logits
+    with torch.no_grad():
+        module.weight += torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
+    assert problem.value() == value
+    assert torch.equal(problem.logits, logits)
+    assert torch.equal(problem.gradient("dynamic_programming"), gradient)
 
 
 def test_the_callers_module_is_left_in_its_precision() -> None:
@@ -193,7 +207,9 @@ def test_a_table_too_small_for_the_rollouts() -> None:
 
 def test_linear_shapes() -> None:
     """Features `[K, F]` and weight `[F, A]` share F."""
-    with pytest.raises(ProblemError, match=r"features, weight: shapes \[3, 2\] and \[4, 2\], expected \[K, F\] and \[F, A\]"):
+    with pytest.raises(
+        ProblemError, match=r"features, weight: shapes \[3, 2\] and \[4, 2\], expected \[K, F\] and \[F, A\]"
+    ):
         LinearPolicy(torch.zeros(3, 2), torch.zeros(4, 2))
     with pytest.raises(ProblemError, match=r"features, weight: shapes \[2\] and \[2, 2\]"):
         LinearPolicy(torch.zeros(2), torch.zeros(2, 2))

@@ -182,7 +182,9 @@ def test_the_optimal_state_baseline(world: World) -> None:
     found = columns_by_visit(table, table.side["optimal_state"])
     for (s, t), b in found.items():
         pi = world.policy()[world.context(s)]
-        norm = [(1 - pi[a]) ** 2 + sum(pi[c] ** 2 for c in range(world.actions) if c != a) for a in range(world.actions)]
+        norm = [
+            (1 - pi[a]) ** 2 + sum(pi[c] ** 2 for c in range(world.actions) if c != a) for a in range(world.actions)
+        ]
         bottom = sum(pi[a] * norm[a] for a in range(world.actions))
         top = sum(pi[a] * norm[a] * action_value(world, s, a, t) for a in range(world.actions) if norm[a] > 0)
         assert b == pytest.approx(float(top / bottom) if bottom > 0 else 0.0, abs=1e-11 * return_scale(world))

@@ -260,7 +260,9 @@ UNSEEN: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "message"), UNSEEN, ids=[f"{next(iter(c))}-{i}" for i, (c, _) in enumerate(UNSEEN)])
+@pytest.mark.parametrize(
+    ("changes", "message"), UNSEEN, ids=[f"{next(iter(c))}-{i}" for i, (c, _) in enumerate(UNSEEN)]
+)
 def test_columns_that_would_spoil_a_verdict(changes: dict[str, Any], message: str) -> None:
     """Nothing unusable gets through, and the message has the value."""
     with pytest.raises(ProblemError, match=message):

@@ -185,7 +185,12 @@ def test_returns_of_zero_need_no_special_case() -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_rewards_that_cancel_are_no_disagreement(seed: int) -> None:
     """Paid 0.1, 0.2, −0.3: R = 0 up to rounding of terms of size 0.3, which is what agreement must be relative to."""
-    chain = [[[0.0, 1.0, 0.0, 0.0]] * 3, [[0.0, 0.0, 1.0, 0.0]] * 3, [[0.0, 0.0, 0.0, 1.0]] * 3, [[0.0] * 3 + [1.0]] * 3]
+    chain = [
+        [[0.0, 1.0, 0.0, 0.0]] * 3,
+        [[0.0, 0.0, 1.0, 0.0]] * 3,
+        [[0.0, 0.0, 0.0, 1.0]] * 3,
+        [[0.0] * 3 + [1.0]] * 3,
+    ]
     env = TabularMDP(
         chain,
         [[0.1] * 3, [0.2] * 3, [-0.3] * 3, [0.0] * 3],

@@ -266,16 +266,20 @@ def random_world(
     """A world of this shape with fractions drawn from `seed`; state 0 acts and is a start."""
     rng = Random(seed)
 
-    def law(n: int, support: int, among: Sequence[int]) -> tuple[Fraction, ...]:
-        chosen = rng.sample(list(among), min(support, len(among)))
+    def law(support: int, through: int | None) -> tuple[Fraction, ...]:
+        chosen = rng.sample(range(states), min(support, states))
+        if through is not None and through not in chosen:
+            chosen[0] = through
         raw = {x: rng.randint(1, 4) for x in chosen}
-        return tuple(Fraction(raw.get(x, 0), sum(raw.values())) for x in range(n))
+        return tuple(Fraction(raw.get(x, 0), sum(raw.values())) for x in range(states))
 
     over = (states - 1,) if terminal and states > 1 else ()
     looks = (1,) if observation and states > 1 + len(over) else ()
     transition, reward = [], []
     for s in range(states):
-        rows = [law(states, rng.randint(1, branches), range(states)) for _ in range(actions)]
+        # action 0 of state 0 may lead to the observation, and the observation back: acts, a gap in the row, acts
+        through = looks[0] if looks and s == 0 else 0 if s in looks else None
+        rows = [law(rng.randint(1, branches), through if a == 0 else None) for a in range(actions)]
         # few distinct values, so that rollouts tie and merge
         pays: list[Any] = [
             tuple(Fraction(rng.randint(-4, 4), 2) for _ in range(states))
@@ -318,14 +322,15 @@ def worlds(
     """Worlds with every feature on or off; at most (actions · branches)^horizon rollouts from a start."""
     return random_world(
         draw(st.integers(0, 10**6)),
-        states=draw(st.integers(1, max_states)),
-        actions=draw(st.integers(1, max_actions)),
-        horizon=draw(st.integers(1, max_horizon)),
-        branches=draw(st.integers(1, max_branches)),
+        # the largest first and twice: small worlds have few features
+        states=draw(st.sampled_from((max_states, *range(max_states, 0, -1)))),
+        actions=draw(st.sampled_from((2, *range(max_actions, 0, -1)))),
+        horizon=draw(st.sampled_from((max_horizon, *range(max_horizon, 0, -1)))),
+        branches=draw(st.sampled_from((max_branches, *range(max_branches, 0, -1)))),
         discount=draw(st.sampled_from(DISCOUNTS)),
         clock=draw(st.sampled_from(("position", "action"))),
-        terminal=draw(st.booleans()),
-        observation=draw(st.booleans()),
+        terminal=draw(st.sampled_from((True, True, False))),
+        observation=draw(st.sampled_from((True, True, False))),
         wide_reward=draw(st.booleans()),
         shared=draw(st.booleans()),
         off_policy=draw(st.booleans()),

@@ -68,7 +68,6 @@ def exact_moments(
         BudgetError: naming the number of batches, the budget and the nearest sampling plan that fits.
         EstimatorError: a declaration that does not hold, or coefficients that are not finite.
     """
-    found: dict[int, Moments] = {}
     plans: dict[_Plan, list[int]] = {}
     parts: dict[int, dict[int, Sums]] = {}
     for i, e in enumerate(estimators):
@@ -94,9 +93,7 @@ def exact_moments(
         sums = _accumulate([estimators[i] for i in members], table, batches, plan, problem, progress)
         for i, part in zip(members, sums, strict=True):
             parts.setdefault(i, {})[plan.size] = part
-    for i, e in enumerate(estimators):
-        found[i] = _assemble(e, problem, parts[i])
-    return [found[i] for i in range(len(estimators))]
+    return [_assemble(e, problem, parts[i]) for i, e in enumerate(estimators)]
 
 
 def _sizes_of(plan: _Plan, problem: Problem) -> tuple[int, ...]:

@@ -37,6 +37,7 @@ def cause_of(diagnosis: Diagnosis) -> str:
         "−1": "the sign is flipped: a loss is minimised, coefficients ascend",
         "B": "summed over rows where the mean is meant",
         "1/B": "divided by the number of rows twice",
+        "1/T": "averaged over the width of the padded tensor",
         "(B−1)/B": "the own return is in the mean over the batch that is subtracted from it",
         "G−1 over G": "the own return is in the mean over the group that is subtracted from it",
     }

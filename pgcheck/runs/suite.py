@@ -7,6 +7,7 @@
     thetas = 2                                       # each problem at this many θ
     checks = ["unbiased", "biased"]                  # optional: default, all
     budget = 5000000                                 # optional: most batches a cell
+    own_problems = ["bandit/*"]                      # optional: what estimators from outside are judged on
 
     [[expect]]                                       # optional: what is expected on one problem
     estimator = "token_is"
@@ -54,6 +55,7 @@ class Suite(BaseModel):
     about: str = ""
     estimators: Literal["all"] | list[str]
     problems: list[str] = Field(min_length=1)
+    own_problems: list[str] | None = None
     thetas: int = Field(default=1, ge=1, le=8)
     checks: list[str] | None = None
     budget: int = Field(default=DEFAULT_BUDGET, ge=1)
@@ -65,9 +67,14 @@ class Suite(BaseModel):
             return list(registered_estimators().values())
         return [as_estimator(name) for name in self.estimators]
 
-    def resolve_problems(self) -> list[Problem]:
-        """The problems: patterns expanded, each once, every θ of one next to each other."""
-        return problems_matching(self.problems, thetas=self.thetas)
+    def resolve_problems(self, *, own: bool = False) -> list[Problem]:
+        """The problems: patterns expanded, each once, every θ of one next to each other.
+
+        `own`: those that estimators from outside the suite are judged on. A plain loss claims to be unbiased, full stop;
+        on off-policy problems most of them do not mean it.
+        """
+        patterns = self.own_problems if own and self.own_problems is not None else self.problems
+        return problems_matching(patterns, thetas=self.thetas)
 
     def run(
         self, *, estimators: list[Estimator] | None = None, budget: int | None = None, progress: Progress | None = None
@@ -77,7 +84,7 @@ class Suite(BaseModel):
         names = {e.name for e in chosen}
         return run(
             chosen,
-            self.resolve_problems(),
+            self.resolve_problems(own=estimators is not None),
             suite=self.name,
             checks=self.checks,
             expectations=[Expectation(x.estimator, x.problem, x.finding) for x in self.expect if x.estimator in names],
@@ -150,6 +157,7 @@ def _check_names(path: Path, suite: Suite) -> None:
     try:
         estimators = {e.name for e in suite.resolve_estimators()}
         problems = {p.name for p in suite.resolve_problems()}
+        suite.resolve_problems(own=True)
         for name in suite.checks or ():
             find_check(name)
         for x in suite.expect:

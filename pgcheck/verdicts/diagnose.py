@@ -29,7 +29,7 @@ class Diagnosis:
 
     kind: str
     subject: str  # an estimator, "the gradient" or a fact
-    factor: str  # "", "-1", "B", "1/B", "(B−1)/B" or a number
+    factor: str  # "", "−1", "B", "1/B", "1/T", "(B−1)/B", … or a number
     problems: int
 
 
@@ -46,6 +46,7 @@ _FACTORS = (
     _Factor("1/B", lambda p: 1.0 / p.rows),
     _Factor("(B−1)/B", lambda p: (p.rows - 1) / p.rows),
     _Factor("B/(B−1)", lambda p: p.rows / (p.rows - 1) if p.rows > 1 else float("nan")),
+    _Factor("1/T", lambda p: 1.0 / p.trajectories.paths.steps),
     _Factor("G−1 over G", lambda p: (p.rows - p.groups) / p.rows),
 )
 
