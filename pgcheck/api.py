@@ -10,7 +10,7 @@ import pandas as pd
 
 from pgcheck.engines.exact import DEFAULT_BUDGET, exact_moments
 from pgcheck.engines.moments import Moments, Progress
-from pgcheck.errors import BiasError, CheckFailed, UsageError
+from pgcheck.errors import BiasError, CheckFailed, UnknownNameError, UsageError
 from pgcheck.estimators.base import Claim, Estimator, proportional, unbiased
 from pgcheck.estimators.lookup import AnyEstimator, as_estimator, command_name
 from pgcheck.problem import Problem, registered_problems
@@ -46,6 +46,8 @@ def as_problems(problems: AnyProblem | Sequence[AnyProblem]) -> list[Problem]:
     }
     if problems in sets:
         return problems_matching(sets[problems], thetas=THETAS)
+    if "/" not in problems and "*" not in problems:
+        raise UnknownNameError("problem", problems, [*sets, *registered_problems()], hint=f"Sets: {', '.join(sets)}.")
     return problems_matching([problems])
 
 
@@ -138,7 +140,12 @@ def moments(
     """
     if engine != "exact":
         raise UsageError(f"engine: {engine!r} is not one of exact.")
-    (one,) = as_problems(problem)
+    chosen = as_problems(problem)
+    if len(chosen) != 1:
+        raise UsageError(
+            f"problem: {problem!r} names {len(chosen)} problems; moments are of one, compare takes several."
+        )
+    one = chosen[0]
     with ProgressBar() as bar:
         (found,) = exact_moments([as_estimator(estimator)], one, budget=budget, progress=progress or bar)
     return found

@@ -30,6 +30,8 @@ def cause_of(diagnosis: Diagnosis) -> str:
         return (
             f"it is right on every problem but those where {diagnosis.subject} ({diagnosis.problems} problems compared)"
         )
+    if diagnosis.kind == "rounding":
+        return "float32 inside the loss: batches are float64, but a tensor made without a dtype is not (torch.zeros(n))"
     name = "the exact gradient" if diagnosis.subject == "the gradient" else f"`{diagnosis.subject}`"
     if not diagnosis.factor:
         return f"in expectation this is {name}, on all {diagnosis.problems} problems compared"
