@@ -95,9 +95,9 @@ def list_(
 
 def _listing(what: What) -> list[dict[str, object]]:
     if what is What.suites:
-        from pgcheck.runs.suite import load_suite, shipped_suites
+        from pgcheck.runs.suite import read_suite, shipped_suites
 
-        return [{"name": name, "about": load_suite(str(path)).about} for name, path in shipped_suites().items()]
+        return [{"name": name, "about": read_suite(path).about} for name, path in shipped_suites().items()]
     if what is What.checks:
         from pgcheck.render.messages import first_sentence
         from pgcheck.verdicts.checks import registered_checks

@@ -3,20 +3,21 @@
     c[i,t] = A[i,t] · mask[i,t] / B,      A from `torchrl.objectives.value.functional`, with γ^t in front or without
 
 `reward2go`, `generalized_advantage_estimate` and `vtrace_advantage_estimate` see rows `[M·B, T, 1]`, time at -2, values
-exact, and `done` at the last position of the row where anything happens; there is nothing of theirs in this file.
+exact, and `done` at the last position of the row where anything happens; none of their arithmetic is repeated here.
 An entry is named on the command line as `pgcheck.adapters.torchrl:gae_discounted`.
 
 What the exact expectation shows of torchrl 0.14.1:
 
-* No function multiplies by γ^t. For γ < 1 what they give is `reward_to_go_undiscounted_weight`, whatever the λ; on
-  `mdp/pessimal` that is −2 ∇J.
+* No function multiplies by γ^t. On-policy with γ < 1 what all of them give is `reward_to_go_undiscounted_weight`, whatever
+  the λ; on `mdp/pessimal` that is −2 ∇J.
 * One γ a position: observation positions are discounted too. Where the problem's γ counts actions everything is biased,
-  by 7% of ‖∇J‖ on `dialogue/two-turn-action-clock`. A tensor of per-position γ `[.., T, 1]` mends it (`gae_own_clock`).
+  by 7% of ‖∇J‖ on `dialogue/two-turn-action-clock` (10% without γ^t). A tensor of per-position γ `[.., T, 1]` mends it
+  (`gae_own_clock`).
 * V-trace corrects the action at t and what follows, not the states the old policy visits: without any clip it is off by
-  .2% to 47% of ‖∇J‖ off-policy. With w_{0:t−1} in front and ρ̄ = ∞ it is unbiased; c̄ has no part in the bias when V is
-  exact.
+  .2% to 47% of ‖∇J‖ off-policy with several actions a row. With w_{0:t−1} in front and ρ̄ = ∞ it is unbiased; c̄ has no
+  part in the bias when V is exact.
 * The docstring of `vtrace_advantage_estimate` has `log_pi` and `log_mu` the wrong way round; the code has ρ = π/μ with
-  π = `log_pi`. Called as documented, every ratio is inverted: 66% instead of 0 on `off-policy/contextual-drifted`.
+  π = `log_pi`. Called as documented, every ratio is inverted: unclipped, 85% instead of 0 on `off-policy/contextual-drifted`.
 * A Python float γ is multiplied with an int32 mask, which makes float32 of it: .9 becomes .89999998, and in float64
   `generalized_advantage_estimate` and `vtrace_advantage_estimate` are off by 2e-8 to 7e-8. A 0-dim tensor of γ in the
   rewards' dtype is kept; the entries here pass one. Float thresholds ρ̄ and c̄ become float32 in the same way.

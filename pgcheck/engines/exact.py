@@ -29,6 +29,7 @@ from pgcheck.engines.declarations import row_order_is_free, verify_couples, veri
 from pgcheck.engines.enumeration import Batches
 from pgcheck.engines.lumped import lump, lumped_sums
 from pgcheck.engines.moments import Moments, Progress, Sums, covariance_from
+from pgcheck.engines.threads import one_thread
 from pgcheck.errors import BudgetError
 from pgcheck.estimators.base import Couples, Estimator
 from pgcheck.estimators.from_loss import LossCoefficients
@@ -51,6 +52,7 @@ class _Plan:
     logits: bool
 
 
+@one_thread()
 def exact_moments(
     estimators: Sequence[Estimator],
     problem: Problem,

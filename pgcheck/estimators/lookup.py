@@ -18,7 +18,7 @@ from pgcheck import named_problems
 from pgcheck.batch import LogitsNotAsked
 from pgcheck.errors import EstimatorError, UsageError
 from pgcheck.estimators import zoo
-from pgcheck.estimators.base import Estimator, find_estimator
+from pgcheck.estimators.base import Estimator, find_estimator, registered_estimators
 from pgcheck.estimators.from_loss import from_loss
 from pgcheck.problem import find_problem
 
@@ -59,8 +59,10 @@ def as_estimator(estimator: AnyEstimator) -> Estimator:
 def command_name(estimator: AnyEstimator) -> str:
     """How the command line names it: a registered name, or `module:function` for code of the user's."""
     if isinstance(estimator, str):
-        return f"'{estimator}'" if "(" in estimator else estimator
+        return f"'{estimator}'" if "(" in estimator else estimator  # a shell would read the brackets
     if isinstance(estimator, Estimator):
+        if registered_estimators().get(estimator.name) is estimator:
+            return command_name(estimator.name)
         estimator = getattr(estimator.coefficients, "loss", estimator.coefficients)
     module = getattr(estimator, "__module__", "your_module")
     if module == "__main__":
@@ -80,6 +82,8 @@ def imported(path: str) -> Estimator:
         sys.path.insert(0, here)
     try:
         found: Any = importlib.import_module(module_name)
+    except UsageError:
+        raise
     except Exception as error:
         raise UsageError(
             f"estimator '{path}': importing '{module_name}' failed: {type(error).__name__}: {error}. It is looked for in the"

@@ -15,6 +15,7 @@ from importlib import metadata
 
 from pgcheck.engines.exact import DEFAULT_BUDGET, exact_moments
 from pgcheck.engines.moments import Moments, Progress
+from pgcheck.engines.threads import one_thread
 from pgcheck.errors import BudgetError, NotFiniteError, UsageError
 from pgcheck.estimators.base import Estimator
 from pgcheck.problem import Problem
@@ -50,6 +51,7 @@ def richness(problem: Problem) -> tuple[bool, bool, bool, bool, int]:
     )
 
 
+@one_thread()
 def run(
     estimators: Sequence[Estimator],
     problems: Sequence[Problem],

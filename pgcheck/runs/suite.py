@@ -134,14 +134,23 @@ def load_suite(name_or_path: str) -> Suite:
     if not path.is_file():
         hint = "`pgcheck list suites` shows them all; a path to a .toml file works as well."
         raise UnknownNameError("suite", name_or_path, shipped, hint=hint)
+    suite = read_suite(path)
+    _check_names(path, suite)
+    return suite
+
+
+def read_suite(path: Path) -> Suite:
+    """A suite file as it stands; its names are not looked up.
+
+    Raises:
+        SuiteError: not TOML, or a field that is unknown, missing or of the wrong type.
+    """
     try:
-        suite = Suite.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        return Suite.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SuiteError(f"{path}: not a TOML file: {error}.") from None
     except ValidationError as error:
         raise SuiteError(f"{path}: {_first_fault(error)}") from None
-    _check_names(path, suite)
-    return suite
 
 
 def _first_fault(error: ValidationError) -> str:
