@@ -11,7 +11,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from numbers import Integral
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from pgcheck import truth
 from pgcheck.envs.tabular import TabularMDP
 from pgcheck.errors import ProblemError, UnknownNameError
 from pgcheck.policies.tabular import as_policy, logit_jacobian
-from pgcheck.trajectories import Paths, SideTable, Trajectories
+from pgcheck.trajectories import Paths, SideTable, Trajectories, as_table
 
 TruthMethod = Literal["dynamic_programming", "enumeration", "central_differences"]
 
@@ -56,16 +57,13 @@ class Problem:
     about: str = ""
 
     def __post_init__(self) -> None:
-        sizes = (self.group_size,) * max(self.groups, 0) if isinstance(self.group_size, int) else tuple(self.group_size)
-        if not isinstance(self.groups, int) or self.groups < 1:
-            raise ProblemError(f"groups: {self.groups!r}; it must be an integer of at least 1.")
-        if len(sizes) != self.groups or not all(isinstance(g, int) and g >= 1 for g in sizes):
-            raise ProblemError(
-                f"group_size: {self.group_size!r}; expected a positive integer or {self.groups} of them, one a group."
-            )
+        if not isinstance(self.env, (TabularMDP, Paths)):
+            raise ProblemError(f"env: {type(self.env).__name__}; expected a TabularMDP or Paths.")
+        self._check_sampling()
         if isinstance(self.env, TabularMDP):
-            contexts = list(range(self.env.states)) if self.contexts is None else [int(k) for k in self.contexts]
-            if len(contexts) != self.env.states or min(contexts) < 0:
+            contexts = list(range(self.env.states)) if self.contexts is None else list(self.contexts)
+            right = all(isinstance(k, int) and k >= 0 for k in contexts) and len(contexts) == self.env.states
+            if not right:
                 raise ProblemError(
                     f"contexts: {self.contexts!r}; expected one context ≥ 0 for each of {self.env.states} states."
                 )
@@ -82,7 +80,7 @@ class Problem:
             )
         for name in ("behavior_logits", "ref_logits"):
             given = getattr(self, name)
-            table = logits if given is None else torch.as_tensor(given, dtype=torch.float64)
+            table = logits if given is None else as_table(name, given)
             if table.shape != logits.shape:
                 raise ProblemError(f"{name}: shape {list(table.shape)}, expected {list(logits.shape)} as the policy's.")
             dead = torch.isinf(table).all(-1) | (table == math.inf).any(-1) | torch.isnan(table).any(-1)
@@ -90,6 +88,18 @@ class Problem:
                 allowed = "finite" if name == "ref_logits" else "finite or -inf, and one in each row finite"
                 raise ProblemError(f"{name}: every logit must be {allowed}.")
             object.__setattr__(self, name, None if given is None else table)
+
+    def _check_sampling(self) -> None:
+        if not isinstance(self.groups, Integral) or self.groups < 1:
+            raise ProblemError(f"groups: {self.groups!r}; it must be an integer of at least 1.")
+        given = self.group_size
+        sizes = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given] * self.groups
+        if len(sizes) != self.groups or not all(isinstance(g, Integral) and g >= 1 for g in sizes):
+            raise ProblemError(
+                f"group_size: {given!r}; expected a positive integer or {self.groups} of them, one a group."
+            )
+        object.__setattr__(self, "groups", int(self.groups))
+        object.__setattr__(self, "group_size", int(given) if isinstance(given, Integral) else tuple(map(int, sizes)))
 
     @classmethod
     def from_trajectories(cls, paths: Paths, policy: Any, **settings: Any) -> Problem:
@@ -187,6 +197,8 @@ class Problem:
 
     def value(self, method: TruthMethod = "enumeration") -> float:
         """J(π), in units of reward."""
+        if method not in get_args(TruthMethod):
+            raise ProblemError(f"method: {method!r} is not one of {', '.join(get_args(TruthMethod))}.")
         return float(self._value_at(method)(self.logits))
 
     def _value_at(self, method: TruthMethod) -> Callable[[Tensor], Tensor]:
@@ -211,13 +223,13 @@ class Problem:
         if method == "central_differences":
             way: TruthMethod = "dynamic_programming" if isinstance(self.env, TabularMDP) else "enumeration"
             return truth.gradient_by_central_differences(self._value_at(way), self.logits)
-        raise ProblemError(f"method: {method!r} is not one of dynamic_programming, enumeration, central_differences.")
+        raise ProblemError(f"method: {method!r} is not one of {', '.join(get_args(TruthMethod))}.")
 
     @cached_property
     def _gradient(self) -> Tensor:
         way: TruthMethod = "dynamic_programming" if isinstance(self.env, TabularMDP) else "enumeration"
         by_autograd = truth.gradient_by_autograd(self._value_at(way), self.logits)
-        size = float(truth.returns(self._paths).abs().max())
+        size = float(self._paths.reward.abs().sum(-1).max())  # of the terms that R is a sum of
         return truth.agreed_gradient(by_autograd, self.gradient("enumeration"), size=size, problem=self.name)
 
     def logit_jacobian(self) -> Tensor:
@@ -249,7 +261,7 @@ class Problem:
             h.update(x.contiguous().numpy().tobytes())
         for x in (t.logits, self.behavior_logits, self.ref_logits):
             h.update(b"none" if x is None else x.contiguous().numpy().tobytes())
-        h.update(repr((p.discount, p.discount_clock, self.sizes)).encode())
+        h.update(repr((float(p.discount), p.discount_clock, self.sizes)).encode())
         return h.hexdigest()[:16]
 
     def at(self, draw: int) -> Problem:
@@ -282,8 +294,10 @@ def register_problem(name: str, build: Callable[[], Problem]) -> None:
     """Add a named problem.
 
     Raises:
-        ProblemError: the name is taken.
+        ProblemError: the name is taken, or has an @ (what follows it names a θ).
     """
+    if "@" in name:
+        raise ProblemError(f"problem '{name}': a name has no @; NAME@1 is the problem NAME at another θ.")
     if name in _BUILDERS:
         raise ProblemError(f"problem '{name}' is registered already; choose another name.")
     _BUILDERS[name] = build
@@ -301,6 +315,6 @@ def find_problem(name: str) -> Problem:
         UnknownNameError: no such problem; suggests the nearest.
     """
     base, _, draw = name.partition("@")
-    if base not in _BUILDERS or not (draw.isdigit() or not draw):
+    if base not in _BUILDERS or not (draw.isdecimal() or not draw):
         raise UnknownNameError("problem", name, _BUILDERS)
     return _BUILDERS[base]().at(int(draw or 0))

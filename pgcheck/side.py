@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pgcheck.errors import BudgetError
+from pgcheck.errors import BudgetError, UsageError
 from pgcheck.trajectories import Trajectories, conditional_mean
 
 MAX_ROWS = 200_000
@@ -112,6 +112,10 @@ class Continuations:
 
     draws: int = 1
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.draws, int) or self.draws < 1:
+            raise UsageError(f"draws: {self.draws!r}; it must be an integer of at least 1.")
+
     def __call__(self, table: Trajectories) -> Trajectories:
         p, to_go = table.paths, table.rows_as_batch().reward_to_go
         weight = _weight(table).tolist()
@@ -120,7 +124,12 @@ class Continuations:
             for n, s in enumerate(p.state[:, t].tolist()):
                 if s >= 0 and weight[n] > 0:
                     returns.setdefault((s, t), []).append((float(to_go[n, t]), weight[n]))
-        mean = {visit: self._law_of_mean(_merged(law)) for visit, law in returns.items()}
+        size = float(to_go.abs().max()) or 1.0
+        mean = {visit: self._law_of_mean(_merged(law, size), size) for visit, law in returns.items()}
+        for t in range(p.steps):  # a rollout of no chance stays one row, whatever its draws would be
+            for n, s in enumerate(p.state[:, t].tolist()):
+                if s >= 0:
+                    mean.setdefault((s, t), [(float(to_go[n, t]), 1.0)])
         visited = [[(s, t) for t, s in enumerate(row) if s >= 0] for row in p.state.tolist()]
         count = sum(math.prod(len(mean[v]) for v in visits) for visits in visited)
         if count > MAX_ROWS:
@@ -146,21 +155,21 @@ class Continuations:
         )
         return split.with_side(continuation_value=torch.tensor(columns, dtype=torch.float64))
 
-    def _law_of_mean(self, law: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    def _law_of_mean(self, law: list[tuple[float, float]], scale: float) -> list[tuple[float, float]]:
         """Law of the mean of `draws` i.i.d. values, by repeated convolution."""
         size = sum(q for _, q in law)
         sums = [(0.0, 1.0)]
         for _ in range(self.draws):
-            sums = _merged([(x + v, px * q / size) for x, px in sums for v, q in law])
+            sums = _merged([(x + v, px * q / size) for x, px in sums for v, q in law], scale)
         return [(x / self.draws, q) for x, q in sums]
 
 
-def _merged(law: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """(value, probability) pairs with values equal to 12 digits merged into their mean, so that E is kept exactly."""
+def _merged(law: list[tuple[float, float]], scale: float) -> list[tuple[float, float]]:
+    """(value, probability) pairs; values equal to 1e-12 of `scale` become one, their mean, so that E is kept exactly."""
     mass: dict[float, float] = {}
     first: dict[float, float] = {}
     for value, q in law:
-        key = round(value, 12)
+        key = round(value / scale, 12)
         mass[key] = mass.get(key, 0.0) + q
         first[key] = first.get(key, 0.0) + q * value
     return [(first[key] / q, q) for key, q in mass.items()]

@@ -54,9 +54,9 @@ class Paths:
 
     def __post_init__(self) -> None:
         for name in ("start", "state", "context", "action"):
-            self._set(name, torch.as_tensor(getattr(self, name), dtype=torch.int64))
+            self._set(name, as_table(name, getattr(self, name), dtype=torch.int64))
         for name in ("reward", "mask", "env_probability", "start_probability"):
-            self._set(name, torch.as_tensor(getattr(self, name), dtype=torch.float64))
+            self._set(name, as_table(name, getattr(self, name)))
         shape = tuple(self.reward.shape)
         if len(shape) != 2 or 0 in shape:
             raise ProblemError(f"reward: shape {shape}, expected [N, T] with at least one trajectory and one position.")
@@ -70,16 +70,18 @@ class Paths:
                 raise ProblemError(f"{name}: shape {tuple(getattr(self, name).shape)}, expected {shape[:1]}.")
         if self.end is None:
             real = (self.mask != 0) | (self.reward != 0)
-            self._set("end", (real * torch.arange(1, shape[1] + 1)).amax(-1))
-        self._set("end", torch.as_tensor(self.end, dtype=torch.int64))
+            self._set("end", (real * torch.arange(1, shape[1] + 1)).amax(-1).clamp(min=1))
+        self._set("end", as_table("end", self.end, dtype=torch.int64))
+        if tuple(self.end.shape) != shape[:1]:
+            raise ProblemError(f"end: shape {tuple(self.end.shape)}, expected {shape[:1]}.")
         self._check_values()
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 
     def _check_values(self) -> None:
-        if not 0.0 <= self.discount <= 1.0:
-            raise ProblemError(f"discount: {self.discount} is outside [0, 1].")
+        if not isinstance(self.discount, (int, float)) or not 0.0 <= self.discount <= 1.0:
+            raise ProblemError(f"discount: {self.discount!r} is outside [0, 1].")
         if self.discount_clock not in DISCOUNT_CLOCKS:
             raise ProblemError(f"discount_clock: {self.discount_clock!r} is not one of {', '.join(DISCOUNT_CLOCKS)}.")
         if not bool(torch.isfinite(self.reward).all()):
@@ -87,8 +89,22 @@ class Paths:
             raise ProblemError(
                 f"reward: trajectory {n}, position {t} is {float(self.reward[n, t])}; it must be finite."
             )
-        if not bool(((self.mask == 0) | (self.mask == 1)).all()):
-            raise ProblemError("mask: entries must be 0 or 1.")
+        odd = (self.mask != 0) & (self.mask != 1)
+        if bool(odd.any()):
+            raise ProblemError(f"mask: has an entry {float(self.mask[odd][0])}; entries must be 0 or 1.")
+        p = self.env_probability
+        wrong = ~((p >= 0) & (p <= 1 + 1e-9))  # a NaN is wrong, too
+        if bool(wrong.any()):
+            n = int(wrong.nonzero()[0, 0])
+            raise ProblemError(f"env_probability: trajectory {n} has {float(p[n])}; it must be a probability.")
+        real = ((self.mask != 0) | (self.reward != 0)) * torch.arange(1, self.steps + 1)
+        outside = (self.end < real.amax(-1).clamp(min=1)) | (self.end > self.steps)
+        if bool(outside.any()):
+            n = int(outside.nonzero()[0, 0])
+            raise ProblemError(
+                f"end: trajectory {n} ends after {int(self.end[n])} positions; it must be at least"
+                f" {max(int(real[n].max()), 1)}, its last mask or reward, and at most T = {self.steps}."
+            )
         acts = self.mask == 1
         for name in ("state", "context", "action"):
             column = getattr(self, name)
@@ -99,8 +115,10 @@ class Paths:
                     " it must be ≥ 0 where mask is 1 and -1 where mask is 0."
                 )
         check_distribution("start_probability", self.start_probability)
-        if not bool(((self.start >= 0) & (self.start < len(self.start_probability))).all()):
-            raise ProblemError(f"start: entries must lie in [0, {len(self.start_probability)}).")
+        unknown = (self.start < 0) | (self.start >= len(self.start_probability))
+        if bool(unknown.any()):
+            first = int(self.start[unknown][0])
+            raise ProblemError(f"start: has an entry {first}; entries must lie in [0, {len(self.start_probability)}).")
 
     @property
     def steps(self) -> int:
@@ -109,6 +127,18 @@ class Paths:
 
     def __len__(self) -> int:
         return int(self.reward.shape[0])
+
+
+def as_table(name: str, x: Any, *, dtype: torch.dtype = torch.float64) -> Tensor:
+    """`x` as a tensor of its own.
+
+    Raises:
+        ProblemError: naming the argument, if it cannot be read as an array of numbers.
+    """
+    try:
+        return torch.as_tensor(x, dtype=dtype).detach().clone()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ProblemError(f"{name}: cannot be read as an array of numbers ({error}).") from None
 
 
 def check_distribution(name: str, row: Tensor) -> None:
@@ -150,6 +180,8 @@ class Trajectories:
             ProblemError: the paths of a start do not sum to one (some are missing, or a probability is wrong).
         """
         contexts, actions = logits.shape
+        if not bool((paths.mask > 0).any()):
+            raise ProblemError("mask: the policy never acts in any rollout, so there is no gradient to estimate.")
         if int(paths.context.max()) >= contexts or int(paths.action.max()) >= actions:
             raise ProblemError(
                 f"policy_logits: shape [{contexts}, {actions}], but the trajectories use context "

@@ -86,7 +86,7 @@ def differences(value: Callable[[nn.Module], Tensor], policy: nn.Module, step: f
 
 @settings(max_examples=25)
 @given(worlds(max_states=3, max_horizon=2), st.sampled_from(KINDS), st.integers(0, 1000))
-def test_parameter_gradient_is_the_derivative_of_J_in_theta(world: World, kind: str, seed: int) -> None:
+def test_parameter_gradient_is_the_derivative_in_theta(world: World, kind: str, seed: int) -> None:
     """(dz/dθ)ᵀ ∇_z J = ∇_θ J, the latter by moving each θ_j."""
     policy = build(kind, len(world.weights), world.actions, seed)
     problem = world.problem(policy)

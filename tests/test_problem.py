@@ -375,5 +375,5 @@ def test_an_unknown_method_for_the_value() -> None:
 def test_a_problem_in_which_the_policy_never_acts() -> None:
     """Only observations: there is no gradient to estimate, and the message says so."""
     env = two_arm_env(reward=[[1.0, 1.0]], observation=[0])
-    with pytest.raises(ProblemError, match="never acts|no action|does not act"):
+    with pytest.raises(ProblemError, match=r"never acts|no action|does not act"):
         Problem(env, [[0.0, 0.0]]).trajectories  # noqa: B018

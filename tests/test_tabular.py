@@ -175,7 +175,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (
         {"observation": [1]},
         r"observation: state 1 has a transition or a reward that depends on the action.*make its rows equal",
-    ),  # fmt: skip
+    ),
 ]
 
 

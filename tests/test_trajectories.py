@@ -13,6 +13,7 @@ from hypothesis import given
 
 from pgcheck.errors import ProblemError
 from pgcheck.problem import Problem
+from pgcheck.side import ActionValues
 from pgcheck.trajectories import Paths, Trajectories, check_distribution, conditional_mean, row_logp
 from tests.worlds import (
     World,
@@ -113,13 +114,41 @@ def test_value_on_observations_and_after_the_end(world: World) -> None:
 
 
 @given(worlds())
-def test_the_value_at_the_start_is_J(world: World) -> None:
+def test_the_value_at_the_start_averages_to_the_objective(world: World) -> None:
     """Σ q(s₀) p(τ | s₀) V(·, 0) = J."""
     problem = world.problem()
     table = problem.trajectories
     weight = table.probability * table.paths.start_probability[table.paths.start]
     found = float((weight * table.value[:, 0]).sum())
     assert found == pytest.approx(problem.value("dynamic_programming"), abs=1e-12 * return_scale(world))
+
+
+def one_state_two_starts() -> Paths:
+    """Starts of chance 1/4 and 3/4 share a state: action 0 pays 4 from the first start, 8 from the second, action 1 0."""
+    return Paths(
+        **two_arm_columns(
+            start=[0, 0, 1, 1],
+            state=[[0]] * 4,
+            context=[[0]] * 4,
+            action=[[0], [1], [0], [1]],
+            reward=[[4.0], [0.0], [8.0], [0.0]],
+            mask=[[1.0]] * 4,
+            env_probability=[1.0] * 4,
+            start_probability=[0.25, 0.75],
+        )
+    )
+
+
+def test_the_value_of_a_state_averages_over_the_starts_that_reach_it() -> None:
+    """V = π(0) (4/4 + 3·8/4) = 7/2 with π(0) = 1/2, whoever draws: E[Ĝ | state], not E[Ĝ | state, start]."""
+    table = Problem(one_state_two_starts(), [[0.0, 0.0]], behavior_logits=[[2.0, 0.0]]).trajectories
+    assert table.value[:, 0].tolist() == pytest.approx([3.5] * 4, abs=1e-14)
+
+
+def test_an_action_value_averages_over_the_starts_that_reach_the_state() -> None:
+    """Q(0) = 4/4 + 3·8/4 = 7 and Q(1) = 0."""
+    table = ActionValues()(Problem(one_state_two_starts(), [[0.0, 0.0]]).trajectories)
+    assert table.side["action_value"][:, 0].tolist() == pytest.approx([7.0, 0.0, 7.0, 0.0], abs=1e-14)
 
 
 # -- gathering

@@ -120,7 +120,9 @@ class Rollout:
 
     def to_go(self, discount: Any, t: int = 0) -> Any:
         """Σ_{k≥t} γ^{e_k − e_t} r_k."""
-        return sum((discount ** (self.exponents[k] - self.exponents[t]) * self.steps[k][2] for k in range(t, len(self.steps))), Fraction(0))  # fmt: skip
+        later = range(t, len(self.steps))
+        e = self.exponents
+        return sum((discount ** (e[k] - e[t]) * self.steps[k][2] for k in later), Fraction(0))
 
     def discounted(self, discount: Any) -> Any:
         """R = Σ_t γ^{e_t} r_t."""
@@ -274,19 +276,19 @@ def random_world(
         return tuple(Fraction(raw.get(x, 0), sum(raw.values())) for x in range(states))
 
     over = (states - 1,) if terminal and states > 1 else ()
-    looks = (1,) if observation and states > 1 + len(over) else ()
+    free = states - 1 - len(over)
+    looks = (
+        tuple(range(1, 1 + min(free, 2))) if observation and free else ()
+    )  # two, so that what was done before matters
     transition, reward = [], []
     for s in range(states):
-        # action 0 of state 0 may lead to the observation, and the observation back: acts, a gap in the row, acts
-        through = looks[0] if looks and s == 0 else 0 if s in looks else None
-        rows = [law(rng.randint(1, branches), through if a == 0 else None) for a in range(actions)]
+        # state 0 leads to the observations, each by its action, and they lead back: act, a gap in the row, act
+        through = [looks[a] if s == 0 and a < len(looks) else 0 if s in looks else None for a in range(actions)]
+        rows = [law(rng.randint(1, branches), x) for x in through]
         # few distinct values, so that rollouts tie and merge
-        pays: list[Any] = [
-            tuple(Fraction(rng.randint(-4, 4), 2) for _ in range(states))
-            if wide_reward
-            else Fraction(rng.randint(-4, 4), 2)  # fmt: skip
-            for _ in range(actions)
-        ]
+        pays: list[Any] = [tuple(Fraction(rng.randint(-4, 4), 2) for _ in range(states)) for _ in range(actions)]
+        if not wide_reward:
+            pays = [pay[0] for pay in pays]
         if s in looks:
             rows, pays = [rows[0]] * actions, [pays[0]] * actions
         transition.append(tuple(rows))

@@ -6,14 +6,19 @@ Guarantee: run before anything is enumerated, so that a random, stateful or muta
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pgcheck.batch import Batch
 from pgcheck.estimators.base import Estimator
+from pgcheck.seeding import (
+    fixed_random_state,
+    global_random_state,
+    random_state_kept,
+    same_random_state,
+    set_global_random_state,
+)
 
 
 @dataclass(frozen=True)
@@ -39,53 +44,47 @@ def find_impurity(estimator: Estimator, batch: Batch) -> Impurity | None:
 
     `batch` `[M, B, T]`, M ≥ 2. Global random state is as before when this returns.
     """
+    with random_state_kept():
+        return _find(estimator, batch)
+
+
+def _find(estimator: Estimator, batch: Batch) -> Impurity | None:
     given, kept = copied(batch), copied(batch)
-    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()
-    try:
-        first = estimator.coefficients(given)
-        if not isinstance(first, Tensor):
-            return None  # the engine says so
-        derived = [name for name in _DERIVED if name in vars(given)]  # computed once and shared by all estimators
-        now = given.tensors() | {name: getattr(given, name) for name in derived}
-        before_call = kept.tensors() | {name: getattr(kept, name) for name in derived}
-        for name, x in now.items():
-            before = before_call[name]
-            if not torch.equal(x, before):
-                moved = float((x.to(torch.float64) - before.to(torch.float64)).abs().max())
-                return Impurity(
-                    "inputs_unchanged", f"changes its inputs: batch.{name}", "write out of place, x = x - m", moved
-                )
-        drew = not torch.equal(torch.get_rng_state(), torch_state) or not _same(np.random.get_state(), numpy_state)
-        torch.manual_seed(1)
-        np.random.seed(1)
-        second = estimator.coefficients(copied(batch))
-        if drew or (not _equal(first, second) and _equal(second, _seeded(estimator, batch))):
+    before_call = global_random_state()
+    first = estimator.coefficients(given)
+    if not isinstance(first, Tensor):
+        return None  # the engine says so
+    drew = not same_random_state(before_call, global_random_state())
+    derived = [name for name in _DERIVED if name in vars(given)]  # computed once and shared by all estimators
+    expected = kept.tensors() | {name: getattr(kept, name) for name in derived}
+    for name, x in (given.tensors() | {name: getattr(given, name) for name in derived}).items():
+        if not torch.equal(x, expected[name]):
+            moved = float((x.to(torch.float64) - expected[name].to(torch.float64)).abs().max())
             return Impurity(
-                "deterministic",
-                "draws random numbers",
-                "an exact verdict needs a function of the batch; take dropout and noise out",
-                _gap(first, second),
+                "inputs_unchanged", f"changes its inputs: batch.{name}", "write out of place, x = x - m", moved
             )
-        torch.set_rng_state(torch_state)
-        other = copied(batch.map(lambda x: x.flip(0)))
-        estimator.coefficients(other)
-        third = estimator.coefficients(copied(batch))
-        if not _equal(first, second) or not _equal(first, third):
-            return Impurity(
-                "stateless",
-                "keeps state from one batch to the next",
-                "a running mean or a counter makes the result depend on what came before; pass it in as a constant",
-                max(_gap(first, second), _gap(first, third)),
-            )
-    finally:
-        torch.set_rng_state(torch_state)
-        np.random.set_state(numpy_state)
+    second = _from_seed(estimator, batch, 1)
+    if drew or (not _equal(first, second) and _equal(second, _from_seed(estimator, batch, 1))):
+        return Impurity(
+            "deterministic",
+            "draws random numbers",
+            "an exact verdict needs a function of the batch; take dropout and noise out",
+            _gap(first, second),
+        )
+    estimator.coefficients(copied(batch.map(lambda x: x.flip(0))))
+    third = estimator.coefficients(copied(batch))
+    if not _equal(first, second) or not _equal(first, third):
+        return Impurity(
+            "stateless",
+            "keeps state from one batch to the next",
+            "a running mean or a counter makes the result depend on what came before; pass it in as a constant",
+            max(_gap(first, second), _gap(first, third)),
+        )
     return None
 
 
-def _seeded(estimator: Estimator, batch: Batch) -> Tensor:
-    torch.manual_seed(1)
-    np.random.seed(1)
+def _from_seed(estimator: Estimator, batch: Batch, seed: int) -> Tensor:
+    set_global_random_state(fixed_random_state(seed))
     return estimator.coefficients(copied(batch))
 
 
@@ -95,7 +94,3 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 def _gap(a: Tensor, b: Tensor) -> float:
     return float((torch.nan_to_num(a) - torch.nan_to_num(b)).abs().max()) if a.shape == b.shape else float("nan")
-
-
-def _same(a: Any, b: Any) -> bool:
-    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))

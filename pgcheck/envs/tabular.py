@@ -11,7 +11,8 @@ policy and estimator are merged, their probabilities added.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from pgcheck.batch import DISCOUNT_CLOCKS, DiscountClock
 from pgcheck.errors import BudgetError, ProblemError
-from pgcheck.trajectories import Paths, check_distribution
+from pgcheck.trajectories import Paths, as_table, check_distribution
 
 MAX_PATHS = 200_000
 
@@ -65,13 +66,16 @@ class TabularMDP:
             raise ProblemError(f"reward: shape {list(self.reward.shape)}, expected [{S}, {A}] or [{S}, {A}, {S}].")
         if tuple(self.initial.shape) != (S,):
             raise ProblemError(f"initial: shape {list(self.initial.shape)}, expected [{S}].")
-        if isinstance(horizon, bool) or not isinstance(horizon, int) or horizon < 1:
+        if isinstance(horizon, bool) or not isinstance(horizon, Integral) or horizon < 1:
             raise ProblemError(f"horizon: {horizon!r}; it must be an integer of at least 1.")
         if not isinstance(discount, (int, float)) or not 0.0 <= discount <= 1.0:
             raise ProblemError(f"discount: {discount!r}; γ must lie in [0, 1].")
         if discount_clock not in DISCOUNT_CLOCKS:
             raise ProblemError(f"discount_clock: {discount_clock!r} is not one of {', '.join(DISCOUNT_CLOCKS)}.")
-        self.horizon, self.discount, self.discount_clock = horizon, float(discount), discount_clock
+        self.horizon, self.discount, self.discount_clock = int(horizon), float(discount), discount_clock
+        for name, listed in (("terminal", terminal), ("observation", observation)):
+            if not isinstance(listed, Iterable):
+                raise ProblemError(f"{name}: {listed!r}; expected a list of states, [{listed!r}].")
         self.terminal, self.observation = frozenset(terminal), frozenset(observation)
         for name, states in (("terminal", self.terminal), ("observation", self.observation)):
             for s in states:
@@ -171,10 +175,7 @@ class TabularMDP:
 
 
 def _table(name: str, x: Any) -> Tensor:
-    try:
-        table = torch.as_tensor(x, dtype=torch.float64).detach().clone()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ProblemError(f"{name}: cannot be read as an array of numbers ({error}).") from None
+    table = as_table(name, x)
     if not bool(torch.isfinite(table).all()):
         where = [int(i) for i in (~torch.isfinite(table)).nonzero()[0]]
         raise ProblemError(f"{name}: entry {where} is {float(table[tuple(where)])}; it must be finite.")

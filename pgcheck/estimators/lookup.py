@@ -21,6 +21,7 @@ from pgcheck.estimators import zoo
 from pgcheck.estimators.base import Estimator, find_estimator, registered_estimators
 from pgcheck.estimators.from_loss import from_loss
 from pgcheck.problem import find_problem
+from pgcheck.seeding import random_state_kept
 
 AnyEstimator = Estimator | str | Callable[..., Any]
 
@@ -48,7 +49,8 @@ def as_estimator(estimator: AnyEstimator) -> Estimator:
     made = from_loss(estimator)
     probe = find_problem("dialogue/two-turn")
     try:
-        made.coefficients(probe.trajectories.batch(torch.arange(probe.rows), probe.group_labels))
+        with random_state_kept():
+            made.coefficients(probe.trajectories.batch(torch.arange(probe.rows), probe.group_labels))
     except LogitsNotAsked:
         return from_loss(estimator, leaf="logits")
     except Exception:  # the run will meet it, and say on which problem

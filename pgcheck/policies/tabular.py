@@ -6,6 +6,7 @@ space, and `E ĝ_θ = (dz/dθ)ᵀ E ĝ` carries it to the parameters.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pgcheck.errors import ProblemError
+from pgcheck.trajectories import as_table
 
 Policy = Callable[[], Tensor]
 # A policy is called with nothing and returns its logits [K, A], differentiable in its `parameters()` if it has any.
@@ -23,7 +25,7 @@ class SoftmaxTable(nn.Module):
 
     def __init__(self, logits: Any) -> None:
         super().__init__()
-        self.table = nn.Parameter(torch.as_tensor(logits, dtype=torch.float64).detach().clone())
+        self.table = nn.Parameter(as_table("policy_logits", logits))
 
     def forward(self) -> Tensor:
         return self.table
@@ -38,7 +40,7 @@ class ModulePolicy(nn.Module):
             if contexts is None:
                 raise ProblemError("policy: a module needs its inputs [K, F], or contexts=K for one-hot inputs.")
             inputs = torch.eye(contexts, dtype=torch.float64)
-        self.module = module.to(torch.float64)
+        self.module = copy.deepcopy(module).to(torch.float64)  # the caller's own stays as it is
         self.inputs: Tensor
         self.register_buffer("inputs", torch.as_tensor(inputs, dtype=torch.float64))
 
@@ -70,25 +72,31 @@ def as_policy(policy: Any, contexts: int) -> nn.Module:
         ProblemError: logits that are not a finite `[K, A]` table of numbers.
     """
     if isinstance(policy, (SoftmaxTable, ModulePolicy)):
-        built: nn.Module = policy
+        built: nn.Module = copy.deepcopy(policy)  # a problem is frozen, whatever an optimiser does later
     elif isinstance(policy, nn.Module):
         built = ModulePolicy(policy, contexts=contexts)
     else:
-        try:
-            built = SoftmaxTable(policy)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ProblemError(f"policy_logits: cannot be read as an array of numbers ({error}).") from None
-    logits = built()
+        built = SoftmaxTable(policy)
+    logits = built().detach()
     if logits.dim() != 2:
         raise ProblemError(f"policy_logits: shape {list(logits.shape)}, expected [K, A].")
     if not bool(torch.isfinite(logits).all()):
-        raise ProblemError("policy_logits: every logit must be finite (a behaviour policy's may be -inf).")
+        first = float(logits[~torch.isfinite(logits)][0])
+        raise ProblemError(
+            f"policy_logits: every logit must be finite (a behaviour policy's may be -inf), got {first}."
+        )
     return built
 
 
 def logit_jacobian(policy: nn.Module) -> Tensor:
-    """dz/dθ, `[K·A, P]`, columns in the order of `policy.parameters()`."""
+    """dz/dθ, `[K·A, P]`, columns in the order of `policy.parameters()`.
+
+    Raises:
+        ProblemError: the policy has no parameters.
+    """
     named = {name: p.detach() for name, p in policy.named_parameters()}
+    if not named:
+        raise ProblemError("policy: it has no parameters, so there is nothing to take a gradient in.")
 
     def logits(parameters: dict[str, Tensor]) -> Tensor:
         out: Tensor = torch.func.functional_call(policy, parameters, ())

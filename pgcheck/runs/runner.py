@@ -21,7 +21,7 @@ from pgcheck.estimators.base import Estimator
 from pgcheck.problem import Problem
 from pgcheck.runs import report as rows
 from pgcheck.runs.report import Report
-from pgcheck.verdicts.checks import registered_checks
+from pgcheck.verdicts.checks import find_check, registered_checks
 from pgcheck.verdicts.checks.bias import claims_on, judge_claims
 from pgcheck.verdicts.verdict import RTOL, Finding, Measurement, NotAsked, Status, Verdict, measure
 
@@ -71,19 +71,19 @@ def run(
         budget: most batches for one estimator on one problem.
 
     Raises:
-        UsageError: two estimators of one name, or two problems.
+        UsageError: two estimators of one name, or two problems; an unknown check.
         EstimatorError: coefficients of the wrong shape, no gradient, or a wrong `couples`.
     """
     for what, names in (("estimators", [e.name for e in estimators]), ("problems", [p.name for p in problems])):
         twice = {name for name in names if names.count(name) > 1}
         if twice:
             raise UsageError(f"{what}: '{min(twice)}' is given twice; give one of them another name.")
-    wanted = set(registered_checks() if checks is None else checks)
+    wanted = {find_check(name).name for name in (registered_checks() if checks is None else checks)}
     verdicts: list[Verdict] = []
     not_asked: list[NotAsked] = []
     clean = []
     for e in estimators:
-        impure = _hygiene_first(e, problems, wanted)
+        impure = _hygiene_first(e, problems)
         verdicts += impure
         if all(v.status is Status.PASS for v in impure):
             clean.append(e)
@@ -118,12 +118,17 @@ def run(
         problems=[rows.problem_row(p) for p in problems],
         estimators=[rows.estimator_row(e) for e in estimators],
         measurements=[rows.measurement_row(m) for m in found.values()],
-        verdicts=[rows.verdict_row(v) for v in verdicts if v.check in wanted or v.check == "expected_finding"],
+        verdicts=[rows.verdict_row(v) for v in verdicts if v.check in wanted or _always_shown(v)],
         not_asked=[rows.not_asked_row(n) for n in not_asked],
     )
 
 
-def _hygiene_first(estimator: Estimator, problems: Sequence[Problem], wanted: set[str]) -> list[Verdict]:
+def _always_shown(v: Verdict) -> bool:
+    """A suite's own expectation; and what kept an estimator from being judged at all."""
+    return v.check == "expected_finding" or (v.check in HYGIENE_FIRST and v.status is not Status.PASS)
+
+
+def _hygiene_first(estimator: Estimator, problems: Sequence[Problem]) -> list[Verdict]:
     problem = next((p for p in problems if estimator.fits(p)), None)
     if problem is None:
         return []
