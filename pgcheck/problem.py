@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
-from numbers import Integral
 from typing import Any, Literal, get_args
 
 import torch
@@ -21,7 +20,7 @@ from pgcheck import truth
 from pgcheck.envs.tabular import TabularMDP
 from pgcheck.errors import ProblemError, UnknownNameError
 from pgcheck.policies.tabular import as_policy, logit_jacobian
-from pgcheck.trajectories import Paths, SideTable, Trajectories, as_table
+from pgcheck.trajectories import Paths, SideTable, Trajectories, as_table, is_count
 
 TruthMethod = Literal["dynamic_programming", "enumeration", "central_differences"]
 
@@ -90,16 +89,16 @@ class Problem:
             object.__setattr__(self, name, None if given is None else table)
 
     def _check_sampling(self) -> None:
-        if not isinstance(self.groups, Integral) or self.groups < 1:
+        if not is_count(self.groups):
             raise ProblemError(f"groups: {self.groups!r}; it must be an integer of at least 1.")
-        given = self.group_size
+        given: Any = self.group_size
         sizes = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given] * self.groups
-        if len(sizes) != self.groups or not all(isinstance(g, Integral) and g >= 1 for g in sizes):
+        if len(sizes) != self.groups or not all(is_count(g) for g in sizes):
             raise ProblemError(
                 f"group_size: {given!r}; expected a positive integer or {self.groups} of them, one a group."
             )
         object.__setattr__(self, "groups", int(self.groups))
-        object.__setattr__(self, "group_size", int(given) if isinstance(given, Integral) else tuple(map(int, sizes)))
+        object.__setattr__(self, "group_size", int(given) if is_count(given) else tuple(map(int, sizes)))
 
     @classmethod
     def from_trajectories(cls, paths: Paths, policy: Any, **settings: Any) -> Problem:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -127,6 +128,11 @@ class Paths:
 
     def __len__(self) -> int:
         return int(self.reward.shape[0])
+
+
+def is_count(x: Any) -> bool:
+    """An integer, Python's or numpy's, of at least 1."""
+    return isinstance(x, Integral) and not isinstance(x, bool) and int(x) >= 1
 
 
 def as_table(name: str, x: Any, *, dtype: torch.dtype = torch.float64) -> Tensor:

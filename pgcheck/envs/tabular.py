@@ -12,7 +12,6 @@ policy and estimator are merged, their probabilities added.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from pgcheck.batch import DISCOUNT_CLOCKS, DiscountClock
 from pgcheck.errors import BudgetError, ProblemError
-from pgcheck.trajectories import Paths, as_table, check_distribution
+from pgcheck.trajectories import Paths, as_table, check_distribution, is_count
 
 MAX_PATHS = 200_000
 
@@ -66,7 +65,7 @@ class TabularMDP:
             raise ProblemError(f"reward: shape {list(self.reward.shape)}, expected [{S}, {A}] or [{S}, {A}, {S}].")
         if tuple(self.initial.shape) != (S,):
             raise ProblemError(f"initial: shape {list(self.initial.shape)}, expected [{S}].")
-        if isinstance(horizon, bool) or not isinstance(horizon, Integral) or horizon < 1:
+        if not is_count(horizon):
             raise ProblemError(f"horizon: {horizon!r}; it must be an integer of at least 1.")
         if not isinstance(discount, (int, float)) or not 0.0 <= discount <= 1.0:
             raise ProblemError(f"discount: {discount!r}; γ must lie in [0, 1].")
