@@ -30,7 +30,7 @@ from pgcheck.engines.enumeration import Batches
 from pgcheck.engines.lumped import lump, lumped_sums
 from pgcheck.engines.moments import Moments, Progress, Sums, covariance_from
 from pgcheck.engines.threads import one_thread
-from pgcheck.errors import BudgetError
+from pgcheck.errors import BudgetError, NotFiniteError
 from pgcheck.estimators.base import Couples, Estimator
 from pgcheck.estimators.from_loss import LossCoefficients
 from pgcheck.problem import Problem
@@ -174,6 +174,10 @@ def _assemble(estimator: Estimator, problem: Problem, parts: dict[int, Sums]) ->
         cov = torch.stack([covariance_from(parts[g].second, parts[g].mean) * (g / B) ** 2 for g in sizes]).sum(0)
     else:
         mean, cov = parts[0].mean, covariance_from(parts[0].second, parts[0].mean)
+    if not bool(torch.isfinite(mean).all() and torch.isfinite(cov).all()):
+        raise NotFiniteError(
+            f"estimator '{estimator.name}' has coefficients on '{problem.name}' so large that their squares overflow."
+        )
     fn = estimator.coefficients
     lane = fn.lane or "loop" if isinstance(fn, LossCoefficients) else "coefficients"
     return Moments(mean.reshape(K, A), (cov + cov.T) / 2, None, evaluated, lane, problem.policy)

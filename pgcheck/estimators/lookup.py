@@ -62,6 +62,7 @@ def command_name(estimator: AnyEstimator) -> str:
     """How the command line names it: a registered name, or `module:function` for code of the user's."""
     if isinstance(estimator, str):
         return f"'{estimator}'" if "(" in estimator else estimator  # a shell would read the brackets
+    name = estimator.name if isinstance(estimator, Estimator) else str(getattr(estimator, "__name__", "your_loss"))
     if isinstance(estimator, Estimator):
         if registered_estimators().get(estimator.name) is estimator:
             return command_name(estimator.name)
@@ -69,7 +70,8 @@ def command_name(estimator: AnyEstimator) -> str:
     module = getattr(estimator, "__module__", "your_module")
     if module == "__main__":
         module = Path(getattr(sys.modules["__main__"], "__file__", None) or "your_module.py").stem
-    return f"{module}:{getattr(estimator, '__qualname__', type(estimator).__name__)}"
+    qualified = str(getattr(estimator, "__qualname__", type(estimator).__name__))
+    return name if "<" in qualified else f"{module}:{qualified}"  # what is made inside a function has no path
 
 
 def imported(path: str) -> Estimator:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from pgcheck.runs.report import MeasurementRow, Report, VerdictRow
@@ -33,19 +34,24 @@ def cause_of(diagnosis: Diagnosis) -> str:
     if diagnosis.kind == "rounding":
         return "float32 inside the loss: batches are float64, but a tensor made without a dtype is not (torch.zeros(n))"
     name = "the exact gradient" if diagnosis.subject == "the gradient" else f"`{diagnosis.subject}`"
+    if diagnosis.except_on:
+        n = diagnosis.problems
+        where = f"on {n - len(diagnosis.except_on)} of {n} problems compared, not on {', '.join(diagnosis.except_on)}"
+    else:
+        where = f"on all {diagnosis.problems} problems compared"
     if not diagnosis.factor:
-        return f"in expectation this is {name}, on all {diagnosis.problems} problems compared"
+        return f"in expectation this is {name}, {where}"
     hints = {
         "−1": "the sign is flipped: a loss is minimised, coefficients ascend",
         "B": "summed over rows where the mean is meant",
         "1/B": "divided by the number of rows twice",
         "1/T": "averaged over the width of the padded tensor",
         "(B−1)/B": "the own return is in the mean over the batch that is subtracted from it",
-        "G−1 over G": "the own return is in the mean over the group that is subtracted from it",
+        "(G−1)/G": "the own return is in the mean over the group that is subtracted from it",
     }
-    factor = {"G−1 over G": "(G−1)/G"}.get(diagnosis.factor, diagnosis.factor)
-    hint = f": {hints[diagnosis.factor]}" if diagnosis.factor in hints else ": a constant factor"
-    return f"in expectation this is {factor} × {name}, on all {diagnosis.problems} problems compared{hint}"
+    known = diagnosis.factor in hints
+    factor = diagnosis.factor if known or "/" in diagnosis.factor else number(float(diagnosis.factor))
+    return f"in expectation this is {factor} × {name}, {where}: {hints.get(diagnosis.factor, 'a constant factor')}"
 
 
 def _lines(rows: Sequence[tuple[str, str]]) -> str:
@@ -82,7 +88,7 @@ def _bias_part(
     if len(undecided) == len(failures):
         return f"{estimator}: INCONCLUSIVE on {len(undecided)} problem(s): {undecided[0].reason}"
     failed = [v for v in failures if v.status is Status.FAIL]
-    worst = max(failed, key=lambda v: v.measured or 0.0)
+    worst = max(failed, key=lambda v: math.inf if v.measured is None else v.measured)
     asked = [v for v in report.verdicts if (v.estimator, v.check) == (estimator, worst.check)]
     if worst.check == "biased":
         return f"{estimator} claims to be biased, but no bias was found:\n" + _lines(

@@ -73,10 +73,10 @@ class MeasurementRow(_Row):
     scale: float | None
     cosine: float | None
     off_axis: float | None
-    bias: float
-    size: float
-    total_variance: float
-    mse: float
+    bias: float | None
+    size: float | None
+    total_variance: float | None
+    mse: float | None
     snr: float | None
     batches: int | None
     enumerated: int
@@ -177,7 +177,7 @@ def problem_row(problem: Problem) -> ProblemRow:
 
 def claim_row(claim: Claim) -> ClaimRow:
     """A claim's entry of the report; a scale that depends on the problem is told in the verdicts."""
-    scale = claim.scale if isinstance(claim.scale, float) else None
+    scale = float(claim.scale) if isinstance(claim.scale, (int, float)) else None
     return ClaimRow(kind=claim.kind, conditions=[c.name for c in claim.conditions], scale=scale, reason=claim.reason)
 
 
@@ -189,8 +189,8 @@ def estimator_row(estimator: Estimator) -> EstimatorRow:
 
 def measurement_row(m: Measurement) -> MeasurementRow:
     """A measurement's line of the report."""
-    same = ("estimator", "problem", "finding", "bias", "size", "total_variance", "mse", "batches", "enumerated", "lane")
-    maybe = ("rel", "scale", "cosine", "off_axis", "snr")
+    same = ("estimator", "problem", "finding", "batches", "enumerated", "lane")
+    maybe = ("rel", "scale", "cosine", "off_axis", "bias", "size", "total_variance", "mse", "snr")
     context, action = m.worst
     numbers: dict[str, Any] = {name: getattr(m, name) for name in same}
     numbers |= {name: finite_or_none(getattr(m, name)) for name in maybe}

@@ -106,11 +106,11 @@ def run(
                 verdicts.append(_refused(e, problem, moments))
     for e in clean:
         pairs = [(p, m) for p in problems if (m := found.get((e.name, p.name))) is not None]
-        broken = any(v.estimator == e.name and v.check == "finite" for v in verdicts)
-        if pairs and not broken:  # the engine saw every batch of every problem
+        refused = any(v.estimator == e.name and v.status is not Status.PASS for v in verdicts)
+        if pairs and not refused:  # the engine saw every batch of every problem
             verdicts.append(Verdict(e.name, "finite", "", Status.PASS, 0.0, 0.0))
         verdicts += judge_claims(e, [p for p, _ in pairs], [m for _, m in pairs], rtol=rtol)
-        verdicts += _single_batch_checks(e, [p for p, _ in pairs])
+        verdicts += _single_batch_checks(e, [p for p, _ in pairs], wanted)
     verdicts += [_judge_expectation(x, found) for x in expectations]
     return Report(
         suite=suite,
@@ -124,8 +124,9 @@ def run(
 
 
 def _always_shown(v: Verdict) -> bool:
-    """A suite's own expectation; and what kept an estimator from being judged at all."""
-    return v.check == "expected_finding" or (v.check in HYGIENE_FIRST and v.status is not Status.PASS)
+    """A suite's own expectation; and what kept an estimator from being judged."""
+    unjudged = v.check in (*HYGIENE_FIRST, "finite") and v.status is not Status.PASS
+    return v.check == "expected_finding" or unjudged or v.status is Status.INCONCLUSIVE
 
 
 def _hygiene_first(estimator: Estimator, problems: Sequence[Problem]) -> list[Verdict]:
@@ -156,16 +157,23 @@ def _refused(estimator: Estimator, problem: Problem, error: NotFiniteError | Bud
     return Verdict(estimator.name, name, problem.name, Status.INCONCLUSIVE, float("nan"), RTOL, reason=str(error))
 
 
-def _single_batch_checks(estimator: Estimator, problems: Sequence[Problem]) -> list[Verdict]:
-    """Invariance and hygiene on the problems whose batches can show most."""
-    rich = sorted(problems, key=richness, reverse=True)[:RICH_PROBLEMS]
+def _single_batch_checks(estimator: Estimator, problems: Sequence[Problem], wanted: set[str]) -> list[Verdict]:
+    """Invariance and hygiene on the problems whose batches can show most, different ones (not one at two θ)."""
+    rich: dict[str, Problem] = {}
+    for problem in sorted(problems, key=richness, reverse=True):
+        rich.setdefault(problem.name.partition("@")[0], problem)
+    chosen = list(rich.values())[:RICH_PROBLEMS]
     verdicts = []
     for c in registered_checks().values():
-        if c.run is None or c.name in HYGIENE_FIRST:
+        if c.run is None or c.name in HYGIENE_FIRST or c.name not in wanted:
             continue
         # a bias check belongs to every problem, a single-batch check to the telling ones
-        for problem in problems if c.kind == "bias" else rich:
-            verdict = c.run(estimator, problem)
+        for problem in problems if c.kind == "bias" else chosen:
+            try:
+                verdict = c.run(estimator, problem)
+            except Exception as error:  # the changed batch was too much for it, and that is what the check is for
+                reason = str(error) if isinstance(error, UsageError) else f"{type(error).__name__}: {error}"
+                verdict = Verdict(estimator.name, c.name, problem.name, Status.FAIL, float("nan"), 0.0, reason=reason)
             if verdict is not None:
                 verdicts.append(verdict)
     return verdicts

@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pgcheck.engines.exact import DEFAULT_BUDGET
 from pgcheck.engines.moments import Progress
-from pgcheck.errors import SuiteError, UnknownNameError
+from pgcheck.errors import SuiteError, UnknownNameError, UsageError
 from pgcheck.estimators.base import Estimator, registered_estimators
 from pgcheck.estimators.lookup import as_estimator
 from pgcheck.problem import Problem, find_problem, registered_problems
@@ -174,5 +174,5 @@ def _check_names(path: Path, suite: Suite) -> None:
                 raise UnknownNameError("estimator", x.estimator, estimators, hint="[[expect]] names the suite's own.")
             if x.problem not in problems:
                 raise UnknownNameError("problem", x.problem, problems, hint="[[expect]] names the suite's own.")
-    except UnknownNameError as error:
+    except UsageError as error:
         raise SuiteError(f"{path}: {error}") from None

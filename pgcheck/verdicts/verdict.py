@@ -93,21 +93,28 @@ class Measurement:
         return at // gap.shape[1], at % gap.shape[1]
 
     def distance(self, scale: float) -> float:
-        """‖E ĝ − scale · g‖ / max(‖g‖, √E‖ĝ‖²)."""
+        """‖E ĝ − scale · g‖ / max(‖g‖, √E‖ĝ‖²); infinite if anything in it is not a finite number."""
+        gap = float((self.expected - scale * self.truth).norm())
+        if not (math.isfinite(gap) and math.isfinite(self.size)):
+            return math.inf
         if self.size == 0:
-            return 0.0
-        return float((self.expected - scale * self.truth).norm()) / self.size
+            return 0.0 if gap == 0 else math.inf
+        return gap / self.size
 
 
 def measure(estimator: Estimator, problem: Problem, moments: Moments, *, rtol: float = RTOL) -> Measurement:
     """Judge moments against the truth of the problem."""
     g, m = problem.gradient(), moments.mean
     numbers = direction(m, g)
-    size = max(float(g.norm()), math.sqrt(max(moments.second_moment, 0.0)))
+    # E‖ĝ‖² ≥ ‖E ĝ‖²; said again because a variance of 0 is known to rounding only
+    norms = [float(g.norm()), float(m.norm()), math.sqrt(max(moments.second_moment, 0.0))]
+    size = max(norms) if all(map(math.isfinite, norms)) else math.nan  # a NaN must not hide in the maximum
     bias = float((m - g).norm())
     variance = moments.total_variance
     finding: Finding = "biased"
-    if bias <= rtol * size:
+    if not math.isfinite(size):
+        pass  # nothing is within a tolerance that is no number
+    elif bias <= rtol * size:
         finding = "unbiased"
     elif numbers.scale > 0 and float((m - numbers.scale * g).norm()) <= rtol * size:
         finding = "proportional"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pgcheck.batch import Batch
-from pgcheck.estimators.base import Claim, Couples, Estimator, find_estimator, from_coefficients
+from pgcheck.estimators.base import Claim, Couples, Estimator, biased, find_estimator, from_coefficients, on_policy
 from pgcheck.estimators.from_loss import from_loss
 from pgcheck.estimators.lookup import FILLED_BY  # noqa: F401  (fills the registries)
 
@@ -383,6 +383,22 @@ def cancels_in_float32(batch: Batch) -> Tensor:
     return per_row(R - (group_sum(R, batch) - R) / others(batch), batch)
 
 
+@broken("reinforce", "float32", moves=False)
+def overflows_in_float32(batch: Batch) -> Tensor:
+    """A factor beyond 3e38 that is divided out again."""
+    return per_row(batch.episode_return * 1e39 / 1e39, batch)
+
+
 def claiming(estimator: Estimator, *claims: Claim) -> Estimator:
     """The same estimator with other claims."""
     return replace(estimator, claims=claims)
+
+
+# -- a claim that is out of date: of bias where there is none
+
+STALE = Broken(
+    estimator=replace(find_estimator("reward_to_go"), name="mended", claims=(biased("γ^t is missing", on_policy),)),
+    sound=find_estimator("reward_to_go_undiscounted_weight"),
+    caught_by=("biased",),
+    moves=True,
+)

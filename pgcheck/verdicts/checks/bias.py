@@ -136,7 +136,7 @@ def _judge_biased(estimator: Estimator, claim: Claim, measured: Sequence[Measure
         estimator=estimator.name,
         check="biased",
         problem="",
-        status=Status.PASS if largest > rtol else Status.FAIL,
+        status=Status.PASS if math.isfinite(largest) and largest > rtol else Status.FAIL,
         measured=largest,
         allowed=rtol,
         claim="biased",

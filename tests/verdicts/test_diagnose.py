@@ -1,0 +1,260 @@
+"""Causes are found by trying: what a wrong loss is in expectation, or where it goes wrong; and none that does not hold."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from pgcheck.api import as_problems
+from pgcheck.batch import Batch
+from pgcheck.engines.exact import exact_moments
+from pgcheck.estimators.base import Estimator, find_estimator, from_coefficients, registered_estimators
+from pgcheck.problem import Problem
+from pgcheck.render.messages import cause_of
+from pgcheck.verdicts.diagnose import TRIED_PROBLEMS, Diagnosis, diagnose, identify, pattern
+from pgcheck.verdicts.verdict import Measurement, measure
+from tests.quality.broken import BROKEN
+
+FACTORS: dict[str, Callable[[Problem], float]] = {
+    "": lambda p: 1.0,
+    "−1": lambda p: -1.0,
+    "B": lambda p: float(p.rows),
+    "1/B": lambda p: 1 / p.rows,
+    "(B−1)/B": lambda p: 1 - 1 / p.rows,
+    "B/(B−1)": lambda p: p.rows / (p.rows - 1),
+    "G−1 over G": lambda p: 1 - p.groups / p.rows,
+    "1/T": lambda p: 1 / p.trajectories.paths.steps,
+}
+
+
+@functools.cache
+def problems(which: str) -> list[Problem]:
+    """At one θ, unless it says otherwise."""
+    name, _, twice = which.partition(" at ")
+    return [p for p in as_problems(name) if twice or "@" not in p.name]
+
+
+@functools.cache
+def named(name: str) -> Estimator:
+    return BROKEN[name].estimator if name in BROKEN else EXTRA[name]
+
+
+@functools.cache
+def numbers(name: str, which: str) -> tuple[list[Problem], list[Measurement]]:
+    """Where the estimator can be asked, and what was measured there."""
+    e = named(name) if name not in registered_estimators() else find_estimator(name)
+    fitting = [p for p in problems(which) if e.fits(p)]
+    return fitting, [measure(e, p, exact_moments([e], p)[0]) for p in fitting]
+
+
+def diagnosed(name: str, which: str) -> Diagnosis | None:
+    e = named(name) if name not in registered_estimators() else find_estimator(name)
+    return diagnose(e, *numbers(name, which))
+
+
+def coefficients(name: str) -> Callable[[Callable[[Batch], Tensor]], Callable[[Batch], Tensor]]:
+    def decorate(fn: Callable[[Batch], Tensor]) -> Callable[[Batch], Tensor]:
+        EXTRA[name] = from_coefficients(fn, couples="trajectory", name=name)
+        return fn
+
+    return decorate
+
+
+EXTRA: dict[str, Estimator] = {}
+
+
+@coefficients("tripled")
+def _tripled(batch: Batch) -> Tensor:
+    return 3.0 * batch.episode_return.unsqueeze(-1) * batch.mask / batch.rows
+
+
+@coefficients("without γ^t and with the wrong clock")
+def _two_mistakes(batch: Batch) -> Tensor:
+    """Differs from the zoo's entry without γ^t on the one problem whose clock counts actions."""
+    to_go = torch.zeros_like(batch.reward[..., 0])
+    out = []
+    for t in range(batch.reward.shape[-1] - 1, -1, -1):
+        to_go = batch.reward[..., t] + batch.discount * to_go
+        out.append(to_go)
+    return torch.stack(out[::-1], -1) * batch.mask / batch.rows
+
+
+@coefficients("through float32")
+def _float32(batch: Batch) -> Tensor:
+    return (batch.episode_return / 3.0).float().double().unsqueeze(-1) * 3.0 * batch.mask / batch.rows
+
+
+@coefficients("a factor near 1")
+def _nearly(batch: Batch) -> Tensor:
+    return 1.001 * batch.episode_return.unsqueeze(-1) * batch.mask / batch.rows
+
+
+@coefficients("zero")
+def _zero(batch: Batch) -> Tensor:
+    return torch.zeros_like(batch.reward)
+
+
+IDENTITIES = {
+    # name: (problems, subject, factor)
+    "own_sample_in_the_mean": ("core", "the gradient", "G−1 over G"),
+    "groups_merged": ("core", "the gradient", "(B−1)/B"),
+    "sign_flipped": ("core", "the gradient", "−1"),
+    "summed_over_rows": ("core", "the gradient", "B"),
+    "divided_by_rows_twice": ("core", "the gradient", "1/B"),
+    "mean_over_padding": ("core", "the gradient", "1/T"),
+    "tripled": ("core", "the gradient", "3"),
+    "discount_weight_missing": ("core", "reward_to_go_undiscounted_weight", ""),
+    "baseline_sees_next_state": ("core", "baselined(next_state)", ""),
+    "token_ratio_for_trajectory_ratio": ("off-policy", "token_is", ""),
+    "ratio_to_reference": ("off-policy", "reinforce", ""),  # the reference is the policy: the ratio is 1
+}
+PATTERNS = {
+    "to_go_not_discounted": ("core", "γ < 1"),
+    "observation_reward_dropped": ("core", "there are observation positions inside rows"),
+    "reward_before_observation_dropped": ("core", "there are observation positions inside rows"),
+    "to_go_reversed": ("core", "episodes have more than one step"),
+    "divided_by_own_length": ("core", "episodes have more than one step"),
+    "advantages_transposed": ("core", "the batch has more than one group"),
+    "ratio_inverted": ("all", "the batch is off-policy"),
+}
+
+
+@pytest.mark.parametrize("name", IDENTITIES)
+def test_identities(name: str) -> None:
+    which, subject, factor = IDENTITIES[name]
+    found = diagnosed(name, which)
+    assert found is not None
+    assert (found.kind, found.subject, found.factor) == ("identity", subject, factor)
+    assert found.problems >= 2
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_patterns(name: str) -> None:
+    """Not a known estimator; but wrong where a fact holds, and right (nearly) everywhere else."""
+    which, fact = PATTERNS[name]
+    found = diagnosed(name, which)
+    assert found is not None
+    assert (found.kind, found.subject) == ("pattern", fact)
+    assert found.problems == len(numbers(name, which)[0])
+
+
+@pytest.mark.parametrize("name", [*IDENTITIES, "without γ^t and with the wrong clock"])
+def test_an_identity_holds_wherever_there_is_a_bias(name: str) -> None:
+    """Not only on the problems that were tried first: on every one but those it names, by another enumeration."""
+    which = IDENTITIES[name][0] if name in IDENTITIES else "core at two θ"
+    found = diagnosed(name, which)
+    if found is None or found.kind != "identity":
+        assert name not in IDENTITIES
+        return
+    if name in IDENTITIES:
+        assert found.except_on == ()
+    else:
+        assert {p.partition("@")[0] for p in found.except_on} == {"dialogue/two-turn-action-clock"}
+    factor = FACTORS.get(found.factor) or (lambda p: float(found.factor))
+    for p, m in zip(*numbers(name, which), strict=True):
+        if m.finding == "unbiased" or p.name in found.except_on:
+            continue
+        if found.subject == "the gradient":
+            other = p.gradient()
+        else:
+            subject = find_estimator(found.subject)
+            if not subject.fits(p):
+                continue
+            other = exact_moments([subject], p)[0].mean
+        assert float((m.expected - factor(p) * other).norm()) <= 1e-9 * m.size, p.name
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_a_pattern_holds_wherever_there_is_a_bias(name: str) -> None:
+    """The message says: right on every problem but those where the fact holds."""
+    from pgcheck.verdicts.diagnose import _FACTS
+
+    which, fact = PATTERNS[name]
+    (holds,) = [f.holds for f in _FACTS if f.name == fact]
+    for p, m in zip(*numbers(name, which), strict=True):
+        assert m.finding == "unbiased" or holds(p), p.name
+
+
+@pytest.mark.parametrize("name", ["leave_one_out", "reward_to_go", "baselined(value)"])
+def test_nothing_is_wrong_with_a_sound_one(name: str) -> None:
+    assert diagnosed(name, "core") is None
+
+
+@pytest.mark.parametrize("name", ["divided_by_std", "negative_advantages_dropped", "eos_dropped", "mask_shifted"])
+def test_no_cause_is_made_up(name: str) -> None:
+    """Neither a known estimator nor bound to one fact."""
+    assert diagnosed(name, "core") is None
+
+
+def test_an_estimator_is_not_explained_by_itself() -> None:
+    found = diagnosed("batch_mean_alive", "core")
+    assert found is None or found.subject != "batch_mean_alive"
+
+
+def test_zero_is_no_multiple_of_the_gradient() -> None:
+    """E ĝ = 0 · g says nothing; nor is it another estimator."""
+    found = diagnosed("zero", "core")
+    assert found is None or found.kind == "pattern"
+
+
+def test_what_float32_loses_is_called_that() -> None:
+    """A relative error of 6e-8 is rounding; one of 1e-3 is a factor."""
+    found = diagnosed("through float32", "core")
+    assert found is not None
+    assert found.kind == "rounding"
+    assert "float32" in cause_of(found)
+    found = diagnosed("a factor near 1", "core")
+    assert found is not None
+    assert (found.kind, found.factor) == ("identity", "1.001")
+
+
+def test_nothing_measured_nothing_said() -> None:
+    e = find_estimator("reinforce")
+    assert identify(e, [], []) is None
+    assert pattern([], []) is None
+    assert diagnose(e, [], []) is None
+
+
+def test_one_problem_is_enough_for_a_sign() -> None:
+    """−∇J is a flipped sign. 3 ∇J = B · (B−1)/B ∇J at B = 4 is not `B × batch_mean`: with one problem, any factor fits."""
+    (p,) = as_problems("dialogue/two-turn")
+    flipped = named("sign_flipped")
+    (m,) = [measure(flipped, p, x) for x in exact_moments([flipped], p)]
+    found = diagnose(flipped, [p], [m])
+    assert found is not None
+    assert (found.subject, found.factor, found.problems) == ("the gradient", "−1", 1)
+    tripled = EXTRA["tripled"]
+    (m,) = [measure(tripled, p, x) for x in exact_moments([tripled], p)]
+    assert identify(tripled, [p], [m]) is None
+
+
+def test_few_problems_are_tried_and_of_many_kinds() -> None:
+    found = diagnosed("discount_weight_missing", "core")
+    assert found is not None
+    assert found.problems >= min(TRIED_PROBLEMS, 4)
+
+
+@pytest.mark.parametrize(
+    ("diagnosis", "words"),
+    [
+        (Diagnosis("identity", "the gradient", "−1", 6), ["−1 × the exact gradient", "all 6", "sign is flipped"]),
+        (Diagnosis("identity", "the gradient", "B", 6), ["B × the exact gradient", "summed over rows"]),
+        (Diagnosis("identity", "the gradient", "1/B", 6), ["1/B × the exact gradient", "twice"]),
+        (Diagnosis("identity", "the gradient", "(B−1)/B", 6), ["(B−1)/B × the exact gradient", "own return", "batch"]),
+        (
+            Diagnosis("identity", "the gradient", "G−1 over G", 6),
+            ["(G−1)/G × the exact gradient", "own return", "group"],
+        ),
+        (Diagnosis("identity", "the gradient", "2.5", 6), ["2.5 × the exact gradient", "constant factor"]),
+        (Diagnosis("identity", "token_is", "", 3), ["this is `token_is`", "all 3"]),
+        (Diagnosis("identity", "token_is", "", 9, ("a/b", "c/d")), ["`token_is`", "on 7 of 9", "not on a/b, c/d"]),
+        (Diagnosis("pattern", "γ < 1", "", 9), ["γ < 1", "9 problems"]),
+    ],
+)
+def test_in_words(diagnosis: Diagnosis, words: list[str]) -> None:
+    text = cause_of(diagnosis)
+    assert all(word in text for word in words)
