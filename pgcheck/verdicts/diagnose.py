@@ -141,7 +141,9 @@ def _match(subject: str, rows: Sequence[_Row]) -> Diagnosis | None:
     _, m0, first = next(row for row in rows if float(row[2].norm()) > RTOL * row[1].size)
     constant = float((m0.expected * first).sum() / (first * first).sum())
     if len(rows) > 2 and abs(constant) > 1e-6:
-        factors.append(_Factor(repr(constant), lambda _: constant))
+        short = f"{constant:.6g}"
+        name = short if abs(float(short) - constant) <= 1e-12 * abs(constant) else repr(constant)
+        factors.append(_Factor(name, lambda _: constant))
     for factor in factors:
         if all(float((m.expected - factor.of(p) * other).norm()) <= RTOL * m.size for p, m, other in rows):
             return Diagnosis("identity", subject, factor.name, len(rows))

@@ -26,7 +26,7 @@ FACTORS: dict[str, Callable[[Problem], float]] = {
     "1/B": lambda p: 1 / p.rows,
     "(B−1)/B": lambda p: 1 - 1 / p.rows,
     "B/(B−1)": lambda p: p.rows / (p.rows - 1),
-    "G−1 over G": lambda p: 1 - p.groups / p.rows,
+    "(G−1)/G": lambda p: 1 - p.groups / p.rows,
     "1/T": lambda p: 1 / p.trajectories.paths.steps,
 }
 
@@ -100,7 +100,7 @@ def _zero(batch: Batch) -> Tensor:
 
 IDENTITIES = {
     # name: (problems, subject, factor)
-    "own_sample_in_the_mean": ("core", "the gradient", "G−1 over G"),
+    "own_sample_in_the_mean": ("core", "the gradient", "(G−1)/G"),
     "groups_merged": ("core", "the gradient", "(B−1)/B"),
     "sign_flipped": ("core", "the gradient", "−1"),
     "summed_over_rows": ("core", "the gradient", "B"),
@@ -246,7 +246,7 @@ def test_few_problems_are_tried_and_of_many_kinds() -> None:
         (Diagnosis("identity", "the gradient", "1/B", 6), ["1/B × the exact gradient", "twice"]),
         (Diagnosis("identity", "the gradient", "(B−1)/B", 6), ["(B−1)/B × the exact gradient", "own return", "batch"]),
         (
-            Diagnosis("identity", "the gradient", "G−1 over G", 6),
+            Diagnosis("identity", "the gradient", "(G−1)/G", 6),
             ["(G−1)/G × the exact gradient", "own return", "group"],
         ),
         (Diagnosis("identity", "the gradient", "2.5", 6), ["2.5 × the exact gradient", "constant factor"]),
