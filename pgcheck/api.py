@@ -17,7 +17,7 @@ from pgcheck.problem import Problem, registered_problems
 from pgcheck.render.messages import BIAS_CHECKS, failure_message
 from pgcheck.render.progress import ProgressBar
 from pgcheck.runs.report import Report
-from pgcheck.runs.runner import run
+from pgcheck.runs.runner import refuse_duplicates, run
 from pgcheck.runs.suite import problems_matching
 from pgcheck.verdicts.diagnose import diagnose
 from pgcheck.verdicts.verdict import RTOL, measure
@@ -90,6 +90,8 @@ def check_estimator(
         CheckFailed: any other check failed, or nothing could be checked.
         UsageError: the estimator or a problem cannot be used.
     """
+    if not 0.0 < rtol < 1.0:
+        raise UsageError(f"rtol: {rtol!r}; it must lie between 0 and 1.")
     e = as_estimator(estimator)
     if claim is not None:
         e = replace(e, claims=(_claim(claim),))
@@ -101,11 +103,11 @@ def check_estimator(
     if report.exit_code == 0 and not nothing:
         return report
     if nothing:
-        raise CheckFailed(
-            f"{e.name}: nothing was checked: no claim applies on the {len(chosen)} problem(s) given, or their batches are"
-            f" too small (it needs groups of {e.min_group_size}).",
-            report=report,
+        why = (
+            f"no claim applies on the {len(chosen)} problem(s) given, or their batches are too small (it needs groups of"
+            f" {e.min_group_size})"
         )
+        raise CheckFailed(f"{e.name}: nothing was checked: {why if chosen else 'no problem was given'}.", report=report)
     message = explain_failure(e, chosen, report, command=command_name(estimator))
     kind = BiasError if any(v.check in BIAS_CHECKS for v in report.failures) else CheckFailed
     raise kind(message, report=report)
@@ -162,12 +164,17 @@ def compare(
 
     Columns: estimator, problem, finding, rel, scale, cosine, off_axis, bias, variance (tr Cov ĝ of one batch), mse, snr,
     batches (None: exact).
+
+    Raises:
+        UsageError: two estimators of one name, or two problems.
     """
     rows = []
     chosen = [as_estimator(e) for e in estimators]
     names = ("estimator", "problem", "finding", "rel", "scale", "cosine", "off_axis", "bias")
+    on = as_problems(problems)
+    refuse_duplicates(chosen, on)
     with ProgressBar() as bar:
-        for p in as_problems(problems):
+        for p in on:
             for e, m in zip(chosen, exact_moments(chosen, p, budget=budget, progress=progress or bar), strict=True):
                 x = measure(e, p, m)
                 more = {"variance": x.total_variance, "mse": x.mse, "snr": x.snr, "batches": x.batches}

@@ -505,6 +505,21 @@ def test_compare_asks_no_claims() -> None:
     assert list(table["finding"]) == ["biased", "unbiased"]
 
 
+@pytest.mark.parametrize(
+    ("estimators", "problems", "name"),
+    [
+        ([reinforce, reinforce], "bandit/two-arm", "reinforce"),
+        ([lambda b: reinforce(b), lambda b: 2 * reinforce(b)], "bandit/two-arm", "<lambda>"),
+        (["rloo", "leave_one_out"], "bandit/two-arm", "leave_one_out"),
+        (["rloo"], ["bandit/two-arm", "bandit/*"], "bandit/two-arm"),
+    ],
+)
+def test_compare_refuses_rows_that_could_not_be_told_apart(estimators: list[Any], problems: Any, name: str) -> None:
+    """As a run does: a table with one name for two losses says nothing of either."""
+    with pytest.raises(pgcheck.UsageError, match=f"'{name}' is given twice"):
+        pgcheck.compare(estimators, problems)
+
+
 def test_moments() -> None:
     problem = own_problem()
     found = pgcheck.moments("leave_one_out", problem, engine="exact")

@@ -31,6 +31,10 @@ def cause_of(diagnosis: Diagnosis) -> str:
         return (
             f"it is right on every problem but those where {diagnosis.subject} ({diagnosis.problems} problems compared)"
         )
+    if diagnosis.kind == "necessary":
+        return (
+            f"it is wrong only where {diagnosis.subject}, not everywhere there ({diagnosis.problems} problems compared)"
+        )
     if diagnosis.kind == "rounding":
         return "float32 inside the loss: batches are float64, but a tensor made without a dtype is not (torch.zeros(n))"
     name = "the exact gradient" if diagnosis.subject == "the gradient" else f"`{diagnosis.subject}`"

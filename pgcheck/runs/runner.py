@@ -51,6 +51,14 @@ def richness(problem: Problem) -> tuple[bool, bool, bool, bool, int]:
     )
 
 
+def refuse_duplicates(estimators: Sequence[Estimator], problems: Sequence[Problem]) -> None:
+    """Raise `UsageError` for two estimators of one name, or two problems: their rows could not be told apart."""
+    for what, names in (("estimators", [e.name for e in estimators]), ("problems", [p.name for p in problems])):
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise UsageError(f"{what}: '{min(twice)}' is given twice; give one of them another name.")
+
+
 @one_thread()
 def run(
     estimators: Sequence[Estimator],
@@ -74,10 +82,7 @@ def run(
         UsageError: two estimators of one name, or two problems; an unknown check.
         EstimatorError: coefficients of the wrong shape, no gradient, or a wrong `couples`.
     """
-    for what, names in (("estimators", [e.name for e in estimators]), ("problems", [p.name for p in problems])):
-        twice = {name for name in names if names.count(name) > 1}
-        if twice:
-            raise UsageError(f"{what}: '{min(twice)}' is given twice; give one of them another name.")
+    refuse_duplicates(estimators, problems)
     wanted = {find_check(name).name for name in (registered_checks() if checks is None else checks)}
     verdicts: list[Verdict] = []
     not_asked: list[NotAsked] = []
@@ -92,11 +97,7 @@ def run(
         if progress is not None:
             progress("problems", done, len(problems))
         asked = [e for e in clean if e.fits(problem)]
-        not_asked += [
-            NotAsked(e.name, problem.name, f"needs at least {e.min_group_size} rows to compare")
-            for e in clean
-            if not e.fits(problem)
-        ]
+        not_asked += [NotAsked(e.name, problem.name, _too_small(e)) for e in clean if not e.fits(problem)]
         for e, moments in _moments(asked, problem, budget, progress):
             if isinstance(moments, Moments):
                 found[e.name, problem.name] = measure(e, problem, moments, rtol=rtol)
@@ -120,6 +121,12 @@ def run(
         measurements=[rows.measurement_row(m) for m in found.values()],
         verdicts=[rows.verdict_row(v) for v in verdicts if v.check in wanted or _always_shown(v)],
         not_asked=[rows.not_asked_row(n) for n in not_asked],
+    )
+
+
+def _too_small(e: Estimator) -> str:
+    return (
+        f"needs groups of at least {e.min_group_size}" if e.min_group_size > 1 else "needs at least 2 rows to compare"
     )
 
 

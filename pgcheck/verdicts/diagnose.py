@@ -28,8 +28,11 @@ _TRY_BUDGET = 60_000
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """`kind` "identity": E ĝ = factor · E[subject] on all `problems`. "pattern": wrong exactly where `subject` holds.
-    "rounding": the largest bias is what float32 loses.
+    """What was found.
+
+    `kind` "identity": E ĝ = factor · E[subject] on all `problems` but those of `except_on`. "pattern": wrong exactly where
+    the fact `subject` holds. "necessary": wrong only where it holds, though not everywhere there. "rounding": the largest
+    bias is what float32 loses.
     """
 
     kind: str
@@ -162,6 +165,10 @@ def _has_observation(p: Problem) -> bool:
 
 
 _FACTS = (
+    _Fact(
+        "γ < 1 counts actions instead of positions",
+        lambda p: p.discount < 1 and p.trajectories.paths.discount_clock == "action",
+    ),
     _Fact("γ < 1", lambda p: p.discount < 1),
     _Fact("the batch is off-policy", lambda p: not p.on_policy),
     _Fact("the sampler's support is broken", lambda p: not p.full_support),
@@ -185,7 +192,7 @@ def pattern(problems: Sequence[Problem], measured: Sequence[Measurement]) -> Dia
             return Diagnosis("pattern", fact.name, "", len(wrong) + len(right))
     for fact in _FACTS:  # necessary, though not sufficient: by luck a bias may vanish
         if all(fact.holds(p) for p in wrong) and sum(not fact.holds(p) for p in right) >= len(right) / 2:
-            return Diagnosis("pattern", fact.name, "", len(wrong) + len(right))
+            return Diagnosis("necessary", fact.name, "", len(wrong) + len(right))
     return None
 
 
