@@ -72,12 +72,12 @@ def identify(estimator: Estimator, problems: Sequence[Problem], measured: Sequen
     for candidate in registered_estimators().values():
         if candidate.name == estimator.name:
             continue
-        first = _expectations(candidate, ordered[:TRIED_PROBLEMS])
+        first = _explained(candidate, ordered[:TRIED_PROBLEMS])
         if len(first) < max(1, min(len(ordered), TRIED_PROBLEMS) - 1) or _is_multiple_of_truth(first):
             continue
         found = _match(candidate.name, first)
         if found is not None:
-            rest = _expectations(candidate, ordered[TRIED_PROBLEMS:])
+            rest = [row for pair in ordered[TRIED_PROBLEMS:] if (row := _row(candidate, *pair)) is not None]
             except_on = tuple(row[0].name for row in rest if not _holds(found, row))
             if len(except_on) <= (len(first) + len(rest)) * _FEW:
                 return replace(found, problems=len(first) + len(rest), except_on=except_on)
@@ -87,18 +87,26 @@ def identify(estimator: Estimator, problems: Sequence[Problem], measured: Sequen
 _Row = tuple[Problem, Measurement, Tensor]
 
 
-def _expectations(candidate: Estimator, pairs: Sequence[tuple[Problem, Measurement]]) -> list[_Row]:
-    """E of the candidate wherever it can be had cheaply; stops at the first that no factor explains."""
+def _row(candidate: Estimator, p: Problem, m: Measurement) -> _Row | None:
+    """E of the candidate there; None where it is too large or not defined."""
+    if not candidate.fits(p):
+        return None
+    try:
+        (moments,) = exact_moments([candidate], p, budget=_TRY_BUDGET)
+    except PgcheckError:
+        return None
+    return p, m, moments.mean
+
+
+def _explained(candidate: Estimator, pairs: Sequence[tuple[Problem, Measurement]]) -> list[_Row]:
+    """Rows up to the first (of two or more) that no factor explains together with those before."""
     rows: list[_Row] = []
     for p, m in pairs:
-        if not candidate.fits(p):
+        row = _row(candidate, p, m)
+        if row is None:
             continue
-        try:
-            (moments,) = exact_moments([candidate], p, budget=_TRY_BUDGET)
-        except PgcheckError:  # too large, or not defined there
-            continue
-        rows.append((p, m, moments.mean))
-        if len(pairs) <= TRIED_PROBLEMS and _match(candidate.name, rows) is None:
+        rows.append(row)
+        if len(rows) > 1 and _match(candidate.name, rows) is None:
             break
     return rows
 

@@ -13,6 +13,7 @@ from pgcheck.api import as_problems
 from pgcheck.batch import Batch
 from pgcheck.engines.exact import exact_moments
 from pgcheck.estimators.base import Estimator, find_estimator, from_coefficients, registered_estimators
+from pgcheck.estimators.from_loss import from_loss
 from pgcheck.problem import Problem
 from pgcheck.render.messages import cause_of
 from pgcheck.verdicts.diagnose import TRIED_PROBLEMS, Diagnosis, diagnose, identify, pattern
@@ -259,3 +260,17 @@ def test_few_problems_are_tried_and_of_many_kinds() -> None:
 def test_in_words(diagnosis: Diagnosis, words: list[str]) -> None:
     text = cause_of(diagnosis)
     assert all(word in text for word in words)
+
+
+def test_two_mistakes_at_once() -> None:
+    """γ^t missing and summed over rows: B times a zoo entry, which one problem alone could not tell."""
+
+    def both(batch: Batch) -> Tensor:
+        return -(batch.reward_to_go * batch.logp * batch.mask).sum()
+
+    e = from_loss(both)
+    problems = as_problems(["mdp/two-state-0.9", "mdp/pessimal", "dialogue/two-turn-0.9", "dialogue/unequal-groups"])
+    measured = [measure(e, p, exact_moments([e], p)[0]) for p in problems]
+    found = identify(e, problems, measured)
+    assert found is not None
+    assert (found.subject, found.factor, found.problems) == ("reward_to_go_undiscounted_weight", "B", 4)
