@@ -9,6 +9,7 @@ Guarantee: the number of batches is known before the first is made; any block ca
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,6 +33,15 @@ def count_multisets(n: int, size: int) -> int:
     return math.comb(n + size - 1, size)
 
 
+@functools.lru_cache(maxsize=64)
+def _binomials(n: int, k: int) -> Ints:
+    """C(c, k) for c = 0 … n − 1, `[n]`, by C(c, k) = Σ_{j<c} C(j, k − 1)."""
+    row = np.ones(n, dtype=np.int64)
+    for _ in range(k):
+        row = np.concatenate([[0], np.cumsum(row)[:-1]])
+    return row
+
+
 def unrank_multisets(rank: Ints, n: int, size: int) -> Ints:
     """Multisets number `rank` `[M]` of `size` out of n, as non-decreasing rows `[M, size]`.
 
@@ -39,11 +49,12 @@ def unrank_multisets(rank: Ints, n: int, size: int) -> Ints:
     """
     out = np.empty((len(rank), size), dtype=np.int64)
     rest = rank.copy()
-    for i in range(size, 0, -1):
-        below = np.array([math.comb(c, i) for c in range(n + i)], dtype=np.int64)
+    for i in range(size, 1, -1):
+        below = _binomials(n + i, i)
         c = np.searchsorted(below, rest, side="right") - 1
         rest -= below[c]
         out[:, i - 1] = c - (i - 1)
+    out[:, 0] = rest  # C(c, 1) = c
     return out
 
 
