@@ -11,6 +11,7 @@ Guarantee: a wrong declaration that shows on any of the 64 random batches is an 
 from __future__ import annotations
 
 from dataclasses import replace
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ def verify_couples(estimator: Estimator, problem: Problem, table: Trajectories) 
     sizes = problem.sizes if estimator.couples == "group" else (1,) * problem.rows
     parts, low = [], 0
     for size in sizes:
-        part = batch.map(lambda x, low=low, size=size: x[:, low : low + size])  # type: ignore[misc]
+        part = batch.map(itemgetter((slice(None), slice(low, low + size))))
         part = replace(part, group=part.group - part.group[:, :1])  # enumerated alone, a group is number 0
         parts.append(coefficients_of(estimator, part) * (size / problem.rows))
         low += size

@@ -20,10 +20,12 @@ from pgcheck.seeding import (
     set_global_random_state,
 )
 
+KINDS = ("inputs_unchanged", "deterministic", "stateless")  # in the order in which they are looked for
+
 
 @dataclass(frozen=True)
 class Impurity:
-    """`kind` is the name of the check that it fails; the rest is for messages."""
+    """`kind` is the name of the check that it fails, one of `KINDS`; the rest is for messages."""
 
     kind: str
     what: str

@@ -12,7 +12,7 @@ turns out unbiased fails as well).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor
@@ -201,8 +201,3 @@ def find_estimator(name: str) -> Estimator:
         hint = "`pgcheck list estimators` shows them all; your own is pkg.mod:function."
         raise UnknownNameError("estimator", name, [*_ESTIMATORS, *_ALIASES], hint=hint)
     return found
-
-
-def renamed(estimator: Estimator, name: str) -> Estimator:
-    """The same estimator under another name."""
-    return replace(estimator, name=name)

@@ -15,6 +15,7 @@ from importlib import metadata
 
 from pgcheck.engines.exact import DEFAULT_BUDGET, exact_moments
 from pgcheck.engines.moments import Moments, Progress
+from pgcheck.engines.purity import KINDS
 from pgcheck.engines.threads import one_thread
 from pgcheck.errors import BudgetError, NotFiniteError, UsageError
 from pgcheck.estimators.base import Estimator
@@ -25,7 +26,6 @@ from pgcheck.verdicts.checks import find_check, registered_checks
 from pgcheck.verdicts.checks.bias import claims_on, judge_claims
 from pgcheck.verdicts.verdict import RTOL, Finding, Measurement, NotAsked, Status, Verdict, measure
 
-HYGIENE_FIRST = ("inputs_unchanged", "deterministic", "stateless")
 RICH_PROBLEMS = 2  # on how many problems the single-batch checks run
 
 
@@ -132,7 +132,7 @@ def _too_small(e: Estimator) -> str:
 
 def _always_shown(v: Verdict) -> bool:
     """A suite's own expectation; and what kept an estimator from being judged."""
-    unjudged = v.check in (*HYGIENE_FIRST, "finite") and v.status is not Status.PASS
+    unjudged = v.check in (*KINDS, "finite") and v.status is not Status.PASS
     return v.check == "expected_finding" or unjudged or v.status is Status.INCONCLUSIVE
 
 
@@ -140,7 +140,7 @@ def _hygiene_first(estimator: Estimator, problems: Sequence[Problem]) -> list[Ve
     problem = next((p for p in problems if estimator.fits(p)), None)
     if problem is None:
         return []
-    verdicts = (registered_checks()[name].run for name in HYGIENE_FIRST)
+    verdicts = (registered_checks()[name].run for name in KINDS)
     return [v for run_check in verdicts if run_check and (v := run_check(estimator, problem)) is not None]
 
 
@@ -172,7 +172,7 @@ def _single_batch_checks(estimator: Estimator, problems: Sequence[Problem], want
     chosen = list(rich.values())[:RICH_PROBLEMS]
     verdicts = []
     for c in registered_checks().values():
-        if c.run is None or c.name in HYGIENE_FIRST or c.name not in wanted:
+        if c.run is None or c.name in KINDS or c.name not in wanted:
             continue
         # a bias check belongs to every problem, a single-batch check to the telling ones
         for problem in problems if c.kind == "bias" else chosen:

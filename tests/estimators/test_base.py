@@ -22,7 +22,6 @@ from pgcheck.estimators.base import (
     proportional,
     register,
     registered_estimators,
-    renamed,
     unbiased,
 )
 from tests.engines.oracle import bandit, dialogue, walk
@@ -167,7 +166,6 @@ def test_from_coefficients_takes_its_name_from_the_function() -> None:
 
     assert from_coefficients(my_own).name == "my_own"
     assert from_coefficients(my_own, name="other").name == "other"
-    assert renamed(from_coefficients(my_own), "third").name == "third"
     assert from_coefficients(my_own).claims == (unbiased(),)
     assert from_coefficients(my_own).couples == "batch"
 

@@ -265,3 +265,11 @@ def test_a_problem_without_masked_positions_asks_nothing_of_the_mask() -> None:
     report = run([BROKEN["mask_ignored"].estimator], [find_problem("mdp/two-state")])
     assert report.exit_code == 0
     assert "mask_respected" not in {v.check for v in report.verdicts}
+
+
+def test_what_was_not_looked_for_does_not_pass() -> None:
+    """A random loss: whether it keeps state as well was not found out, so `stateless` is silent, not PASS."""
+    report = run([BROKEN["dropout_left_on"].estimator], [find_problem("dialogue/two-turn")])
+    assert {v.check: v.status.value for v in report.verdicts} == {"inputs_unchanged": "PASS", "deterministic": "FAIL"}
+    report = run([BROKEN["rewards_centred_in_place"].estimator], [find_problem("dialogue/two-turn")])
+    assert {v.check: v.status.value for v in report.verdicts} == {"inputs_unchanged": "FAIL"}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from operator import itemgetter
+
 import torch
 
 from pgcheck.engines.coefficients import coefficients_of
-from pgcheck.engines.purity import find_impurity
+from pgcheck.engines.purity import KINDS, find_impurity
 from pgcheck.estimators.base import Estimator
 from pgcheck.estimators.from_loss import LossCoefficients
 from pgcheck.problem import Problem
@@ -13,13 +15,15 @@ from pgcheck.verdicts.checks.base import check, compared, gather, probe_index
 from pgcheck.verdicts.verdict import Status, Verdict
 
 
-def _purity(name: str, estimator: Estimator, problem: Problem) -> Verdict:
+def _purity(name: str, estimator: Estimator, problem: Problem) -> Verdict | None:
+    """None where an impurity that is looked for earlier was found: this one was then not looked for."""
     impurity = find_impurity(estimator, gather(estimator, problem, probe_index(estimator, problem)))
-    failed = impurity is not None and impurity.kind == name
-    measured = impurity.measured if impurity is not None and failed else 0.0
-    reason = f"{impurity.what}; {impurity.mend}" if impurity is not None and failed else ""
-    status = Status.FAIL if failed else Status.PASS
-    return Verdict(estimator.name, name, problem.name, status, measured, 0.0, reason=reason)
+    if impurity is None or KINDS.index(impurity.kind) > KINDS.index(name):
+        return Verdict(estimator.name, name, problem.name, Status.PASS, 0.0, 0.0)
+    if impurity.kind != name:
+        return None
+    reason = f"{impurity.what}; {impurity.mend}"
+    return Verdict(estimator.name, name, problem.name, Status.FAIL, impurity.measured, 0.0, reason=reason)
 
 
 @check("hygiene")
@@ -36,7 +40,7 @@ def check_inputs_unchanged(estimator: Estimator, problem: Problem) -> Verdict | 
 def check_deterministic(estimator: Estimator, problem: Problem) -> Verdict | None:
     """The same batch gives the same coefficients, to the bit, and no global random generator is drawn from.
 
-    What it does: evaluates a batch twice and watches the global torch and numpy generators.
+    What it does: evaluates a batch twice and watches the global generators of Python, numpy and torch.
     Why it matters: an expectation over batches is exact only for a function of the batch.
     What to do: take dropout and noise out of the loss; randomness that belongs to the estimator is a side table."""
     return _purity("deterministic", estimator, problem)
@@ -67,7 +71,7 @@ def check_detached(estimator: Estimator, problem: Problem) -> Verdict | None:
     batch = gather(estimator, problem, index)
     largest = 0.0
     for m in range(len(index)):
-        one = batch.map(lambda x, m=m: x[m].clone())  # type: ignore[misc]
+        one = batch.map(itemgetter(m)).map(torch.clone)
         value = one.value.clone().requires_grad_(True)
         named = {"value": value, "logp": one.logp.clone().requires_grad_(True)}
         loss = fn.value(one.with_tensors(named))
