@@ -231,6 +231,10 @@ class Problem:
         size = float(self._paths.reward.abs().sum(-1).max())  # of the terms that R is a sum of
         return truth.agreed_gradient(by_autograd, self.gradient("enumeration"), size=size, problem=self.name)
 
+    def gradient_by_step(self) -> Tensor:
+        """E[γ^t Ĝ_t ∇log π(a_t | k_t)] of each position, `[T, K, A]`; their sum is ∇J."""
+        return truth.gradient_by_step(self.trajectories)
+
     def logit_jacobian(self) -> Tensor:
         """dz/dθ, `[K·A, P]`."""
         return logit_jacobian(self.policy)

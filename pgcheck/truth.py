@@ -80,6 +80,21 @@ def gradient_by_enumeration(trajectories: Trajectories) -> Tensor:
     return out
 
 
+def gradient_by_step(trajectories: Trajectories) -> Tensor:
+    """E[γ^t Ĝ_t ∇log π(a_t | k_t)] of each position t, `[T, K, A]`; their sum is ∇J (Sutton et al. 2000, theorem 1)."""
+    paths, pi = trajectories.paths, torch.softmax(trajectories.logits, -1)
+    rows = trajectories.rows_as_batch()
+    to_go = rows.discount_weight * rows.reward_to_go
+    weight = (paths.start_probability[paths.start] * trajectories.probability).unsqueeze(-1) * to_go
+    out = torch.zeros(paths.steps, *pi.shape, dtype=pi.dtype)
+    for t in range(paths.steps):
+        acts = paths.mask[:, t] > 0
+        k, a, w = paths.context[acts, t], paths.action[acts, t], weight[acts, t]
+        out[t].index_put_((k, a), w, accumulate=True)
+        out[t].index_add_(0, k, -w.unsqueeze(-1) * pi[k])
+    return out
+
+
 def gradient_by_autograd(value: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor:
     """∇ of `value` at `logits`."""
     leaf = logits.detach().clone().requires_grad_(True)

@@ -65,6 +65,16 @@ def scattered(c: Tensor, cell: Tensor, cells: int) -> Tensor:
     return torch.zeros(len(c), cells, dtype=torch.float64).scatter_add_(1, cell, c.to(torch.float64).flatten(1))
 
 
+def step_sums(expected: Tensor, table: Trajectories) -> Tensor:
+    """C of each position, `[T, K·A]`, from `expected` `[N, T]` (or `[N, T, A]`): E Σ_i c[i,t] 1[row i is rollout n]."""
+    paths, A = table.paths, table.actions
+    place = paths.context.clamp(min=0) * A
+    logits = expected.dim() == 3
+    place = place.unsqueeze(-1) + torch.arange(A) if logits else place + paths.action.clamp(min=0)
+    out = torch.zeros(paths.steps, table.contexts * A, dtype=torch.float64)
+    return out.scatter_add_(1, place.transpose(0, 1).flatten(1), expected.transpose(0, 1).flatten(1))
+
+
 def gradient_map(table: Trajectories, *, logits: bool) -> Tensor:
     """L with ĝ = L C, `[K·A, K·A]`; the identity for coefficients that are weights on logits already."""
     pi = torch.softmax(table.logits, -1)

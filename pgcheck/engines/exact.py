@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pgcheck.engines.coefficients import cells_of, coefficients_of, gradient_map, scattered
+from pgcheck.engines.coefficients import cells_of, coefficients_of, gradient_map, scattered, step_sums
 from pgcheck.engines.declarations import row_order_is_free, verify_couples, verify_purity, verify_reads
 from pgcheck.engines.enumeration import Batches
 from pgcheck.engines.lumped import lump, lumped_sums
@@ -118,6 +118,8 @@ def _accumulate(
     first = [torch.zeros(starts, cells, dtype=torch.float64) for _ in estimators]
     lost = [torch.zeros_like(f) for f in first]
     second = [torch.zeros(cells, cells, dtype=torch.float64) for _ in estimators]
+    per_position = (table.actions,) if plan.logits else ()
+    of_rollout = [torch.zeros(len(table), table.paths.steps, *per_position, dtype=torch.float64) for _ in estimators]
     B, T = sum(batches.sizes), table.paths.steps
     block = max(64, _BLOCK_ELEMENTS // (B * T))
     done, began = 0, time.monotonic()
@@ -128,8 +130,11 @@ def _accumulate(
         cell = cells_of(batch, table.actions, logits=plan.logits)
         start = table.paths.start[index[:, 0]] if by_start else None
         for j, e in enumerate(estimators):
-            x = scattered(coefficients_of(e, batch), cell, cells)
+            c = coefficients_of(e, batch)
+            x = scattered(c, cell, cells)
             wx = x * weight.unsqueeze(-1)
+            weighted = c.to(torch.float64) * weight.reshape(-1, *[1] * (c.dim() - 1))
+            of_rollout[j].index_add_(0, index.flatten(), weighted.flatten(0, 1))
             block_sum = torch.zeros_like(first[j])
             if start is None:
                 block_sum[0] = wx.sum(0)
@@ -150,7 +155,8 @@ def _accumulate(
         if by_start:
             some = q > 0
             between = (given[some] / q[some].unsqueeze(-1)).T @ given[some] - torch.outer(mean, mean)
-        out.append(Sums(mean, to_gradient @ second[j] @ to_gradient.T, between, batches.count))
+        by_step = step_sums(of_rollout[j], table) @ to_gradient.T
+        out.append(Sums(mean, to_gradient @ second[j] @ to_gradient.T, between, batches.count, by_step))
     return out
 
 
@@ -169,18 +175,22 @@ def _assemble(estimator: Estimator, problem: Problem, parts: dict[int, Sums]) ->
         mean, between = parts[0].mean, parts[0].between
         within = covariance_from(parts[0].second, mean) - between
         cov = within / B + between * sum(g * g for g in sizes) / B**2
+        by_step = parts[0].by_step
     elif estimator.couples == "group":
         mean = torch.stack([parts[g].mean * (g / B) for g in sizes]).sum(0)
         cov = torch.stack([covariance_from(parts[g].second, parts[g].mean) * (g / B) ** 2 for g in sizes]).sum(0)
+        by_step = torch.stack([parts[g].by_step * (g / B) for g in sizes]).sum(0)
     else:
-        mean, cov = parts[0].mean, covariance_from(parts[0].second, parts[0].mean)
+        mean, cov, by_step = parts[0].mean, covariance_from(parts[0].second, parts[0].mean), parts[0].by_step
     if not bool(torch.isfinite(mean).all() and torch.isfinite(cov).all()):
         raise NotFiniteError(
             f"estimator '{estimator.name}' has coefficients on '{problem.name}' so large that their squares overflow."
         )
     fn = estimator.coefficients
     lane = fn.lane or "loop" if isinstance(fn, LossCoefficients) else "coefficients"
-    return Moments(mean.reshape(K, A), (cov + cov.T) / 2, None, evaluated, lane, problem.policy)
+    return Moments(
+        mean.reshape(K, A), (cov + cov.T) / 2, None, evaluated, lane, problem.policy, by_step.reshape(-1, K, A)
+    )
 
 
 # -- the budget

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pgcheck.batch import Batch
-from pgcheck.engines.coefficients import cells_of, coefficients_of, gradient_map, scattered
+from pgcheck.engines.coefficients import cells_of, coefficients_of, gradient_map, scattered, step_sums
 from pgcheck.engines.enumeration import arrangements, count_multisets, unrank_multisets
 from pgcheck.engines.moments import Progress, Sums
 from pgcheck.errors import EstimatorError
@@ -96,6 +96,8 @@ def lumped_sums(estimator: Estimator, table: Trajectories, lumps: Lumps, progres
     logits = estimator.leaf == "logits"
     cells = table.contexts * table.actions
     mean, second = torch.zeros(cells, dtype=torch.float64), torch.zeros(cells, cells, dtype=torch.float64)
+    per_position = (table.actions,) if logits else ()
+    of_rollout = torch.zeros(len(table), table.paths.steps, *per_position, dtype=torch.float64)
     done = 0
     for s in lumps.starts:
         C, G = len(s.members), lumps.size
@@ -113,11 +115,12 @@ def lumped_sums(estimator: Estimator, table: Trajectories, lumps: Lumps, progres
                 has = count > 0
                 if not has.any():
                     continue
-                x = _contributions(estimator, table, s, rows[has], k, logits, cells)  # [m, n, cells]
+                x, c = _contributions(estimator, table, s, rows[has], k, logits, cells)  # [m, n, cells], [m, n, T]
                 inside = mass[k] / mass[k].sum()
                 mu = (inside.unsqueeze(-1) * x).sum(1)
                 times = torch.from_numpy(count[has].astype(float))
                 at = torch.from_numpy(np.flatnonzero(has))
+                of_rollout[torch.from_numpy(members)] += torch.einsum("m,n,mn...->n...", chance[at] * times, inside, c)
                 expected[at] += times.unsqueeze(-1) * mu
                 centred = (x - mu.unsqueeze(1)) * inside.sqrt().unsqueeze(-1)
                 weighted = centred * (chance[at] * times).sqrt().reshape(-1, 1, 1)
@@ -130,7 +133,8 @@ def lumped_sums(estimator: Estimator, table: Trajectories, lumps: Lumps, progres
                 progress(f"{estimator.name}: class counts", done, lumps.evaluations)
     to_gradient = gradient_map(table, logits=logits)
     between = torch.zeros_like(second)
-    return Sums(to_gradient @ mean, to_gradient @ second @ to_gradient.T, between, lumps.evaluations)
+    by_step = step_sums(of_rollout, table) @ to_gradient.T
+    return Sums(to_gradient @ mean, to_gradient @ second @ to_gradient.T, between, lumps.evaluations, by_step)
 
 
 def _contributions(
@@ -141,8 +145,9 @@ def _contributions(
     k: int,
     logits: bool,
     cells: int,
-) -> Tensor:
-    """x_n(m) of a row of class k for every rollout n of it, given the classes `rows` `[m, G]`: `[m, n, cells]`."""
+) -> tuple[Tensor, Tensor]:
+    """x_n(m) of a row of class k for every rollout n of it, given the classes `rows` `[m, G]`: `[m, n, cells]`; and the
+    coefficients behind it, `[m, n, T]` (or `[m, n, T, A]`)."""
     first = np.array([members[0] for members in start.members])
     own = start.members[k]
     others = first[rows]  # representatives
@@ -155,8 +160,9 @@ def _contributions(
     cell = cells_of(batch, table.actions, logits=logits).reshape(c.shape)
     at = torch.from_numpy(np.repeat(place, len(own)))
     line = torch.arange(len(at))
-    x = scattered(c[line, at].flatten(1), cell[line, at].flatten(1), cells)
-    return x.reshape(len(rows), len(own), cells)
+    own_c = c[line, at].to(torch.float64)
+    x = scattered(own_c.flatten(1), cell[line, at].flatten(1), cells)
+    return x.reshape(len(rows), len(own), cells), own_c.unflatten(0, (len(rows), len(own)))
 
 
 def substituted(lumps: Lumps, number: int, *, seed: int) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,7 @@ class Sums:
     second: Tensor  # E x xᵀ
     between: Tensor  # Cov_s(E[x | s]) over starts; 0 where x is a whole batch or group
     evaluated: int
+    by_step: Tensor  # E x of each position, [T, K·A]; their sum is E x
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Moments:
     enumerated: int = 0  # number of distinct batches evaluated
     lane: str = "coefficients"  # how the coefficients were evaluated
     policy: nn.Module | None = None  # the way to the parameters
+    by_step: Tensor | None = None  # [T, K, A], the part of E ĝ that the coefficients of position t contribute
 
     @property
     def total_variance(self) -> float:

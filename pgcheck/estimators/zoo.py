@@ -10,6 +10,7 @@ Guarantee: every claim here is tested on every named problem that meets its cond
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -38,19 +39,27 @@ from pgcheck.side import ActionValues, Continuations, OptimalBaselines
 NOTES = "policy-gradient lecture notes"
 
 
+@dataclass(frozen=True)
+class Composition:
+    """c = aggregation · ratio · advantage · mask, `[..., B, T]`; the parts can be read, and swapped one at a time."""
+
+    advantage: adv.Advantage
+    ratio: ratios.Ratio
+    aggregation: agg.Aggregation
+
+    def __call__(self, batch: Batch) -> Tensor:
+        a = self.advantage(batch)
+        return self.aggregation(batch) * self.ratio(batch, a) * a * batch.mask
+
+
 def compose(
     advantage: adv.Advantage,
     *,
     ratio: ratios.Ratio = ratios.none,
     aggregation: agg.Aggregation = agg.mean_of_rows,
-) -> Coefficients:
-    """c = aggregation · ratio · advantage · mask, `[..., B, T]`."""
-
-    def coefficients(batch: Batch) -> Tensor:
-        a = advantage(batch)
-        return aggregation(batch) * ratio(batch, a) * a * batch.mask
-
-    return coefficients
+) -> Composition:
+    """advantage × ratio × aggregation; by default no ratio, and the mean over rows."""
+    return Composition(advantage, ratio, aggregation)
 
 
 def _add(name: str, coefficients: Coefficients, couples: Couples, *aliases: str, **words: Any) -> Estimator:

@@ -23,7 +23,7 @@ from pgcheck.runs.runner import run
 from pgcheck.runs.suite import load_suite
 from pgcheck.verdicts.checks import registered_checks
 from pgcheck.verdicts.verdict import Status
-from tests.quality.broken import BROKEN, STALE, Broken
+from pgcheck.estimators.broken import BROKEN, STALE, Broken
 
 ENTRIES: dict[str, Broken] = BROKEN | {STALE.estimator.name: STALE}
 
