@@ -61,10 +61,11 @@ def every_batch(table: Trajectories, sizes: Sequence[int], chances: Sequence[flo
     return batches
 
 
-def gradient_of(coefficients: Tensor, batch: Batch, policy: Sequence[Sequence[float]]) -> list[float]:
-    """ĝ of one batch, K·A numbers: coefficients `[B, T]` times the score, or `[B, T, A]` as they are."""
+def gradient_of(coefficients: Tensor, batch: Batch, policy: Sequence[Sequence[float]]) -> list[list[float]]:
+    """ĝ of one batch by position, T lists of K·A numbers: coefficients `[B, T]` times the score, or `[B, T, A]` as they
+    are."""
     A = len(policy[0])
-    g = [0.0] * (len(policy) * A)
+    g = [[0.0] * (len(policy) * A) for _ in range(batch.mask.shape[1])]
     context, action, mask, c = (x.tolist() for x in (batch.context, batch.action, batch.mask, coefficients))
     for i, row in enumerate(mask):
         for t, acts in enumerate(row):
@@ -73,29 +74,38 @@ def gradient_of(coefficients: Tensor, batch: Batch, policy: Sequence[Sequence[fl
             k = context[i][t]
             for a in range(A):
                 if coefficients.dim() == 3:
-                    g[k * A + a] += c[i][t][a]
+                    g[t][k * A + a] += c[i][t][a]
                 else:
-                    g[k * A + a] += c[i][t] * ((a == action[i][t]) - policy[k][a])
+                    g[t][k * A + a] += c[i][t] * ((a == action[i][t]) - policy[k][a])
     return g
 
 
-def brute_force(estimator: Estimator, batches: Sequence[tuple[Batch, float]], logits: Tensor) -> tuple[Tensor, Tensor]:
-    """E ĝ `[K, A]` and Cov ĝ `[K·A, K·A]` over `batches`, by two passes: the mean first, then E (ĝ − E ĝ)(ĝ − E ĝ)ᵀ."""
+def brute_force(
+    estimator: Estimator, batches: Sequence[tuple[Batch, float]], logits: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """E ĝ `[K, A]`, Cov ĝ `[K·A, K·A]` and E ĝ_t `[T, K, A]` over `batches`, by two passes: the mean first, then
+    E (ĝ − E ĝ)(ĝ − E ĝ)ᵀ."""
     policy = [softmax(row) for row in logits.tolist()]
-    drawn = []
+    by_step = []
     for batch, p in batches:
         seen = batch
         if estimator.leaf == "logits":
             seen = replace(batch, action_logits=logits[batch.context.clamp(min=0)])
-        drawn.append((gradient_of(estimator.coefficients(seen), batch, policy), p))
+        by_step.append((gradient_of(estimator.coefficients(seen), batch, policy), p))
     cells = logits.numel()
+    drawn = [([math.fsum(step[x] for step in g) for x in range(cells)], p) for g, p in by_step]
     assert math.isclose(math.fsum(p for _, p in drawn), 1.0, abs_tol=1e-12)
     mean = [math.fsum(p * g[x] for g, p in drawn) for x in range(cells)]
     cov = [
         [math.fsum(p * (g[x] - mean[x]) * (g[y] - mean[y]) for g, p in drawn) for y in range(cells)]
         for x in range(cells)
     ]
-    return torch.tensor(mean, dtype=torch.float64).reshape(logits.shape), torch.tensor(cov, dtype=torch.float64)
+    steps = [[math.fsum(p * g[t][x] for g, p in by_step) for x in range(cells)] for t in range(len(by_step[0][0]))]
+    return (
+        torch.tensor(mean, dtype=torch.float64).reshape(logits.shape),
+        torch.tensor(cov, dtype=torch.float64),
+        torch.tensor(steps, dtype=torch.float64).reshape(-1, *logits.shape),
+    )
 
 
 # -- problems small enough for it

@@ -49,10 +49,11 @@ def batches_of(name: str) -> list[tuple[Batch, float]]:
     return every_batch(problem.trajectories, problem.sizes, rollout_chances(problem))
 
 
-def assert_same(found: Moments, expected: tuple[Tensor, Tensor], tolerance: float = TOLERANCE) -> None:
-    mean, covariance = expected
+def assert_same(found: Moments, expected: tuple[Tensor, Tensor, Tensor], tolerance: float = TOLERANCE) -> None:
+    mean, covariance, by_step = expected
     torch.testing.assert_close(found.mean, mean, rtol=0, atol=tolerance)
     torch.testing.assert_close(found.covariance, covariance, rtol=0, atol=tolerance)
+    torch.testing.assert_close(found.by_step, by_step, rtol=0, atol=tolerance)
     assert found.total_variance == pytest.approx(float(covariance.trace()), abs=10 * tolerance)
     assert found.batches is None
 
@@ -216,7 +217,7 @@ def test_couples_is_only_a_matter_of_cost(name: str) -> None:
         if estimator.fits(problem):
             wide = Estimator(short, estimator.coefficients, "batch", min_group_size=1)
             narrow, whole = exact_moments([estimator, wide], problem)
-            assert_same(narrow, (whole.mean, whole.covariance), 1e-13)
+            assert_same(narrow, (whole.mean, whole.covariance, whole.by_step), 1e-13)
             assert narrow.enumerated <= whole.enumerated
 
 
@@ -266,7 +267,7 @@ def test_couples_group_over_one_group_may_see_all_of_it() -> None:
     """With one group, the batch is the group."""
     estimator = Estimator("narrow", find_estimator("batch_mean").coefficients, "group")
     narrow, whole = exact_moments([estimator, find_estimator("batch_mean")], walk(group_size=3))
-    assert_same(narrow, (whole.mean, whole.covariance), 1e-14)
+    assert_same(narrow, (whole.mean, whole.covariance, whole.by_step), 1e-14)
 
 
 # -- blocks, and many at once
@@ -286,7 +287,7 @@ def test_moments_do_not_depend_on_the_block(elements: int, monkeypatch: pytest.M
     usual = exact_moments(asked, problem)
     monkeypatch.setattr(exact, "_BLOCK_ELEMENTS", elements)
     for found, expected in zip(exact_moments(asked, problem), usual, strict=True):
-        assert_same(found, (expected.mean, expected.covariance), 1e-13)
+        assert_same(found, (expected.mean, expected.covariance, expected.by_step), 1e-13)
 
 
 def test_many_at_once_are_the_same_as_one_at_a_time() -> None:

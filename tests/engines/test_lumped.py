@@ -28,6 +28,7 @@ def test_same_moments_as_multisets(name: str, problem: str) -> None:
     (by_multisets,) = exact_moments([replace(estimator, reads=None)], p)
     torch.testing.assert_close(by_counts.mean, by_multisets.mean, rtol=0, atol=1e-15)
     torch.testing.assert_close(by_counts.covariance, by_multisets.covariance, rtol=0, atol=1e-15)
+    torch.testing.assert_close(by_counts.by_step, by_multisets.by_step, rtol=0, atol=1e-15)
     if problem.startswith(("tree", "off-policy")):
         assert by_counts.enumerated < by_multisets.enumerated
 
@@ -39,6 +40,7 @@ def test_several_groups_of_unequal_size() -> None:
     (by_counts,) = exact_moments([estimator], p)
     (by_multisets,) = exact_moments([replace(estimator, reads=None)], p)
     torch.testing.assert_close(by_counts.covariance, by_multisets.covariance, rtol=0, atol=1e-15)
+    torch.testing.assert_close(by_counts.by_step, by_multisets.by_step, rtol=0, atol=1e-15)
 
 
 def test_a_group_of_sixteen() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from pgcheck.api import as_problems
 from pgcheck.batch import Batch
 from pgcheck.estimators.base import Claim, Estimator, full_support, registered_estimators, unbiased
+from pgcheck.estimators.broken import BROKEN, STALE, Broken
 from pgcheck.estimators.from_loss import from_loss
 from pgcheck.estimators.lookup import as_estimator
 from pgcheck.problem import Problem
@@ -23,7 +24,6 @@ from pgcheck.runs.runner import run
 from pgcheck.runs.suite import load_suite
 from pgcheck.verdicts.checks import registered_checks
 from pgcheck.verdicts.verdict import Status
-from pgcheck.estimators.broken import BROKEN, STALE, Broken
 
 ENTRIES: dict[str, Broken] = BROKEN | {STALE.estimator.name: STALE}
 

@@ -11,13 +11,13 @@ from pydantic import ValidationError
 
 from pgcheck.errors import UsageError
 from pgcheck.estimators.base import find_estimator, from_coefficients, proportional
+from pgcheck.estimators.broken import BROKEN
 from pgcheck.estimators.lookup import FILLED_BY  # noqa: F401  (fills the registries)
 from pgcheck.problem import find_problem
 from pgcheck.runs import report as rows
 from pgcheck.runs.report import SCHEMA, Report
 from pgcheck.runs.runner import Expectation, run
 from pgcheck.verdicts.verdict import NotAsked, Status, Verdict
-from tests.quality.broken import BROKEN
 
 ESTIMATORS = ("reinforce", "batch_mean", "grpo", "reward_to_go_undiscounted_weight")
 # a stationary point (no direction), NaN, groups of one (not asked) and an off-policy problem (no claim) among them

@@ -14,13 +14,13 @@ from torch import Tensor
 from pgcheck.batch import Batch
 from pgcheck.errors import UnknownNameError
 from pgcheck.estimators.base import Estimator, find_estimator, from_coefficients
+from pgcheck.estimators.broken import BROKEN, STALE
 from pgcheck.estimators.from_loss import from_loss
 from pgcheck.problem import Problem, find_problem
 from pgcheck.runs.runner import run
 from pgcheck.verdicts.checks import Check, find_check, registered_checks
 from pgcheck.verdicts.checks.base import add_check
 from pgcheck.verdicts.verdict import Status, Verdict
-from tests.quality.broken import BROKEN, STALE
 
 CHECKS = registered_checks()
 

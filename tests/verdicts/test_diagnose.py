@@ -13,12 +13,12 @@ from pgcheck.api import as_problems
 from pgcheck.batch import Batch
 from pgcheck.engines.exact import exact_moments
 from pgcheck.estimators.base import Estimator, find_estimator, from_coefficients, registered_estimators
+from pgcheck.estimators.broken import BROKEN
 from pgcheck.estimators.from_loss import from_loss
 from pgcheck.problem import Problem
 from pgcheck.render.messages import cause_of
 from pgcheck.verdicts.diagnose import TRIED_PROBLEMS, Diagnosis, diagnose, identify, pattern
 from pgcheck.verdicts.verdict import Measurement, measure
-from tests.quality.broken import BROKEN
 
 FACTORS: dict[str, Callable[[Problem], float]] = {
     "": lambda p: 1.0,
