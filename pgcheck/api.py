@@ -19,7 +19,7 @@ from pgcheck.render.progress import ProgressBar
 from pgcheck.runs.report import Report
 from pgcheck.runs.runner import refuse_duplicates, run
 from pgcheck.runs.suite import problems_matching
-from pgcheck.verdicts.diagnose import diagnose
+from pgcheck.verdicts.diagnose import diagnose, find_swap
 from pgcheck.verdicts.verdict import RTOL, measure
 
 AnyProblem = Problem | str
@@ -119,12 +119,12 @@ def explain_failure(
     """The failure message of one estimator, with a cause found by trying."""
     measured = {m.problem for m in report.measurements if m.estimator == estimator.name}
     failed = {v.problem for v in report.failures if v.estimator == estimator.name and v.check in BIAS_CHECKS}
-    found = None
+    found = swap = None
     if failed & measured:
         pairs = [p for p in problems if p.name in measured]
         numbers = [measure(estimator, p, exact_moments([estimator], p)[0]) for p in pairs]
-        found = diagnose(estimator, pairs, numbers)
-    return failure_message(report, estimator.name, diagnosis=found, command=command)
+        found, swap = diagnose(estimator, pairs, numbers), find_swap(estimator, pairs, numbers)
+    return failure_message(report, estimator.name, diagnosis=found, swap=swap, command=command)
 
 
 def moments(

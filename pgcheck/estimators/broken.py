@@ -16,7 +16,7 @@ from torch import Tensor
 from pgcheck.batch import Batch
 from pgcheck.estimators.base import Claim, Couples, Estimator, biased, find_estimator, from_coefficients, on_policy
 from pgcheck.estimators.from_loss import from_loss
-from pgcheck.estimators.lookup import FILLED_BY  # noqa: F401  (fills the registries)
+from pgcheck.estimators.zoo import NOTES  # noqa: F401  (fills the registry)
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,12 @@ class Broken:
     sound: Estimator
     caught_by: tuple[str, ...]  # each of them fails
     moves: bool  # whether E ĝ changes; else only single batches show the mistake
+
+    @property
+    def mistake(self) -> str:
+        """What is wrong, in one sentence."""
+        fn = self.estimator.coefficients
+        return " ".join((getattr(fn, "loss", fn).__doc__ or "").split())
 
 
 BROKEN: dict[str, Broken] = {}

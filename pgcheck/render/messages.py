@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from pgcheck.runs.report import MeasurementRow, Report, VerdictRow
 from pgcheck.verdicts.checks import find_check
-from pgcheck.verdicts.diagnose import Diagnosis
+from pgcheck.verdicts.diagnose import Diagnosis, Swap
 from pgcheck.verdicts.verdict import Status
 
 BIAS_CHECKS = ("unbiased", "proportional", "biased", "expected_finding")
@@ -43,8 +43,9 @@ def cause_of(diagnosis: Diagnosis) -> str:
         where = f"on {n - len(diagnosis.except_on)} of {n} problems compared, not on {', '.join(diagnosis.except_on)}"
     else:
         where = f"on all {diagnosis.problems} problems compared"
+    mistake = f": {diagnosis.mistake.rstrip('.')}" if diagnosis.mistake else ""
     if not diagnosis.factor:
-        return f"in expectation this is {name}, {where}"
+        return f"in expectation this is {name}, {where}{mistake}"
     hints = {
         "−1": "the sign is flipped: a loss is minimised, coefficients ascend",
         "B": "summed over rows where the mean is meant",
@@ -55,7 +56,15 @@ def cause_of(diagnosis: Diagnosis) -> str:
     }
     known = diagnosis.factor in hints
     factor = diagnosis.factor if known or "/" in diagnosis.factor else number(float(diagnosis.factor))
+    if mistake:
+        return f"in expectation this is {factor} × {name}, {where}{mistake}"
     return f"in expectation this is {factor} × {name}, {where}: {hints.get(diagnosis.factor, 'a constant factor')}"
+
+
+def mend_of(swap: Swap) -> str:
+    """A swap in words."""
+    called = f" ({swap.name})" if swap.name else ""
+    return f"with the {swap.part} of `{swap.donor}`{called} in its place it is unbiased on all {swap.problems} problems"
 
 
 def _lines(rows: Sequence[tuple[str, str]]) -> str:
@@ -63,7 +72,12 @@ def _lines(rows: Sequence[tuple[str, str]]) -> str:
 
 
 def failure_message(
-    report: Report, estimator: str, *, diagnosis: Diagnosis | None = None, command: str | None = None
+    report: Report,
+    estimator: str,
+    *,
+    diagnosis: Diagnosis | None = None,
+    swap: Swap | None = None,
+    command: str | None = None,
 ) -> str:
     """Everything a reader needs about one estimator's failed checks, the worst bias first."""
     failures = [v for v in report.failures if v.estimator == estimator]
@@ -72,7 +86,7 @@ def failure_message(
     parts = []
     shown = command or estimator
     if bias:
-        parts.append(_bias_part(report, estimator, bias, diagnosis, shown))
+        parts.append(_bias_part(report, estimator, bias, diagnosis, swap, shown))
     for check in dict.fromkeys(v.check for v in others):
         of_check = [v for v in others if v.check == check]
         parts.append(_check_part(estimator, of_check))
@@ -86,7 +100,12 @@ def failure_messages(report: Report, worked_out: Mapping[str, str] | None = None
 
 
 def _bias_part(
-    report: Report, estimator: str, failures: Sequence[VerdictRow], diagnosis: Diagnosis | None, command: str
+    report: Report,
+    estimator: str,
+    failures: Sequence[VerdictRow],
+    diagnosis: Diagnosis | None,
+    swap: Swap | None,
+    command: str,
 ) -> str:
     undecided = [v for v in failures if v.status is Status.INCONCLUSIVE]
     if len(undecided) == len(failures):
@@ -112,7 +131,9 @@ def _bias_part(
         claim += f" with κ = {number(worst.claimed_scale)}"
     rows = [("what", f"{claim} does not hold on '{worst.problem}', the worst of them; exact, no sampling error")]
     if m is not None:
-        rows.append(("where", f"context {m.worst_context}, action {m.worst_action}: {_at(report, m)}"))
+        rows.append(
+            ("where", f"context {m.worst_context}, action {m.worst_action}{_step(report, m)}: {_at(report, m)}")
+        )
         rows.append(
             (
                 "measured",
@@ -122,6 +143,8 @@ def _bias_part(
         )
     rows.append(("allowed", number(worst.allowed)))
     rows.append(("cause", cause_of(diagnosis) if diagnosis else "no known estimator has this expectation"))
+    if swap:
+        rows.append(("mend", mend_of(swap)))
     against = diagnosis.subject if diagnosis and diagnosis.kind == "identity" else "reward_to_go"
     against = "reward_to_go" if against == "the gradient" else against
     rows.append(("next", f"pgcheck compare {command} '{against}' --problem {worst.problem}"))
@@ -136,6 +159,11 @@ def _at(report: Report, m: MeasurementRow) -> str:
     k, a = m.worst_context, m.worst_action
     truth = next(p.gradient for p in report.problems if p.name == m.problem)
     return f"E ĝ = {m.expected[k][a]:+.6g}, ∇J = {truth[k][a]:+.6g}"
+
+
+def _step(report: Report, m: MeasurementRow) -> str:
+    steps = next(p.steps for p in report.problems if p.name == m.problem)
+    return f", mostly step t = {m.worst_step} of 0–{steps - 1}" if m.worst_step is not None and steps > 1 else ""
 
 
 def _only_scale(report: Report, estimator: str) -> bool:

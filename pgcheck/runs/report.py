@@ -83,6 +83,7 @@ class MeasurementRow(_Row):
     lane: str
     worst_context: int
     worst_action: int
+    worst_step: int | None
     expected: list[list[float]]  # E ĝ in logit space, [K, A]
 
 
@@ -198,6 +199,7 @@ def measurement_row(m: Measurement) -> MeasurementRow:
         **numbers,
         worst_context=context,
         worst_action=action,
+        worst_step=m.worst_step,
         expected=as_list(m.expected),
     )
 

@@ -1,22 +1,31 @@
 """Why an estimator is biased: found by trying, not by guessing.
 
-`identify` compares E ĝ with the exact expectations of the whole zoo (and of ∇J itself) over several problems, up to a
-factor; `pattern` finds a fact of the problems that separates those with a bias from those without.
+`identify` compares E ĝ with ∇J, with the exact expectations of the whole zoo and with those of estimators that are wrong
+on purpose, up to a factor; `pattern` finds a fact of the problems that separates those with a bias from those without;
+`find_swap` exchanges one part of a composition for a part of a known one until the claim holds.
 
-Guarantee: an identity is reported only if it holds at 1e-9 on every problem with a bias where it could be tried, or all
-but a few, which are named; and those problems tell it from a multiple of ∇J.
+Guarantee: an identity is reported only if it holds at 1e-9 on every problem where it could be tried, or all but a few,
+which are named; and those problems tell it from a multiple of ∇J. A swap is reported only if the claim holds with it on
+every problem.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from pgcheck.engines.coefficients import coefficients_of
+from pgcheck.engines.declarations import probe
 from pgcheck.engines.exact import exact_moments
 from pgcheck.errors import PgcheckError
-from pgcheck.estimators.base import Estimator, registered_estimators
+from pgcheck.estimators.base import COUPLES, Estimator, registered_estimators
+from pgcheck.estimators.broken import BROKEN
+from pgcheck.estimators.zoo import Composition
 from pgcheck.problem import Problem
 from pgcheck.verdicts.verdict import RTOL, Measurement
 
@@ -39,7 +48,8 @@ class Diagnosis:
     subject: str  # an estimator, "the gradient" or a fact
     factor: str  # "", "−1", "B", "1/B", "1/T", "(B−1)/B", … or a number
     problems: int  # compared
-    except_on: tuple[str, ...] = ()  # problems with a bias on which the identity does not hold
+    except_on: tuple[str, ...] = ()  # problems on which the identity does not hold
+    mistake: str = ""  # what is wrong with `subject`, where that is known
 
 
 @dataclass(frozen=True)
@@ -60,55 +70,115 @@ _FACTORS = (
 )
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """A known estimator that the one in question may be in expectation; `mistake` says what is wrong with it, if it is one
+    of those that are wrong on purpose."""
+
+    estimator: Estimator
+    mistake: str = ""
+
+
+def candidates() -> list[Candidate]:
+    """The zoo, then the shelf of estimators that are wrong on purpose, as far as their mistake moves E ĝ."""
+    wrong = [Candidate(x.estimator, x.mistake) for x in BROKEN.values() if x.moves]
+    return [*(Candidate(e) for e in registered_estimators().values()), *wrong]
+
+
 def identify(estimator: Estimator, problems: Sequence[Problem], measured: Sequence[Measurement]) -> Diagnosis | None:
-    """The zoo entry (or ∇J) that has the same expectation up to a factor, if there is one."""
-    biased = [(p, m) for p, m in zip(problems, measured, strict=True) if m.finding != "unbiased" and m.size > 0]
-    ordered = _one_of_each_family_first(biased)
-    if not ordered:
+    """∇J, the zoo entry or the known mistake that has the same expectation up to a factor, if there is one.
+
+    A sieve: every candidate is tried on the problem that tells most apart for its price, those left on the next, and so
+    on; what is left after `TRIED_PROBLEMS` is compared on all the others, those without a bias included.
+    """
+    pairs = [(p, m) for p, m in zip(problems, measured, strict=True) if m.size > 0]
+    wrong = [(p, m) for p, m in pairs if m.finding != "unbiased"]
+    if not wrong:
         return None
+    ordered = _telling_first(wrong)
     truth = _match("the gradient", [(p, m, m.truth) for p, m in ordered])
     if truth is not None:
         return truth
-    for candidate in registered_estimators().values():
-        if candidate.name == estimator.name:
+    left: dict[str, tuple[Candidate, list[_Row]]] = {
+        c.estimator.name: (c, []) for c in candidates() if c.estimator.name != estimator.name
+    }
+    tried = ordered[:TRIED_PROBLEMS]
+    for p, m in tried:
+        left = _sieved(left, p, m)
+    rest = ordered[TRIED_PROBLEMS:] + [(p, m) for p, m in pairs if m.finding == "unbiased"]
+    found = []
+    for candidate, rows in left.values():
+        if len(rows) < max(1, len(tried) - 1) or _is_multiple_of_truth(rows):
             continue
-        first = _explained(candidate, ordered[:TRIED_PROBLEMS])
-        if len(first) < max(1, min(len(ordered), TRIED_PROBLEMS) - 1) or _is_multiple_of_truth(first):
+        match = _match(candidate.estimator.name, rows)
+        if match is None:
             continue
-        found = _match(candidate.name, first)
-        if found is not None:
-            rest = [row for pair in ordered[TRIED_PROBLEMS:] if (row := _row(candidate, *pair)) is not None]
-            except_on = tuple(row[0].name for row in rest if not _holds(found, row))
-            if len(except_on) <= (len(first) + len(rest)) * _FEW:
-                return replace(found, problems=len(first) + len(rest), except_on=except_on)
-    return None
+        more = [row for p, m in rest for row in _rows([candidate.estimator], p, m).values()]
+        except_on = tuple(row[0].name for row in more if not _holds(match, row))
+        if len(except_on) <= (len(rows) + len(more)) * _FEW:
+            n = len(rows) + len(more)
+            found.append(replace(match, problems=n, except_on=except_on, mistake=candidate.mistake))
+    return min(found, key=lambda d: (len(d.except_on), d.factor != ""), default=None)  # of equals, the first
 
 
 _Row = tuple[Problem, Measurement, Tensor]
 
 
-def _row(candidate: Estimator, p: Problem, m: Measurement) -> _Row | None:
-    """E of the candidate there; None where it is too large or not defined."""
-    if not candidate.fits(p):
-        return None
+def _sieved(
+    left: dict[str, tuple[Candidate, list[_Row]]], p: Problem, m: Measurement
+) -> dict[str, tuple[Candidate, list[_Row]]]:
+    """Those that some factor still explains on this problem and the ones before, or that cannot be asked here."""
+    rows = _rows([c.estimator for c, _ in left.values()], p, m)
+    out = {}
+    for name, (candidate, before) in left.items():
+        now = [*before, rows[name]] if name in rows else before
+        if not now or _match(name, now) is not None or (len(now) == 1 and _parallel(now[0])):
+            out[name] = (candidate, now)
+    return out
+
+
+def _rows(estimators: Sequence[Estimator], p: Problem, m: Measurement) -> dict[str, _Row]:
+    """E of each estimator there by name; without those that are too large or not defined. What is claimed to be κ ∇J, and
+    tested to be, is not enumerated again."""
+    expected: dict[str, Tensor] = {}
+    asked = []
+    for e in estimators:
+        scale = _claimed_scale(e, p)
+        if scale is not None:
+            expected[e.name] = scale * m.truth
+        elif e.fits(p):
+            asked.append(e)
+    expected |= _expectations(asked, p)
+    return {name: (p, m, x) for name, x in expected.items()}
+
+
+def _expectations(estimators: Sequence[Estimator], p: Problem) -> dict[str, Tensor]:
+    """All at once; if one of them cannot be had, by halves."""
     try:
-        (moments,) = exact_moments([candidate], p, budget=_TRY_BUDGET)
+        moments = exact_moments(estimators, p, budget=_TRY_BUDGET)
     except PgcheckError:
+        if len(estimators) == 1:
+            return {}
+        half = len(estimators) // 2
+        return _expectations(estimators[:half], p) | _expectations(estimators[half:], p)
+    return {e.name: x.mean for e, x in zip(estimators, moments, strict=True)}
+
+
+def _claimed_scale(e: Estimator, p: Problem) -> float | None:
+    """κ of a zoo entry that is κ ∇J on this problem; the claims of broken ones are false."""
+    if registered_estimators().get(e.name) is not e or not e.fits(p):
         return None
-    return p, m, moments.mean
+    scales = [claim.scale_on(p) for claim in e.claims if claim.kind != "biased" and claim.applies(p)]
+    return scales[0] if scales else None
 
 
-def _explained(candidate: Estimator, pairs: Sequence[tuple[Problem, Measurement]]) -> list[_Row]:
-    """Rows up to the first (of two or more) that no factor explains together with those before."""
-    rows: list[_Row] = []
-    for p, m in pairs:
-        row = _row(candidate, p, m)
-        if row is None:
-            continue
-        rows.append(row)
-        if len(rows) > 1 and _match(candidate.name, rows) is None:
-            break
-    return rows
+def _parallel(row: _Row) -> bool:
+    """One vector is a multiple of the other."""
+    _, m, other = row
+    size = float((other * other).sum())
+    if size == 0:
+        return False
+    return float((m.expected - float((m.expected * other).sum()) / size * other).norm()) <= RTOL * m.size
 
 
 def _holds(found: Diagnosis, row: _Row) -> bool:
@@ -128,15 +198,15 @@ def _is_multiple_of_truth(rows: Sequence[_Row]) -> bool:
     return True
 
 
-def _one_of_each_family_first(
-    pairs: Sequence[tuple[Problem, Measurement]],
-) -> list[tuple[Problem, Measurement]]:
-    """Problems of different kinds tell estimators apart best; cheap ones first among equals."""
-    cheap = sorted(pairs, key=lambda pair: pair[1].enumerated)
+def _telling_first(pairs: Sequence[tuple[Problem, Measurement]]) -> list[tuple[Problem, Measurement]]:
+    """One of each family before the second of any; first those whose gradient has several free numbers, cheap ones first.
+
+    In a gradient of one free number everything is a multiple of everything."""
+    by_price = sorted(pairs, key=lambda pair: (pair[1].truth.numel() < 6, pair[1].enumerated))
     seen: set[str] = set()
     first: list[tuple[Problem, Measurement]] = []
     rest: list[tuple[Problem, Measurement]] = []
-    for pair in cheap:
+    for pair in by_price:
         family = pair[0].name.partition("/")[0]
         (rest if family in seen else first).append(pair)
         seen.add(family)
@@ -202,6 +272,78 @@ def pattern(problems: Sequence[Problem], measured: Sequence[Measurement]) -> Dia
         if all(fact.holds(p) for p in wrong) and sum(not fact.holds(p) for p in right) >= len(right) / 2:
             return Diagnosis("necessary", fact.name, "", len(wrong) + len(right))
     return None
+
+
+# -- one part of a composition for another
+
+
+@dataclass(frozen=True)
+class Swap:
+    """With the `part` ("aggregation", "ratio" or "advantage") of the zoo's `donor` in place of its own, the estimator
+    meets its claim on all `problems`."""
+
+    part: str
+    donor: str
+    name: str  # of the part put in, where it has one of its own
+    problems: int
+
+
+_PARTS = ("aggregation", "ratio", "advantage")  # tried in this order: the last changes most
+
+
+def find_swap(estimator: Estimator, problems: Sequence[Problem], measured: Sequence[Measurement]) -> Swap | None:
+    """The part of a zoo entry that mends the estimator, if it is a composition and one part is to blame; of several, the
+    one with which the coefficients change least."""
+    pairs = _telling_first([(p, m) for p, m in zip(problems, measured, strict=True) if m.size > 0])
+    wrong = [(p, m) for p, m in pairs if m.finding != "unbiased"]
+    if not isinstance(estimator.coefficients, Composition) or not wrong:
+        return None
+    right = [pair for pair in pairs if pair[1].finding == "unbiased"]
+    for part in _PARTS:
+        promising = [
+            (_change(estimator, made, wrong[0][0]), i, made, donor)
+            for i, (made, donor) in enumerate(_with_other(part, estimator))
+            if all(_unbiased_on(made, p, m) for p, m in wrong[:2])
+        ]
+        for _, _, made, donor in sorted(promising, key=itemgetter(0, 1)):
+            if all(_unbiased_on(made, p, m) for p, m in wrong[2:] + right):
+                other = getattr(made.coefficients, part)
+                name = "" if "<" in getattr(other, "__qualname__", "<") else other.__name__
+                return Swap(part, donor.name, name, len(pairs))
+    return None
+
+
+def _with_other(part: str, estimator: Estimator) -> list[tuple[Estimator, Estimator]]:
+    """The estimator with each other `part` that the zoo has, and the first entry that has it."""
+    own: Any = estimator.coefficients
+    seen, out = [getattr(own, part)], []
+    for donor in registered_estimators().values():
+        other = getattr(donor.coefficients, part, None)
+        if other is None or other in seen:
+            continue
+        seen.append(other)
+        made = replace(
+            estimator,
+            coefficients=replace(own, **{part: other}),
+            couples=max(estimator.couples, donor.couples, key=COUPLES.index),
+            needs=tuple(dict.fromkeys((*estimator.needs, *donor.needs))),
+            reads=None,
+        )
+        out.append((made, donor))
+    return out
+
+
+def _change(a: Estimator, b: Estimator, p: Problem) -> float:
+    """1 − |cosine| of the coefficients of both over random batches."""
+    table = p.trajectories_with(b.needs)
+    _, batch = probe(p, table, b)
+    x, y = coefficients_of(a, batch).flatten(), coefficients_of(b, batch).flatten()
+    return 1.0 - abs(float(torch.nn.functional.cosine_similarity(x, y, dim=0)))
+
+
+def _unbiased_on(estimator: Estimator, p: Problem, m: Measurement) -> bool:
+    found = _expectations([estimator], p).get(estimator.name)
+    return found is not None and float((found - m.truth).norm()) <= RTOL * m.size
 
 
 def diagnose(estimator: Estimator, problems: Sequence[Problem], measured: Sequence[Measurement]) -> Diagnosis | None:

@@ -84,6 +84,7 @@ class Measurement:
     lane: str
     expected: Tensor  # E ĝ [K, A]
     truth: Tensor  # g [K, A]
+    worst_step: int | None = None  # the position that contributes most to the bias of the worst context and action
 
     @property
     def worst(self) -> tuple[int, int]:
@@ -138,7 +139,16 @@ def measure(estimator: Estimator, problem: Problem, moments: Moments, *, rtol: f
         lane=moments.lane,
         expected=m,
         truth=g,
+        worst_step=_worst_step(moments, problem),
     )
+
+
+def _worst_step(moments: Moments, problem: Problem) -> int | None:
+    if moments.by_step is None:
+        return None
+    at = int((moments.mean - problem.gradient()).abs().argmax())
+    gap = moments.by_step.flatten(1)[:, at] - problem.gradient_by_step().flatten(1)[:, at]
+    return int(gap.abs().argmax())
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,25 @@ from torch import Tensor
 from pgcheck.api import as_problems
 from pgcheck.batch import Batch
 from pgcheck.engines.exact import exact_moments
+from pgcheck.estimators import advantages as adv
+from pgcheck.estimators import aggregation as agg
+from pgcheck.estimators import ratios
 from pgcheck.estimators.base import Estimator, find_estimator, from_coefficients, registered_estimators
 from pgcheck.estimators.broken import BROKEN
 from pgcheck.estimators.from_loss import from_loss
+from pgcheck.estimators.zoo import compose
 from pgcheck.problem import Problem
-from pgcheck.render.messages import cause_of
-from pgcheck.verdicts.diagnose import TRIED_PROBLEMS, Diagnosis, diagnose, identify, pattern
+from pgcheck.render.messages import cause_of, mend_of
+from pgcheck.verdicts.diagnose import (
+    TRIED_PROBLEMS,
+    Diagnosis,
+    Swap,
+    candidates,
+    diagnose,
+    find_swap,
+    identify,
+    pattern,
+)
 from pgcheck.verdicts.verdict import Measurement, measure
 
 FACTORS: dict[str, Callable[[Problem], float]] = {
@@ -274,3 +287,127 @@ def test_two_mistakes_at_once() -> None:
     found = identify(e, problems, measured)
     assert found is not None
     assert (found.subject, found.factor, found.problems) == ("reward_to_go_undiscounted_weight", "B", 4)
+
+
+# -- losses of a user's own, and the mistakes on the shelf
+
+
+def mean_over_tokens(batch: Batch) -> Tensor:
+    per_token = -batch.episode_return[:, None] * batch.logp
+    return (per_token * batch.mask).sum() / batch.mask.sum()
+
+
+def mean_of_means(batch: Batch) -> Tensor:
+    per_token = -batch.episode_return[:, None] * batch.logp * batch.mask
+    return (per_token.sum(1) / batch.mask.sum(1)).mean()
+
+
+def forward_sum(batch: Batch) -> Tensor:
+    so_far = (batch.discount_weight * batch.reward).cumsum(1)
+    return -(so_far * batch.logp * batch.mask).sum(1).mean()
+
+
+@pytest.mark.parametrize(
+    ("loss", "subject", "words"),
+    [
+        (mean_over_tokens, "token_mean", "all tokens of the batch"),
+        (mean_of_means, "divided_by_own_length", "each row's tokens"),
+        (forward_sum, "to_go_reversed", "runs forwards"),
+    ],
+)
+def test_a_known_mistake_is_recognised(loss: Callable[[Batch], Tensor], subject: str, words: str) -> None:
+    """An opaque loss has the expectation of an estimator that is wrong on purpose: on every problem, the right ones too."""
+    e = from_loss(loss)
+    fitting = problems("core")
+    measured = [measure(e, p, exact_moments([e], p)[0]) for p in fitting]
+    found = identify(e, fitting, measured)
+    assert found is not None
+    assert (found.subject, found.factor, found.except_on) == (subject, "", ())
+    assert words in found.mistake
+    assert words in cause_of(found)
+    for p, m in zip(fitting, measured, strict=True):  # by another enumeration
+        other = exact_moments([BROKEN[subject].estimator], p)[0].mean
+        assert float((m.expected - other).norm()) <= 1e-9 * m.size
+
+
+def test_the_zoo_comes_before_the_shelf() -> None:
+    """`baseline_sees_next_state` of the shelf is `baselined(next_state)` of the zoo."""
+    found = diagnosed("baseline_sees_next_state", "core")
+    assert found is not None
+    assert (found.subject, found.mistake) == ("baselined(next_state)", "")
+
+
+def test_every_mistake_that_moves_the_expectation_is_a_candidate() -> None:
+    names = [c.estimator.name for c in candidates()]
+    assert len(names) == len(set(names))
+    assert set(names) == {*registered_estimators(), *(name for name, x in BROKEN.items() if x.moves)}
+    assert all(c.mistake for c in candidates() if c.estimator.name in BROKEN)
+
+
+# -- the step
+
+
+@pytest.mark.parametrize("problem", ["mdp/two-state-0.9", "mdp/pessimal", "dialogue/two-turn-0.9"])
+def test_the_step_that_is_wrong(problem: str) -> None:
+    """Without γ^t, position t contributes γ^−t times its part of ∇J: position 0 is right, and a later one is named."""
+    (p,) = as_problems(problem)
+    e = find_estimator("reward_to_go_undiscounted_weight")
+    (moments,) = exact_moments([e], p)
+    assert moments.by_step is not None
+    truth = p.gradient_by_step()
+    for t in range(len(truth)):
+        torch.testing.assert_close(moments.by_step[t], truth[t] / p.discount**t, rtol=0, atol=1e-14)
+    m = measure(e, p, moments)
+    gap = (1 / p.discount ** torch.arange(len(truth)) - 1) * truth.flatten(1)[
+        :, int((m.expected - m.truth).abs().argmax())
+    ]
+    assert m.worst_step == int(gap.abs().argmax()) > 0
+
+
+# -- one part for another
+
+
+SWAPS = {
+    "token mean": (compose(adv.return_minus(adv.mean_of_others("group")), aggregation=agg.token_mean), "aggregation"),
+    "γ^t missing": (compose(adv.undiscounted_weight_to_go), "advantage"),
+    "divided by the std": (compose(adv.standardised_return("group")), "advantage"),
+    "token ratio": (compose(adv.discounted_to_go, ratio=ratios.token_ratio), "ratio"),
+}
+
+
+@pytest.mark.parametrize("name", SWAPS)
+def test_the_part_to_blame_is_found(name: str) -> None:
+    composition, part = SWAPS[name]
+    e = from_coefficients(composition, couples="batch", name=name)
+    where = [p for p in problems("off-policy" if part == "ratio" else "core") if p.full_support and e.fits(p)]
+    measured = [measure(e, p, exact_moments([e], p)[0]) for p in where]
+    found = find_swap(e, where, measured)
+    assert found is not None
+    assert found.part == part
+    donor = {
+        "token mean": "reinforce",
+        "γ^t missing": "reward_to_go",
+        "divided by the std": "leave_one_out",
+        "token ratio": "trajectory_is",
+    }[name]
+    assert found.donor == donor
+    assert f"the {part} of `{donor}`" in mend_of(found)
+
+
+def test_two_parts_to_blame_are_not_found() -> None:
+    """No single exchange mends a token mean of γ^t-less returns; nothing is said."""
+    e = from_coefficients(compose(adv.undiscounted_weight_to_go, aggregation=agg.token_mean), name="both")
+    where = problems("core")[:12]
+    assert find_swap(e, where, [measure(e, p, exact_moments([e], p)[0]) for p in where]) is None
+
+
+@pytest.mark.parametrize("name", ["leave_one_out", "token_mean"])
+def test_a_sound_composition_and_an_opaque_loss_have_nothing_to_swap(name: str) -> None:
+    e = BROKEN[name].estimator if name in BROKEN else find_estimator(name)
+    where = [p for p in problems("core")[:6] if e.fits(p)]
+    assert find_swap(e, where, [measure(e, p, exact_moments([e], p)[0]) for p in where]) is None
+
+
+def test_a_swap_in_words() -> None:
+    text = mend_of(Swap("aggregation", "reinforce", "mean_of_rows", 32))
+    assert text == "with the aggregation of `reinforce` (mean_of_rows) in its place it is unbiased on all 32 problems"
