@@ -10,10 +10,10 @@ under `torch.func.vmap` and autograd.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,33 @@ DISCOUNT_CLOCKS: tuple[DiscountClock, ...] = ("position", "action")
 
 class LogitsNotAsked(AttributeError):
     """`batch.logits` was read by an estimator whose leaf is `logp`."""
+
+
+class _Gathered(NamedTuple):
+    """Where a batch comes from: rows `index` `[..., B]` of a table `[N, T]`, groups by their labels `[B]`."""
+
+    table: Batch
+    index: Tensor
+    labels: Tensor
+
+
+def gathered_rows(x: Tensor, index: Tensor) -> Tensor:
+    """`x[index]`, three times as fast: rows are copied whole."""
+    return x.index_select(0, index.flatten()).unflatten(0, index.shape)
+
+
+class row_by_row(cached_property[Tensor]):  # noqa: N801  (a decorator)
+    """A quantity that each row has by itself, whatever else is in the batch.
+
+    In a batch gathered from a table it is computed once for the N rows of the table, and gathered like a column.
+    """
+
+    def __get__(self, batch: Any, owner: Any = None) -> Any:
+        if batch is not None and (source := vars(batch).get("_source")) is not None:
+            name = self.func.__name__
+            vars(batch)[name] = (value := gathered_rows(getattr(source.table, name), source.index))
+            return value
+        return super().__get__(batch, owner)
 
 
 @dataclass(frozen=True)
@@ -50,19 +77,39 @@ class Batch:
     side: Mapping[str, Tensor] = field(default_factory=dict)  # [..., B, *] what the estimator declared that it needs
     action_logits: Tensor | None = None  # [..., B, T, A], read it as `logits`
 
+    @classmethod
+    def gathered(cls, table: Batch, index: Tensor, labels: Tensor) -> Batch:
+        """Rows `index` `[..., B]` of `table` `[N, T]` in the groups `labels` `[B]`; a column is gathered when first read."""
+        batch = object.__new__(cls)
+        side = _Columns(table.side, index)
+        vars(batch).update(_source=_Gathered(table, index, labels), discount=table.discount, side=side)
+        vars(batch).update(discount_clock=table.discount_clock, group=labels.expand(index.shape), action_logits=None)
+        if table.action_logits is not None:
+            vars(batch)["action_logits"] = gathered_rows(table.action_logits, index)
+        return batch
+
+    def __getattr__(self, name: str) -> Any:  # only for what is not there (yet)
+        if name == "logits":  # the property has raised
+            raise LogitsNotAsked('batch.logits is there only for estimators made with leaf="logits"')
+        source = vars(self).get("_source")
+        if source is None or name not in _COLUMNS:
+            raise AttributeError(f"'Batch' has no attribute '{name}'")
+        vars(self)[name] = (value := gathered_rows(getattr(source.table, name), source.index))
+        return value
+
     @property
     def logits(self) -> Tensor:
         """Logits of every action, `[..., B, T, A]`; only for estimators with `leaf="logits"`."""
         if self.action_logits is None:
-            raise LogitsNotAsked('batch.logits is there only for estimators made with leaf="logits"')
+            raise AttributeError
         return self.action_logits
 
     @property
     def rows(self) -> int:
         """B, the number of rollouts."""
-        return int(self.reward.shape[-2])
+        return int(self.group.shape[-1])
 
-    @cached_property
+    @row_by_row
     def clock(self) -> Tensor:
         """Exponent of γ at each position, `[..., B, T]`.
 
@@ -74,17 +121,17 @@ class Batch:
             return steps.expand(self.reward.shape)
         return (self.mask.cumsum(-1) - 1.0).clamp(min=0.0)
 
-    @cached_property
+    @row_by_row
     def discount_weight(self) -> Tensor:
         """γ^t (by the problem's clock), `[..., B, T]`."""
         return self.discount**self.clock
 
-    @cached_property
+    @row_by_row
     def episode_return(self) -> Tensor:
         """R = Σ_t γ^t r_t, `[..., B]`."""
         return (self.discount_weight * self.reward).sum(-1)
 
-    @cached_property
+    @row_by_row
     def reward_to_go(self) -> Tensor:
         """Ĝ_t = Σ_{k≥t} γ^{k−t} r_k = r_t + γ Ĝ_{t+1}, `[..., B, T]`."""
         steps = self.reward.shape[-1]
@@ -94,7 +141,7 @@ class Batch:
             out.append(self.reward[..., t] + gamma * out[-1])
         return torch.stack(out[::-1], -1)
 
-    @cached_property
+    @row_by_row
     def length(self) -> Tensor:
         """Number of policy positions of each row, `[..., B]`."""
         return self.mask.sum(-1)
@@ -102,6 +149,10 @@ class Batch:
     @cached_property
     def same_group(self) -> Tensor:
         """1. where rows i and j share a group, `[..., B, B]`; any labels will do."""
+        source: _Gathered | None = vars(self).get("_source")
+        if source is not None:  # the labels of every batch are the same
+            same = source.labels.unsqueeze(-1) == source.labels.unsqueeze(-2)
+            return same.to(source.table.reward.dtype).expand(*source.index.shape, -1)
         return (self.group.unsqueeze(-1) == self.group.unsqueeze(-2)).to(self.reward.dtype)
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Batch:
@@ -121,3 +172,25 @@ class Batch:
         side = {name: named.get(f"side.{name}", x) for name, x in self.side.items()}
         own: dict[str, Any] = {k: v for k, v in named.items() if not k.startswith("side.")}
         return replace(self, side=side, **own)
+
+
+_COLUMNS = ("state", "context", "action", "reward", "mask", "logp", "behavior_logp", "ref_logp", "value")
+
+
+class _Columns(Mapping[str, Tensor]):
+    """Side columns, gathered when first read."""
+
+    def __init__(self, columns: Mapping[str, Tensor], index: Tensor) -> None:
+        self._columns, self._index = columns, index
+        self._read: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._read:
+            self._read[name] = gathered_rows(self._columns[name], self._index)
+        return self._read[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._columns)
+
+    def __len__(self) -> int:
+        return len(self._columns)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from numbers import Integral
 from typing import Any
 
@@ -226,24 +227,37 @@ class Trajectories:
 
     def rows_as_batch(self) -> Batch:
         """The whole table as one batch `[N, T]`, every row a group of its own."""
-        return self.batch(torch.arange(len(self)), torch.arange(len(self)))
+        return self._table
+
+    @cached_property
+    def _table(self) -> Batch:
+        p = self.paths
+        return Batch(
+            **{name: getattr(p, name) for name in ("state", "context", "action", "reward", "mask")},
+            **{name: getattr(self, name) for name in ("logp", "behavior_logp", "ref_logp", "value")},
+            group=torch.arange(len(self)),
+            discount=p.discount,
+            discount_clock=p.discount_clock,
+            side=self.side,
+        )
+
+    @cached_property
+    def _table_with_logits(self) -> Batch:
+        return replace(self._table, action_logits=self.logits[self.paths.context.clamp(min=0)])
+
+    @cached_property
+    def cell(self) -> Tensor:
+        """Index of (context, action) among the K·A cells, `[N, T]`; any where the policy does not act."""
+        return self.paths.context.clamp(min=0) * self.actions + self.paths.action.clamp(min=0)
+
+    @cached_property
+    def logit_cells(self) -> Tensor:
+        """Indices of all actions of the context among the K·A cells, `[N, T, A]`."""
+        return (self.paths.context.clamp(min=0) * self.actions).unsqueeze(-1) + torch.arange(self.actions)
 
     def batch(self, index: Tensor, group: Tensor, *, logits: bool = False) -> Batch:
         """Gather rows `index` `[..., B]` into a batch; `group` `[B]` labels the rows."""
-        p = self.paths
-        columns = {name: getattr(p, name)[index] for name in ("state", "context", "action", "reward", "mask")}
-        return Batch(
-            **columns,
-            logp=self.logp[index],
-            behavior_logp=self.behavior_logp[index],
-            ref_logp=self.ref_logp[index],
-            value=self.value[index],
-            group=group.expand(index.shape),
-            discount=p.discount,
-            discount_clock=p.discount_clock,
-            side={name: x[index] for name, x in self.side.items()},
-            action_logits=self.logits[p.context[index].clamp(min=0)] if logits else None,
-        )
+        return Batch.gathered(self._table_with_logits if logits else self._table, index, group)
 
     def take(self, rows: Tensor) -> Trajectories:
         """The table of `rows` `[N']` only (repeats allowed); probabilities are carried along, not renormalised."""

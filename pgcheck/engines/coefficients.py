@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pgcheck.batch import Batch
+from pgcheck.batch import Batch, gathered_rows
 from pgcheck.errors import EstimatorError, NotFiniteError
 from pgcheck.estimators.base import Estimator
 from pgcheck.trajectories import Trajectories
@@ -33,7 +33,9 @@ def coefficients_of(estimator: Estimator, batch: Batch) -> Tensor:
             " each position of the batch."
         )
     mask = batch.mask if estimator.leaf == "logp" else batch.mask.unsqueeze(-1)
-    c = torch.where(mask > 0, c, torch.zeros_like(c))
+    if bool(torch.isfinite(c.sum())):  # then every term is
+        return c * mask
+    c = torch.where(mask > 0, c, 0.0)
     if not bool(torch.isfinite(c).all()):
         raise NotFiniteError(_not_finite(estimator, batch, c))
     return c
@@ -52,12 +54,9 @@ def _not_finite(estimator: Estimator, batch: Batch, c: Tensor) -> str:
     )
 
 
-def cells_of(batch: Batch, actions: int, *, logits: bool) -> Tensor:
-    """Where each coefficient goes, as an index into the K·A cells, `[M, B·T]` (or `[M, B·T·A]`)."""
-    context = batch.context.clamp(min=0) * actions
-    if logits:
-        return (context.unsqueeze(-1) + torch.arange(actions)).flatten(1)
-    return (context + batch.action.clamp(min=0)).flatten(1)
+def cells_of(table: Trajectories, index: Tensor, *, logits: bool) -> Tensor:
+    """Where each coefficient of the batches `index` `[M, B]` goes, among the K·A cells: `[M, B·T]` (or `[M, B·T·A]`)."""
+    return gathered_rows(table.logit_cells if logits else table.cell, index).flatten(1)
 
 
 def scattered(c: Tensor, cell: Tensor, cells: int) -> Tensor:
@@ -67,11 +66,8 @@ def scattered(c: Tensor, cell: Tensor, cells: int) -> Tensor:
 
 def step_sums(expected: Tensor, table: Trajectories) -> Tensor:
     """C of each position, `[T, K·A]`, from `expected` `[N, T]` (or `[N, T, A]`): E Σ_i c[i,t] 1[row i is rollout n]."""
-    paths, A = table.paths, table.actions
-    place = paths.context.clamp(min=0) * A
-    logits = expected.dim() == 3
-    place = place.unsqueeze(-1) + torch.arange(A) if logits else place + paths.action.clamp(min=0)
-    out = torch.zeros(paths.steps, table.contexts * A, dtype=torch.float64)
+    place = table.logit_cells if expected.dim() == 3 else table.cell
+    out = torch.zeros(table.paths.steps, table.contexts * table.actions, dtype=torch.float64)
     return out.scatter_add_(1, place.transpose(0, 1).flatten(1), expected.transpose(0, 1).flatten(1))
 
 

@@ -127,7 +127,7 @@ def _accumulate(
     by_start = plan.couples == "trajectory"
     for index, weight in batches.blocks(block):
         batch = table.batch(index, batches.labels, logits=plan.logits)
-        cell = cells_of(batch, table.actions, logits=plan.logits)
+        cell = cells_of(table, index, logits=plan.logits)
         start = table.paths.start[index[:, 0]] if by_start else None
         for j, e in enumerate(estimators):
             c = coefficients_of(e, batch)

@@ -155,9 +155,10 @@ def _contributions(
     index = np.repeat(others[:, None, :], len(own), axis=1)
     index[np.arange(len(rows))[:, None], np.arange(len(own)), place[:, None]] = own
     index = index.reshape(-1, rows.shape[1])
-    batch = table.batch(torch.from_numpy(index), torch.zeros(rows.shape[1], dtype=torch.int64), logits=logits)
+    chosen = torch.from_numpy(index)
+    batch = table.batch(chosen, torch.zeros(rows.shape[1], dtype=torch.int64), logits=logits)
     c = coefficients_of(estimator, batch)
-    cell = cells_of(batch, table.actions, logits=logits).reshape(c.shape)
+    cell = cells_of(table, chosen, logits=logits).reshape(c.shape)
     at = torch.from_numpy(np.repeat(place, len(own)))
     line = torch.arange(len(at))
     own_c = c[line, at].to(torch.float64)
