@@ -27,10 +27,10 @@ class LogitsNotAsked(AttributeError):
 
 
 class _Gathered(NamedTuple):
-    """Where a batch comes from: rows `index` `[..., B]` of a table `[N, T]`, groups by their labels `[B]`."""
+    """Where a batch comes from: `rows` `[..., B]` of a table `[N, T]`, groups by their `labels` `[B]`."""
 
     table: Batch
-    index: Tensor
+    rows: Tensor
     labels: Tensor
 
 
@@ -48,7 +48,7 @@ class row_by_row(cached_property[Tensor]):  # noqa: N801  (a decorator)
     def __get__(self, batch: Any, owner: Any = None) -> Any:
         if batch is not None and (source := vars(batch).get("_source")) is not None:
             name = self.func.__name__
-            vars(batch)[name] = (value := gathered_rows(getattr(source.table, name), source.index))
+            vars(batch)[name] = (value := gathered_rows(getattr(source.table, name), source.rows))
             return value
         return super().__get__(batch, owner)
 
@@ -94,7 +94,7 @@ class Batch:
         source = vars(self).get("_source")
         if source is None or name not in _COLUMNS:
             raise AttributeError(f"'Batch' has no attribute '{name}'")
-        vars(self)[name] = (value := gathered_rows(getattr(source.table, name), source.index))
+        vars(self)[name] = (value := gathered_rows(getattr(source.table, name), source.rows))
         return value
 
     @property
@@ -152,7 +152,7 @@ class Batch:
         source: _Gathered | None = vars(self).get("_source")
         if source is not None:  # the labels of every batch are the same
             same = source.labels.unsqueeze(-1) == source.labels.unsqueeze(-2)
-            return same.to(source.table.reward.dtype).expand(*source.index.shape, -1)
+            return same.to(source.table.reward.dtype).expand(*source.rows.shape, -1)
         return (self.group.unsqueeze(-1) == self.group.unsqueeze(-2)).to(self.reward.dtype)
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Batch:
