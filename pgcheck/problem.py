@@ -233,6 +233,10 @@ class Problem:
 
     def gradient_by_step(self) -> Tensor:
         """E[γ^t Ĝ_t ∇log π(a_t | k_t)] of each position, `[T, K, A]`; their sum is ∇J."""
+        return self._gradient_by_step
+
+    @cached_property
+    def _gradient_by_step(self) -> Tensor:
         return truth.gradient_by_step(self.trajectories)
 
     def logit_jacobian(self) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ def same_random_state(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
     return bool(a[0] == b[0] and numpy_same and torch.equal(a[2], b[2]))
 
 
+@functools.cache
 def fixed_random_state(seed: int) -> tuple[Any, ...]:
     """The state that `seed` gives, without touching the global generators or any device."""
     return (

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from operator import itemgetter
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -25,22 +26,33 @@ from pgcheck.errors import EstimatorError
 from pgcheck.estimators.base import Estimator
 from pgcheck.estimators.from_loss import LossCoefficients
 from pgcheck.problem import Problem
-from pgcheck.trajectories import Trajectories
+from pgcheck.trajectories import SideTable, Trajectories
 
 PROBES = 64  # random batches on which declarations are verified
+PURITY_PROBES = 8  # of them: state and randomness show on any
 
 
 def verify_purity(estimator: Estimator, problem: Problem, table: Trajectories) -> None:
     """Raise `EstimatorError` if the estimator writes to its inputs, draws random numbers or keeps state."""
-    impurity = find_impurity(estimator, probe(problem, table, estimator)[1])
+    few = probe(problem, table, estimator)[1].map(lambda x: x[:PURITY_PROBES])
+    impurity = find_impurity(estimator, few)
     if impurity is not None:
         raise EstimatorError(f"estimator '{estimator.name}' {impurity.what}: {impurity.mend}.")
 
 
+_Key = tuple[tuple[SideTable, ...], int, bool]
+_probes: WeakKeyDictionary[Problem, dict[_Key, tuple[Tensor, Batch]]] = WeakKeyDictionary()
+
+
 def probe(problem: Problem, table: Trajectories, estimator: Estimator, number: int = PROBES) -> tuple[Tensor, Batch]:
+    """The random batches on which declarations are verified: rollouts `[M, B]`, and the batch; made once a problem."""
     loop = isinstance(estimator.coefficients, LossCoefficients) and estimator.coefficients.lane == "loop"
-    index = Batches(table, problem.sizes).random(number // 4 if loop else number, seed=0)
-    return index, table.batch(index, problem.group_labels, logits=estimator.leaf == "logits")
+    key = (estimator.needs, number // 4 if loop else number, estimator.leaf == "logits")
+    kept = _probes.setdefault(problem, {})
+    if key not in kept:
+        index = Batches(table, problem.sizes).random(key[1], seed=0)
+        kept[key] = index, table.batch(index, problem.group_labels, logits=key[2])
+    return kept[key]
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
@@ -85,12 +97,13 @@ def verify_reads(estimator: Estimator, table: Trajectories, lumps: Lumps, proble
 def row_order_is_free(estimator: Estimator, problem: Problem, table: Trajectories) -> bool:
     """ĝ does not move when rows are permuted inside their groups and groups of equal size among each other."""
     index, batch = probe(problem, table, estimator)
-    labels, here = problem.group_labels, coefficients_of(estimator, batch)
-    for order in row_orders(problem):
-        moved = table.batch(index[:, order], labels, logits=estimator.leaf == "logits")
-        if not _close(coefficients_of(estimator, moved), here[:, order]):
-            return False
-    return True
+    orders = row_orders(problem)
+    if not orders:
+        return True
+    here = coefficients_of(estimator, batch)
+    moved = torch.cat([index[:, order] for order in orders])
+    found = coefficients_of(estimator, table.batch(moved, problem.group_labels, logits=estimator.leaf == "logits"))
+    return _close(found, torch.cat([here[:, order] for order in orders]))
 
 
 def row_orders(problem: Problem) -> list[Tensor]:

@@ -18,8 +18,9 @@ estimator declares (`couples`, no dependence on the order of rows) is verified b
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -92,7 +93,11 @@ def exact_moments(
         batches = Batches(table, _sizes_of(plan, problem), plan.ordered)
         for i in members:
             _refuse_if_too_large(estimators[i], problem, table, batches.count, plan, budget)
-        sums = _accumulate([estimators[i] for i in members], table, batches, plan, problem, progress)
+        asked = [estimators[i] for i in members]
+        name = f"{problem.name}: {', '.join(e.name for e in asked[:3])}"
+        # only a plan of single rollouts asks for the law given the start
+        by_start = plan.couples == "trajectory"
+        sums = accumulate(asked, table, batches, by_start=by_start, name=name, progress=progress)
         for i, part in zip(members, sums, strict=True):
             parts.setdefault(i, {})[plan.size] = part
     return [_assemble(e, problem, parts[i]) for i, e in enumerate(estimators)]
@@ -104,57 +109,70 @@ def _sizes_of(plan: _Plan, problem: Problem) -> tuple[int, ...]:
     return (plan.size,) if plan.couples == "group" else problem.sizes
 
 
-def _accumulate(
+class Blocks(Protocol):
+    """What is summed over: batches of rollouts with their probabilities (`pgcheck.engines.enumeration.Batches`)."""
+
+    @property
+    def labels(self) -> Tensor:
+        """The group of each row, `[B]`."""
+    @property
+    def count(self) -> int:
+        """Number of batches."""
+    def blocks(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Blocks of (rollouts `[M, B]`, probability `[M]`), M ≤ `size`."""
+
+
+def accumulate(
     estimators: Sequence[Estimator],
     table: Trajectories,
-    batches: Batches,
-    plan: _Plan,
-    problem: Problem,
-    progress: Progress | None,
+    batches: Blocks,
+    *,
+    by_start: bool = False,
+    name: str = "",
+    progress: Progress | None = None,
 ) -> list[Sums]:
-    """Moments of one evaluation for each estimator."""
-    cells = table.contexts * table.actions
-    starts = len(table.paths.start_probability)
+    """E x and E x xᵀ of each estimator, x = ĝ of one of `batches`; all estimators (of one leaf) on the same blocks.
+
+    `by_start`: also Cov_s(E[x | s]), for batches of one row.
+    """
+    logits = estimators[0].leaf == "logits"
+    cells, starts = table.contexts * table.actions, len(table.paths.start_probability) if by_start else 1
+    per_position = (table.actions,) if logits else ()
     first = [torch.zeros(starts, cells, dtype=torch.float64) for _ in estimators]
     lost = [torch.zeros_like(f) for f in first]
     second = [torch.zeros(cells, cells, dtype=torch.float64) for _ in estimators]
-    per_position = (table.actions,) if plan.logits else ()
     of_rollout = [torch.zeros(len(table), table.paths.steps, *per_position, dtype=torch.float64) for _ in estimators]
-    B, T = sum(batches.sizes), table.paths.steps
-    block = max(64, _BLOCK_ELEMENTS // (B * T))
+    block = max(64, _BLOCK_ELEMENTS // (len(batches.labels) * table.paths.steps))
     done, began = 0, time.monotonic()
-    # only a plan of single rollouts asks for the law given the start; elsewhere one row holds them all
-    by_start = plan.couples == "trajectory"
     for index, weight in batches.blocks(block):
-        batch = table.batch(index, batches.labels, logits=plan.logits)
-        cell = cells_of(table, index, logits=plan.logits)
+        batch = table.batch(index, batches.labels, logits=logits)
+        cell = cells_of(table, index, logits=logits)
         start = table.paths.start[index[:, 0]] if by_start else None
         for j, e in enumerate(estimators):
-            c = coefficients_of(e, batch)
+            c = coefficients_of(e, batch).to(torch.float64)
             x = scattered(c, cell, cells)
             wx = x * weight.unsqueeze(-1)
-            weighted = c.to(torch.float64) * weight.reshape(-1, *[1] * (c.dim() - 1))
-            of_rollout[j].index_add_(0, index.flatten(), weighted.flatten(0, 1))
-            block_sum = torch.zeros_like(first[j])
             if start is None:
-                block_sum[0] = wx.sum(0)
+                block_sum = wx.sum(0, keepdim=True)
             else:
-                block_sum.index_add_(0, start, wx)
+                block_sum = torch.zeros_like(first[j]).index_add_(0, start, wx)
             _compensated_add(first[j], lost[j], block_sum)
             second[j] += x.T @ wx
+            weighted = c * weight.reshape(-1, *[1] * (c.dim() - 1))
+            of_rollout[j].index_add_(0, index.flatten(), weighted.flatten(0, 1))
         done += len(index)
         if progress is not None and time.monotonic() - began > 2.0:
-            progress(f"{problem.name}: {', '.join(e.name for e in estimators[:3])}", done, batches.count)
-    to_gradient = gradient_map(table, logits=plan.logits)
+            progress(name, done, batches.count)
+    to_gradient = gradient_map(table, logits=logits)
     out = []
     for j in range(len(estimators)):
         given = (first[j] + lost[j]) @ to_gradient.T  # [starts, K·A]: P(s) E[x|s]
         mean = given.sum(0)
-        q = table.paths.start_probability
         between = torch.zeros(cells, cells, dtype=torch.float64)
         if by_start:
-            some = q > 0
-            between = (given[some] / q[some].unsqueeze(-1)).T @ given[some] - torch.outer(mean, mean)
+            some = table.paths.start_probability > 0
+            q = table.paths.start_probability[some].unsqueeze(-1)
+            between = (given[some] / q).T @ given[some] - torch.outer(mean, mean)
         by_step = step_sums(of_rollout[j], table) @ to_gradient.T
         out.append(Sums(mean, to_gradient @ second[j] @ to_gradient.T, between, batches.count, by_step))
     return out
