@@ -1,4 +1,4 @@
-"""The command line: `pgcheck list | run | compare | explain`.
+"""The command line: `pgcheck list | run | compare | explain | bench`.
 
 Exit codes: 0 every verdict agrees with its claim · 1 a verdict failed or was inconclusive · 2 usage or unreadable
 input · 5 nothing was checked. Everything heavy is imported inside the commands, so that `--help` answers at once.
@@ -258,6 +258,28 @@ def explain(
 
     text = page(name)
     typer.echo(json.dumps({"name": name, "page": text}, ensure_ascii=False, indent=1) if as_json else text)
+
+
+@app.command()
+def bench(
+    out: Annotated[Path | None, typer.Option(help="write bench.md and bench.json there", metavar="DIR")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="rounds in which all rivals run in turn", metavar="N")] = 7,
+    as_json: AsJson = False,
+) -> None:
+    """Race the engine against loops of backward, vmap(grad) and jax, as ratios in one run; takes minutes."""
+    from dataclasses import asdict
+
+    from pgcheck import bench as race
+    from pgcheck.render.bench import bench_markdown
+    from pgcheck.render.files import write_all
+    from pgcheck.render.progress import ProgressBar
+
+    with ProgressBar() as progress:
+        ratios = race.bench(rounds=rounds, progress=progress)
+    as_text = json.dumps([asdict(r) for r in ratios], indent=1, ensure_ascii=False) + "\n"
+    if out is not None:
+        write_all({out / "bench.md": bench_markdown(ratios), out / "bench.json": as_text})
+    typer.echo(as_text if as_json else bench_markdown(ratios), nl=False)
 
 
 def main() -> None:

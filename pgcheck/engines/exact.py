@@ -115,9 +115,11 @@ class Blocks(Protocol):
     @property
     def labels(self) -> Tensor:
         """The group of each row, `[B]`."""
+
     @property
     def count(self) -> int:
         """Number of batches."""
+
     def blocks(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Blocks of (rollouts `[M, B]`, probability `[M]`), M ≤ `size`."""
 
@@ -152,11 +154,8 @@ def accumulate(
             c = coefficients_of(e, batch).to(torch.float64)
             x = scattered(c, cell, cells)
             wx = x * weight.unsqueeze(-1)
-            if start is None:
-                block_sum = wx.sum(0, keepdim=True)
-            else:
-                block_sum = torch.zeros_like(first[j]).index_add_(0, start, wx)
-            _compensated_add(first[j], lost[j], block_sum)
+            of_start = wx.sum(0, keepdim=True) if start is None else torch.zeros_like(first[j]).index_add_(0, start, wx)
+            _compensated_add(first[j], lost[j], of_start)
             second[j] += x.T @ wx
             weighted = c * weight.reshape(-1, *[1] * (c.dim() - 1))
             of_rollout[j].index_add_(0, index.flatten(), weighted.flatten(0, 1))

@@ -1,0 +1,346 @@
+"""How fast the exact engine is, as ratios: every rival runs the same batches in the same process, turn by turn.
+
+A *gradient sample* is ĝ of one batch, added into E ĝ and E ĝĝᵀ. Rivals differentiate the loss of one batch with respect
+to the logits: a Python loop of `backward`, `torch.func.vmap(grad)`, `jax.jit(vmap(grad))`. They are handed gathered
+tensors; the engine gathers its own. Everything is float64 on one thread of one core.
+
+Guarantee: a rate is reported only after all rivals gave the same E ĝ and E‖ĝ‖² on these batches to 1e-9. A ratio is the
+median over rounds of two runs next to each other, with its least and largest value; no absolute time is asserted anywhere.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pgcheck.engines.enumeration import Batches
+from pgcheck.engines.exact import accumulate, exact_moments
+from pgcheck.engines.moments import Progress
+from pgcheck.engines.threads import one_thread
+from pgcheck.envs.tabular import TabularMDP
+from pgcheck.errors import PgcheckError, UsageError
+from pgcheck.estimators.base import Estimator
+from pgcheck.estimators.lookup import as_estimator
+from pgcheck.problem import Problem, find_problem
+
+ROUNDS = 7
+ROWS = (3, 4, 6, 8)
+SAMPLES = 40_000  # batches a round for the vectorised ones
+MOST_TUPLES = 2_000_000
+LOOP_SAMPLES = 150  # batches a round for the loop of backward
+TEN = (
+    "batch_mean", "leave_one_out", "reinforce_pp", "grpo", "cispo(notes)", "batch_mean_alive", "batch_mean(reward_to_go)",
+    "batch_mean(group)", "reinforce_pp(group)", "leave_one_out(batch)",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """One line: `ours` and `theirs` in units of `unit`, and ours/theirs over the rounds."""
+
+    question: str
+    subject: str
+    rival: str
+    unit: str
+    ours: float
+    theirs: float
+    ratio: float  # median over rounds
+    least: float
+    largest: float
+
+
+@dataclass(frozen=True)
+class FixedBatches:
+    """Given batches, all equally likely."""
+
+    index: Tensor  # [M, B]
+
+    @property
+    def labels(self) -> Tensor:
+        """One group."""
+        return torch.zeros(self.index.shape[1], dtype=torch.int64)
+
+    @property
+    def count(self) -> int:
+        """M."""
+        return len(self.index)
+
+    def blocks(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """In the order given."""
+        for part in self.index.split(size):
+            yield part, torch.full((len(part),), 1.0 / self.count, dtype=torch.float64)
+
+
+def walk_of_four() -> Problem:
+    """Eight states, four actions (S·A = 32), four deterministic steps, dense rewards: N = 256 rollouts."""
+    generator = torch.Generator().manual_seed(5)
+    nxt = torch.randint(8, (8, 4), generator=generator)
+    reward = torch.randn(8, 4, generator=generator, dtype=torch.float64).round(decimals=1)
+    logits = (0.5 * torch.randn(8, 4, generator=generator, dtype=torch.float64)).round(decimals=2)
+    transition = torch.nn.functional.one_hot(nxt, 8).to(torch.float64)
+    return Problem(TabularMDP(transition, reward, [1.0] + [0.0] * 7, horizon=4), logits, name="bench/walk-of-four")
+
+
+# -- the rivals: (E ĝ [K, A], E‖ĝ‖²) of M batches
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """M batches as tensors `[M, B, T]`, and the logits `[K, A]`."""
+
+    logits: Tensor
+    context: Tensor
+    action: Tensor
+    mask: Tensor
+    returns: Tensor  # [M, B]
+
+    @property
+    def columns(self) -> tuple[Tensor, ...]:
+        """What a loss is handed of each batch."""
+        return self.context, self.action, self.mask, self.returns
+
+
+def gather(problem: Problem, index: Tensor) -> Gathered:
+    """What a training loop would be handed."""
+    batch = problem.trajectories.batch(index, torch.zeros(index.shape[1], dtype=torch.int64))
+    ids = batch.context.clamp(min=0), batch.action.clamp(min=0)
+    return Gathered(problem.logits, *ids, batch.mask, batch.episode_return)
+
+
+def advantage(returns: Any, estimator: str, lib: Any) -> Any:
+    """RLOO: (R − mean) B/(B−1). GRPO: (R − mean)/(std + 1e-6), and 0 where all agree; `lib` is torch or jax.numpy."""
+    B = returns.shape[-1]
+    centred = returns - returns.mean()
+    if estimator == "leave_one_out":
+        return centred * B / (B - 1)
+    std = lib.sqrt((centred**2).mean())
+    return lib.where(std > 1e-12, centred / (std + 1e-6), lib.zeros_like(centred))
+
+
+def torch_loss(estimator: str, logits: Tensor, *columns: Tensor) -> Tensor:
+    """The loss of one batch; GRPO takes the mean over each row. On-policy: every ratio is 1 with the gradient of log π."""
+    context, action, mask, returns = columns
+    logp = torch.log_softmax(logits, -1)[context, action] * mask
+    of_row = logp.sum(-1) if estimator == "leave_one_out" else logp.sum(-1) / mask.sum(-1)
+    return -(advantage(returns, estimator, torch) * of_row).mean()
+
+
+def by_backward(data: Gathered, estimator: str) -> tuple[Tensor, float]:
+    """A Python loop: one `backward` a batch."""
+    logits = data.logits.clone().requires_grad_(True)
+    mean, second = torch.zeros_like(data.logits), torch.zeros(logits.numel(), logits.numel(), dtype=torch.float64)
+    for columns in zip(*data.columns, strict=True):
+        logits.grad = None
+        torch_loss(estimator, logits, *columns).backward()
+        assert logits.grad is not None
+        g = -logits.grad
+        mean += g
+        second += torch.outer(g.flatten(), g.flatten())
+    return mean / len(data.returns), float(second.trace()) / len(data.returns)
+
+
+def by_vmap(data: Gathered, estimator: str, *, block: int = 4096) -> tuple[Tensor, float]:
+    """`torch.func.vmap(torch.func.grad(loss))` in blocks."""
+
+    loss = functools.partial(torch_loss, estimator)
+    gradient = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0, 0, 0))
+    cells = data.logits.numel()
+    mean, second = torch.zeros_like(data.logits), torch.zeros(cells, cells, dtype=torch.float64)
+    for columns in zip(*(x.split(block) for x in data.columns), strict=True):
+        g = -gradient(data.logits, *columns)
+        mean += g.sum(0)
+        second += g.flatten(1).T @ g.flatten(1)
+    return mean / len(data.returns), float(second.trace()) / len(data.returns)
+
+
+def jax_rival(data: Gathered, estimator: str, *, block: int = 4096) -> Callable[[], tuple[Tensor, float]]:
+    """`jax.jit(jax.vmap(jax.grad(loss)))` with the sums inside; compiled before the clock runs.
+
+    Raises:
+        UsageError: jax is not installed.
+    """
+    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
+    try:
+        import jax
+        import jax.numpy as jnp
+    except ImportError:
+        raise UsageError("jax is not installed; pip install 'pgcheck[bench]'.") from None
+    jax.config.update("jax_enable_x64", True)
+
+    def loss(logits: Any, context: Any, action: Any, mask: Any, returns: Any) -> Any:
+        logp = jax.nn.log_softmax(logits, -1)[context, action] * mask
+        of_row = logp.sum(-1) if estimator == "leave_one_out" else logp.sum(-1) / mask.sum(-1)
+        return -(advantage(returns, estimator, jnp) * of_row).mean()
+
+    @jax.jit
+    def sums(logits: Any, *columns: Any) -> Any:
+        g = -jax.vmap(jax.grad(loss), in_axes=(None, 0, 0, 0, 0))(logits, *columns)
+        flat = g.reshape(len(g), -1)
+        return g.sum(0), flat.T @ flat
+
+    logits = jnp.asarray(data.logits.numpy())
+    parts = [
+        tuple(jnp.asarray(x[low : low + block].numpy()) for x in data.columns)
+        for low in range(0, len(data.returns), block)
+    ]
+    for part in {len(p[0]): p for p in parts}.values():  # compile for every shape
+        jax.block_until_ready(sums(logits, *part))
+
+    def run() -> tuple[Tensor, float]:
+        mean, second = 0.0, 0.0
+        for part in parts:
+            a, b = sums(logits, *part)
+            mean, second = mean + a, second + b
+        jax.block_until_ready(second)
+        M = len(data.returns)
+        return torch.from_numpy(np.array(mean) / M), float(np.trace(np.array(second))) / M
+
+    return run
+
+
+def by_engine(problem: Problem, index: Tensor, estimator: Estimator) -> tuple[Tensor, float]:
+    """The coefficient engine on given batches."""
+    (sums,) = accumulate([estimator], problem.trajectories, FixedBatches(index))
+    return sums.mean.reshape(problem.logits.shape), float(sums.second.trace())
+
+
+# -- side by side
+
+
+def in_turns(
+    contenders: dict[str, tuple[Callable[[], object], float]], *, rounds: int = ROUNDS
+) -> dict[str, list[float]]:
+    """Rates of each contender (work, units of work) in each round; one after the other in every round."""
+    rates: dict[str, list[float]] = {name: [] for name in contenders}
+    for work, _ in contenders.values():
+        work()  # warm
+    for _ in range(rounds):
+        for name, (work, units) in contenders.items():
+            began = time.perf_counter()
+            work()
+            rates[name].append(units / (time.perf_counter() - began))
+    return rates
+
+
+def _ratios(question: str, subject: str, unit: str, rates: dict[str, list[float]]) -> list[Ratio]:
+    ours, *rivals = rates
+    out = []
+    for rival in rivals:
+        each = [a / b for a, b in zip(rates[ours], rates[rival], strict=True)]
+        a, b = statistics.median(rates[ours]), statistics.median(rates[rival])
+        out.append(Ratio(question, subject, rival, unit, a, b, statistics.median(each), min(each), max(each)))
+    return out
+
+
+def gradient_samples(problem: Problem, estimator: str, rows: int, *, rounds: int = ROUNDS) -> list[Ratio]:
+    """Gradient samples per second: the engine against the three rivals, on the same random batches."""
+    problem = problem.with_sampling(groups=1, group_size=rows)
+    e = replace(as_estimator(estimator), couples="batch", reads=None)
+    index = Batches(problem.trajectories, problem.sizes).random(SAMPLES, seed=1)
+    data, few = gather(problem, index), gather(problem, index[:LOOP_SAMPLES])
+    contenders: dict[str, tuple[Callable[[], Any], float]] = {
+        "coefficient engine": (lambda: by_engine(problem, index, e), SAMPLES),
+        "loop of backward": (lambda: by_backward(few, estimator), LOOP_SAMPLES),
+        "torch.func.vmap(grad)": (lambda: by_vmap(data, estimator), SAMPLES),
+    }
+    if has_jax():
+        contenders["jax.jit(vmap(grad))"] = (jax_rival(data, estimator), SAMPLES)
+    expected = by_engine(problem, index, e)
+    for name, (work, units) in contenders.items():
+        reference = expected if units == SAMPLES else by_engine(problem, index[:LOOP_SAMPLES], e)
+        _refuse_unless_equal(name, work(), reference)
+    subject = f"{estimator}, B = {rows}, K·A = {problem.logits.numel()}, T = {problem.trajectories.paths.steps}"
+    return _ratios("gradient samples", subject, "samples/s", in_turns(contenders, rounds=rounds))
+
+
+def _refuse_unless_equal(name: str, found: tuple[Tensor, float], expected: tuple[Tensor, float]) -> None:
+    gap = max(float((found[0] - expected[0]).abs().max()), abs(found[1] - expected[1]))
+    if not gap <= 1e-9 * max(1.0, expected[1]):
+        raise PgcheckError(f"bench: '{name}' computes something else: its moments differ by {gap:.3g}.")
+
+
+def exact_verdicts(problem: Problem, estimator: str, rows: int, *, rounds: int = ROUNDS) -> list[Ratio]:
+    """A whole exact verdict: as the engine does it, against the same engine over ordered tuples (where there are fewer than
+    two million) and against the rivals' rate on as many gradient samples as there are distinct batches."""
+    problem = problem.with_sampling(groups=1, group_size=rows)
+    e = as_estimator(estimator)
+    every, ordered = (Batches(problem.trajectories, problem.sizes, ordered=o).count for o in (False, True))
+    contenders: dict[str, tuple[Callable[[], Any], float]] = {
+        "exact engine": (lambda: exact_moments([e], problem, budget=every + 1), every)
+    }
+    if ordered <= MOST_TUPLES:
+        tuples = Batches(problem.trajectories, problem.sizes, ordered=True)
+        contenders["ordered tuples"] = (lambda: accumulate([e], problem.trajectories, tuples), every)
+    index = Batches(problem.trajectories, problem.sizes).random(SAMPLES, seed=1)
+    data, few = gather(problem, index), gather(problem, index[:LOOP_SAMPLES])
+    contenders["loop of backward"] = (lambda: by_backward(few, estimator), LOOP_SAMPLES)
+    contenders["torch.func.vmap(grad)"] = (lambda: by_vmap(data, estimator), SAMPLES)
+    if has_jax():
+        contenders["jax.jit(vmap(grad))"] = (jax_rival(data, estimator), SAMPLES)
+    subject = f"{estimator}, B = {rows}, {problem.name}: {every:,} batches, {ordered:,} ordered"
+    return _ratios("exact verdict", subject, "batches/s", in_turns(contenders, rounds=rounds))
+
+
+def tenth_estimator(problem: Problem, rows: int, *, rounds: int = ROUNDS) -> list[Ratio]:
+    """Ten estimators on the same batches against nine of them: 1/ratio − 1 is what the tenth adds."""
+    problem = problem.with_sampling(groups=1, group_size=rows)
+    ten = [replace(as_estimator(name), reads=None) for name in TEN]
+    contenders: dict[str, tuple[Callable[[], Any], float]] = {
+        "ten": (lambda: exact_moments(ten, problem), 1),
+        "nine": (lambda: exact_moments(ten[:-1], problem), 1),
+    }
+    n = Batches(problem.trajectories, problem.sizes).count
+    return _ratios(
+        "tenth estimator", f"{TEN[-1]} beside nine, {n:,} batches", "runs/s", in_turns(contenders, rounds=rounds)
+    )
+
+
+def has_jax() -> bool:
+    """Whether the extra `bench` is installed."""
+    from importlib.util import find_spec
+
+    return find_spec("jax") is not None
+
+
+@one_thread()
+def bench(*, rounds: int = ROUNDS, progress: Progress | None = None) -> list[Ratio]:
+    """Every ratio; some minutes."""
+    dense = (find_problem("mdp/two-state"), walk_of_four())
+    tree = find_problem("tree/tokens")
+    work: list[Callable[[], list[Ratio]]] = []
+    for problem, estimator, rows in itertools.product(dense, ("leave_one_out", "grpo"), ROWS):
+        work.append(functools.partial(gradient_samples, problem, estimator, rows, rounds=rounds))
+    for estimator, rows in itertools.product(("leave_one_out", "grpo"), (4, 6, 8)):
+        work.append(functools.partial(exact_verdicts, tree, estimator, rows, rounds=rounds))
+    work.append(functools.partial(exact_verdicts, dense[0], "leave_one_out", 5, rounds=rounds))
+    work.append(functools.partial(tenth_estimator, dense[0], 5, rounds=rounds))
+    out: list[Ratio] = []
+    with one_core():
+        for done, step in enumerate(work):
+            if progress is not None:
+                progress("bench", done, len(work))
+            out += step()
+    return out
+
+
+class one_core:  # noqa: N801  (used as a statement)
+    """Within, this process runs on one core, where the system can say so: no rival gets a second one."""
+
+    def __enter__(self) -> None:
+        self._before = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+        if self._before:
+            os.sched_setaffinity(0, {max(self._before)})
+
+    def __exit__(self, *_: object) -> None:
+        if self._before:
+            os.sched_setaffinity(0, self._before)

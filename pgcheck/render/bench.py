@@ -1,0 +1,44 @@
+"""Ratios of `pgcheck bench` as Markdown."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from itertools import groupby
+
+import torch
+
+from pgcheck.bench import Ratio, has_jax
+from pgcheck.render.messages import number
+
+WHAT = {
+    "gradient samples": "ĝ of given random batches, added into E ĝ and E ĝĝᵀ. The engine gathers its own rows; rivals are"
+    " handed tensors.",
+    "exact verdict": "The whole exact verdict, every check of a declaration included, as distinct batches a second; a rival"
+    " would have to differentiate each of them, at the rate that it reaches on random ones. Ordered tuples go through the"
+    " same engine.",
+    "tenth estimator": "Ten estimators in one call of the engine against nine of them; 1/ratio − 1 is what the tenth adds.",
+}
+
+
+def bench_markdown(ratios: Sequence[Ratio]) -> str:
+    """One table a question; the device is named, since absolute rates are its own."""
+    device = f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, float64, one thread"
+    lines = [
+        "# pgcheck bench",
+        "",
+        f"{device}. Ratios are medians over rounds run in turn; least and largest in brackets.",
+        "",
+    ]
+    if not has_jax():
+        lines += ["jax is not installed (extra `bench`), so it was not raced.", ""]
+    for question, group in groupby(ratios, key=lambda r: r.question):
+        lines += [f"## {question}", "", WHAT[question], ""]
+        lines += ["| | rival | engine | rival | ratio |", "|---|---|--:|--:|--:|"]
+        for r in group:
+            spread = f"{number(r.ratio)} [{number(r.least)}, {number(r.largest)}]"
+            lines.append(
+                f"| {r.subject} | {r.rival} | {number(r.ours)} {r.unit} | {number(r.theirs)} {r.unit} | {spread} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
