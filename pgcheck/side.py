@@ -83,15 +83,12 @@ class WrongValues:
     after_end: float = 0.0
 
     def __call__(self, table: Trajectories) -> Trajectories:
-        p = table.paths
-        states, columns = int(p.state.max()) + 2, p.steps + 1  # the last row of errors: nobody acts
+        p, at = table.paths, torch.arange(table.paths.steps + 1)
+        states, of_row = torch.nn.functional.pad(p.state, (0, 1), value=-1).unique(return_inverse=True)
         generator = torch.Generator().manual_seed(5)
-        error = self.size * torch.randn(states, columns, generator=generator, dtype=torch.float64)
-        state = torch.nn.functional.pad(p.state, (0, 1), value=-1)
-        at = torch.arange(columns)
-        value = table.value + error[state, at]  # state −1 is the last row
+        error = self.size * torch.randn(len(states), len(at), generator=generator, dtype=torch.float64)
         over = at >= p.end.unsqueeze(-1)
-        return table.with_side(wrong_value=value.masked_fill(over, self.after_end))
+        return table.with_side(wrong_value=(table.value + error[of_row, at]).masked_fill(over, self.after_end))
 
 
 @dataclass(frozen=True)

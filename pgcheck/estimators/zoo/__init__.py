@@ -16,8 +16,8 @@ Guarantee: every claim here is tested on every named problem that meets its cond
 """
 
 from pgcheck.estimators.zoo import baselines, importance, groups, critics, objectives  # isort: skip
-from pgcheck.estimators.zoo.composition import Composition, compose
+from pgcheck.estimators.zoo.composition import NOTES, Composition, compose, own_share_of_batch, own_share_of_groups
 
 CHAPTERS = (baselines, importance, groups, critics, objectives)
 
-__all__ = ["CHAPTERS", "Composition", "compose"]
+__all__ = ["CHAPTERS", "NOTES", "Composition", "compose", "own_share_of_batch", "own_share_of_groups"]
