@@ -246,12 +246,26 @@ def _dialogue_unequal() -> Problem:
 # -- token trees: history-tabular language models
 
 
-def token_tree(discount: float = 1.0) -> TabularMDP:
-    """Two prompts, tokens {EOS, x, y}, at most three of them; the completed text is scored when it ends.
+def _two_tastes(prompt: int, text: list[int]) -> float:
+    """Prompt 0 wants as many x as y, prompt 1 wants it short and ending in x."""
+    if prompt == 0:
+        return 1.0 if text and text.count(1) == text.count(2) else 0.25 * len(text)
+    return 2.0 - 0.5 * len(text) if text and text[-1] == 1 else 0.0
 
-    Every prefix is a state of its own. Prompt 0 wants as many x as y, prompt 1 wants it short and ending in x.
+
+def _ends_in_x(prompt: int, text: list[int]) -> float:
+    """Right or wrong."""
+    return 1.0 if text and text[-1] == 1 else 0.0
+
+
+def token_tree(
+    discount: float = 1.0, *, prompts: int = 2, score: Callable[[int, list[int]], float] = _two_tastes
+) -> TabularMDP:
+    """Prompts, tokens {EOS, x, y}, at most three of them; the completed text is scored when it ends.
+
+    Every prefix is a state of its own.
     """
-    prefixes = [(prompt, *text) for n in range(3) for prompt in (0, 1) for text in _texts(n)]
+    prefixes = [(prompt, *text) for n in range(3) for prompt in range(prompts) for text in _texts(n)]
     number = {prefix: i for i, prefix in enumerate(prefixes)}
     S, end = len(prefixes) + 1, len(prefixes)
     transition = torch.zeros(S, 3, S, dtype=torch.float64)
@@ -262,21 +276,16 @@ def token_tree(discount: float = 1.0) -> TabularMDP:
             s2 = number.get(text, end) if token else end
             transition[s, token, s2] = 1.0
             if s2 == end:
-                reward[s, token, s2] = _score(prefix[0], [x for x in text[1:] if x])
+                reward[s, token, s2] = score(prefix[0], [x for x in text[1:] if x])
     transition[end, :, end] = 1.0
     initial = [0.0] * S
-    initial[number[(0,)]], initial[number[(1,)]] = 0.5, 0.5
+    for prompt in range(prompts):
+        initial[number[(prompt,)]] = 1.0 / prompts
     return TabularMDP(transition, reward, initial, horizon=3, discount=discount, terminal=[end])
 
 
 def _texts(n: int) -> list[tuple[int, ...]]:
     return [()] if n == 0 else [(*text, x) for text in _texts(n - 1) for x in (1, 2)]
-
-
-def _score(prompt: int, text: list[int]) -> float:
-    if prompt == 0:
-        return 1.0 if text and text.count(1) == text.count(2) else 0.25 * len(text)
-    return 2.0 - 0.5 * len(text) if text and text[-1] == 1 else 0.0
 
 
 def token_tree_logits(seed: int, scale: float = 0.6) -> torch.Tensor:
@@ -301,6 +310,23 @@ def _tree_8() -> Problem:
 def _tree_extreme() -> Problem:
     """The token tree with logits of standard deviation 6: near-certain tokens next to even ones."""
     return Problem(token_tree(), token_tree_logits(13, scale=6.0), groups=1, group_size=3)
+
+
+@named("tree/binary")
+def _tree_binary() -> Problem:
+    """One prompt, right (the text ends in x) or wrong, one to three tokens: where pass@k and log p are functions of J."""
+    return Problem(token_tree(prompts=1, score=_ends_in_x), token_tree_logits(15)[:8], groups=1, group_size=4)
+
+
+@named("tree/binary-fixed")
+def _tree_binary_fixed() -> Problem:
+    """One prompt, two tokens, right (they differ) or wrong: equal lengths, where a std is a weight of the prompt."""
+    # states: the empty text, x, y, the end
+    transition = torch.zeros(4, 2, 4, dtype=torch.float64)
+    transition[0, 0, 1] = transition[0, 1, 2] = 1.0
+    transition[1:, :, 3] = 1.0
+    env = TabularMDP(transition, [[0, 0], [0, 1], [1, 0], [0, 0]], [1, 0, 0, 0], horizon=2, terminal=[3])
+    return Problem(env, [[0.4, -0.2], [0.1, -0.6], [-0.5, 0.3], [0.0, 0.0]], groups=1, group_size=4)
 
 
 # -- off-policy versions

@@ -192,6 +192,17 @@ class Problem:
         length = self._paths.mask.sum(-1)
         return bool((length == length[0]).all())
 
+    @property
+    def one_start(self) -> bool:
+        """Every rollout begins in the same start state, or from the same prompt."""
+        return int((self._paths.start_probability > 0).sum()) == 1
+
+    @cached_property
+    def binary_return(self) -> bool:
+        """Every rollout returns 0 or 1, to rounding."""
+        R = truth.returns(self._paths)
+        return bool((torch.minimum(R.abs(), (R - 1.0).abs()) <= 1e-12).all())
+
     # -- truth
 
     def value(self, method: TruthMethod = "enumeration") -> float:

@@ -56,6 +56,56 @@ class ActionValues:
 
 
 @dataclass(frozen=True)
+class AllActionValues:
+    """Column `all_action_values` `[N, T, A]`: Q^π(s_t, a) of every action, the ones not taken as well; 0 where the policy
+    does not act, and for what never happens."""
+
+    def __call__(self, table: Trajectories) -> Trajectories:
+        p, to_go, weight = table.paths, table.rows_as_batch().reward_to_go, _weight(table)
+        q = torch.zeros(*p.reward.shape, table.actions, dtype=torch.float64)
+        for t in range(p.steps):
+            keys = _state_keys(table, t)
+            for a in range(table.actions):
+                took = weight * (p.action[:, t] == a)  # every row of the state gets the mean over those that took a
+                q[:, t, a] = conditional_mean(to_go[:, t], took, keys) * p.mask[:, t]
+        return table.with_side(all_action_values=q)
+
+
+@dataclass(frozen=True)
+class WrongValues:
+    """Column `wrong_value` `[N, T+1]`: V^π plus an error that depends on (state, t) alone, as a critic's in training.
+
+    Errors are seeded normal draws of standard deviation `size`, in units of reward. Observation positions have a value as
+    well. After the end it says `after_end`; a critic run over padding says anything there.
+    """
+
+    size: float = 0.5
+    after_end: float = 0.0
+
+    def __call__(self, table: Trajectories) -> Trajectories:
+        p, at = table.paths, torch.arange(table.paths.steps + 1)
+        states, of_row = torch.nn.functional.pad(p.state, (0, 1), value=-1).unique(return_inverse=True)
+        generator = torch.Generator().manual_seed(5)
+        error = self.size * torch.randn(len(states), len(at), generator=generator, dtype=torch.float64)
+        over = at >= p.end.unsqueeze(-1)
+        return table.with_side(wrong_value=(table.value + error[of_row, at]).masked_fill(over, self.after_end))
+
+
+@dataclass(frozen=True)
+class GreedyReturn:
+    """Column `greedy_return` `[N]`: E[R | start] of the policy that takes the likeliest action everywhere (the first of
+    several); the expectation is over the environment's moves, so with none at random it is the greedy rollout's return."""
+
+    def __call__(self, table: Trajectories) -> Trajectories:
+        p = table.paths
+        likeliest = table.logits.argmax(-1)[p.context.clamp(min=0)]
+        greedy = ((p.action == likeliest) | (p.mask == 0)).all(-1)
+        paid = p.env_probability * greedy * table.rows_as_batch().episode_return
+        by_start = torch.zeros_like(p.start_probability).index_add(0, p.start, paid)
+        return table.with_side(greedy_return=by_start[p.start])
+
+
+@dataclass(frozen=True)
 class OptimalBaselines:
     """The variance-minimising baselines (Greensmith, Bartlett & Baxter 2004, for the first).
 

@@ -44,6 +44,8 @@ SIZES = {
     "tree/tokens": TREE,
     "tree/tokens-0.8": TREE,
     "tree/extreme": TREE,
+    "tree/binary": (15, 8),  # one prompt of the same
+    "tree/binary-fixed": (4, 4),  # 2² texts; the empty one, x, y, the end
     "off-policy/contextual-drifted": CONTEXTUAL,
     "off-policy/two-state-drifted": TWO_STATE,
     "off-policy/dialogue-stale": DIALOGUE,
@@ -198,8 +200,14 @@ SPOTS: dict[str, Callable[[Problem], bool]] = {
     "one group": lambda p: p.groups == 1,
     "several groups of several rows": lambda p: p.groups > 1 and min(p.sizes) > 1,
     "several rows of one step that share a prompt": lambda p: one_step(p) and max(p.sizes) > 1,
+    "one prompt, right or wrong, several steps of unequal length": lambda p: right_or_wrong(p) and not p.fixed_length,
+    "one prompt, right or wrong, several steps of equal length": lambda p: right_or_wrong(p) and p.fixed_length,
     "random moves": lambda p: bool(((p.trajectories.paths.env_probability % 1.0) != 0).any()),
 }
+
+
+def right_or_wrong(p: Problem) -> bool:
+    return returns_by_start(p) == [{0.0, 1.0}] and not one_step(p)
 
 
 def one_step(p: Problem) -> bool:
@@ -248,6 +256,21 @@ def test_stationary_at_every_theta(draw: int) -> None:
     problem = problem_at("bandit/stationary", draw)
     assert problem.value() == pytest.approx(0.5, abs=1e-15)
     assert float(problem.gradient().abs().max()) <= 1e-16
+
+
+def test_right_or_wrong_by_hand() -> None:
+    """Two tokens that differ: π(x) π(y|x) + π(y) π(x|y)."""
+    problem = problem_at("tree/binary-fixed", 0)
+    x, y_after_x, x_after_y = (1 / (1 + math.exp(-d)) for d in (0.4 + 0.2, -0.6 - 0.1, -0.5 - 0.3))
+    assert problem.value() == pytest.approx(x * y_after_x + (1 - x) * x_after_y, abs=1e-15)
+
+
+def test_texts_that_end_in_x() -> None:
+    """The return of every text of `tree/binary`, token by token: x is 1, EOS is 0."""
+    paths = problem_at("tree/binary", 0).trajectories.paths
+    for action, reward in zip(paths.action.tolist(), paths.reward.tolist(), strict=True):
+        text = [a for a in action if a > 0]
+        assert sum(reward) == float(text[-1:] == [1])
 
 
 # -- the registry

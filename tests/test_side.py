@@ -17,7 +17,15 @@ from torch import Tensor
 from pgcheck.envs.tabular import TabularMDP
 from pgcheck.errors import BudgetError, UsageError
 from pgcheck.problem import Problem
-from pgcheck.side import ActionValues, Continuations, OptimalBaselines, score
+from pgcheck.side import (
+    ActionValues,
+    AllActionValues,
+    Continuations,
+    GreedyReturn,
+    OptimalBaselines,
+    WrongValues,
+    score,
+)
 from pgcheck.trajectories import Paths, Trajectories
 from tests.worlds import (
     DISCOUNTS,
@@ -147,6 +155,74 @@ def test_values_average_action_values(world: World) -> None:
         value[at] = float(table.value[n, t])
     for at, v in value.items():
         assert sum(mean[at].values()) == pytest.approx(v, abs=1e-12 * return_scale(world))
+
+
+@given(worlds())
+def test_values_of_all_actions(world: World) -> None:
+    """Q(s, a, t) of every action at every act, from the tree; the taken one is column `action_value`."""
+    table = AllActionValues()(ActionValues()(world.problem().trajectories))
+    p, q = table.paths, table.side["all_action_values"]
+    assert q.shape == (*p.reward.shape, world.actions)
+    assert not bool(q[p.mask == 0].any())
+    memo: dict[tuple[int, int, int], float] = {}
+    for n, t in (p.mask > 0).nonzero().tolist():
+        for a in range(world.actions):
+            at = (int(p.state[n, t]), a, t)
+            if at not in memo:
+                memo[at] = float(action_value(world, *at))
+            assert float(q[n, t, a]) == pytest.approx(memo[at], abs=1e-12 * return_scale(world))
+    taken = q.gather(-1, p.action.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(taken, table.side["action_value"], rtol=0, atol=1e-14 * return_scale(world))
+
+
+# -- wrong values, and the greedy policy
+
+
+@given(worlds(), st.sampled_from([0.0, 7.0]))
+def test_wrong_values(world: World, after_end: float) -> None:
+    """V plus an error in (state, t) alone, wherever somebody may ask; a constant after the end."""
+    table = WrongValues(size=0.25, after_end=after_end)(world.problem().trajectories)
+    p, found = table.paths, table.side["wrong_value"]
+    assert found.shape == (len(table), p.steps + 1)
+    error: dict[tuple[int, int], float] = {}
+    for n, end in enumerate(p.end.tolist()):
+        assert found[n, end:].tolist() == [after_end] * (p.steps + 1 - end)
+        for t in range(end):
+            at, e = (int(p.state[n, t]), t), float(found[n, t] - table.value[n, t])
+            assert error.setdefault(at, e) == pytest.approx(e, abs=1e-12 * return_scale(world))
+            assert e != 0
+    assert len({round(e, 9) for e in error.values()}) == len(error)
+
+
+def test_wrong_values_are_the_same_every_time() -> None:
+    """A fixed error: normal with the standard deviation asked for, whatever the global seed."""
+    table = random_world(3).problem().trajectories
+    once = WrongValues()(table).side["wrong_value"]
+    torch.manual_seed(1)
+    assert torch.equal(WrongValues()(table).side["wrong_value"], once)
+    doubled = WrongValues(size=1.0)(table).side["wrong_value"] - table.value
+    torch.testing.assert_close(doubled, 2 * (once - table.value), rtol=0, atol=1e-13)
+
+
+@given(worlds())
+def test_the_greedy_return(world: World) -> None:
+    """E[R | start] by walking the tree under the policy that is certain of the likeliest action."""
+    table = GreedyReturn()(world.problem().trajectories)
+    greedy = []
+    for row in world.policy():
+        best = row.index(max(row))
+        greedy.append([Fraction(a == best) for a in range(world.actions)])
+    expected: dict[int, Fraction] = defaultdict(Fraction)
+    for x in walk(world, greedy):
+        expected[x.start] += x.probability * x.discounted(world.discount)
+    for start, found in zip(table.paths.start.tolist(), table.side["greedy_return"].tolist(), strict=True):
+        assert found == pytest.approx(float(expected[start]), abs=1e-12 * return_scale(world))
+
+
+def test_of_two_likeliest_actions_the_first_is_greedy() -> None:
+    """Two even arms that pay 1 and 0: the greedy return is 1."""
+    table = GreedyReturn()(Problem(two_arm_env(), [[0.0, 0.0]]).trajectories)
+    assert table.side["greedy_return"].tolist() == [1.0, 1.0]
 
 
 # -- optimal baselines
@@ -384,7 +460,7 @@ def test_rows_that_never_happen(changes: dict[str, Any]) -> None:
     """A row of no chance stays one, and changes no column of the others."""
     plain = Problem(Paths(**two_arm_columns()), [[0.0, 0.0]]).trajectories
     table = impossible_rollouts([[0.0, 0.0]], **changes)
-    for provide in (ActionValues(), OptimalBaselines()):
+    for provide in (ActionValues(), AllActionValues(), GreedyReturn(), OptimalBaselines()):
         for name, column in provide(plain).side.items():
             torch.testing.assert_close(provide(table).side[name][:2], column, rtol=0, atol=1e-14)
     split = Continuations()(table)
@@ -432,10 +508,13 @@ def test_environments_that_differ_only_in_order_have_the_same_baselines() -> Non
         assert a == pytest.approx(b, abs=1e-11)
 
 
-def test_the_optimal_constant_does_not_see_the_behaviour_policy() -> None:
+@pytest.mark.parametrize(
+    "provide", [OptimalBaselines(), ActionValues(), AllActionValues(), WrongValues(), GreedyReturn()]
+)
+def test_a_table_does_not_see_the_behaviour_policy(provide: Callable[[Trajectories], Trajectories]) -> None:
     """It is the target policy's: the same column whoever draws the batches."""
     world = random_world(12, off_policy=True)
-    on = OptimalBaselines()(replace(world, behavior=None).problem().trajectories)
-    off = OptimalBaselines()(world.problem().trajectories)
+    on = provide(replace(world, behavior=None).problem().trajectories)
+    off = provide(world.problem().trajectories)
     for name, column in on.side.items():
         assert torch.equal(off.side[name], column)

@@ -23,9 +23,14 @@ def peers(batch: Batch, over: Over) -> Tensor:
     return batch.same_group if over == "group" else torch.ones_like(batch.same_group)
 
 
+def without_self(same: Tensor) -> Tensor:
+    """The peers of each row but itself."""
+    return same * (1.0 - torch.eye(same.shape[-1], dtype=same.dtype, device=same.device))
+
+
 def mean_of_peers(x: Tensor, same: Tensor) -> Tensor:
-    """Σ_j same_ij x_j / Σ_j same_ij for `x` `[..., B]`."""
-    return (same @ x.unsqueeze(-1)).squeeze(-1) / same.sum(-1)
+    """Σ_j same_ij x_j / Σ_j same_ij for `x` `[..., B]`; 0 for a row without peers."""
+    return (same @ x.unsqueeze(-1)).squeeze(-1) / same.sum(-1).clamp(min=1.0)
 
 
 def std_of_peers(x: Tensor, same: Tensor, *, ddof: int = 0) -> Tensor:
@@ -137,6 +142,18 @@ def mean_of_others(over: Over) -> Callable[[Batch], Tensor]:
     return baseline
 
 
+def length_weighted_mean(*, own: Literal["exclude", "include"]) -> Callable[[Batch], Tensor]:
+    """b_i = Σ_j |o_j| R_j / Σ_j |o_j| over the group, with or without row i, `[..., B]`; 0 where there is nobody."""
+
+    def baseline(batch: Batch) -> Tensor:
+        same = batch.same_group if own == "include" else without_self(batch.same_group)
+        weight = same * batch.length.unsqueeze(-2)  # [..., B, B]
+        total = weight.sum(-1)
+        return (weight @ batch.episode_return.unsqueeze(-1)).squeeze(-1) / total.clamp(min=1.0)
+
+    return baseline
+
+
 def batch_mean_to_go(batch: Batch) -> Tensor:
     """b_t = mean over all B rows of Ĝ_{j,t}, which is zero after the end."""
     return batch.reward_to_go.mean(-2, keepdim=True)
@@ -172,6 +189,16 @@ def standardised_return(over: Over, *, ddof: int = 0, eps: float = 1e-6) -> Adva
     return advantage
 
 
+def standardised_by_others(over: Over, *, eps: float) -> Advantage:
+    """(R_i − mean)/(std + ε), mean and std over the peers but i: the divisor does not see the own return."""
+
+    def advantage(batch: Batch) -> Tensor:
+        R, others = batch.episode_return, without_self(peers(batch, over))
+        return ((R - mean_of_peers(R, others)) / (std_of_peers(R, others) + eps)).unsqueeze(-1)
+
+    return advantage
+
+
 def token_standardised(advantage: Advantage, *, eps: float = 1e-8) -> Advantage:
     """(A − mean) / √(var + ε), mean and variance over all policy positions of the batch: long rows weigh more."""
 
@@ -185,7 +212,7 @@ def token_standardised(advantage: Advantage, *, eps: float = 1e-8) -> Advantage:
     return whitened
 
 
-# -- learned from more rollouts
+# -- values in place of returns
 
 
 def next_policy_position(x: Tensor, batch: Batch) -> Tensor:
@@ -198,15 +225,44 @@ def next_policy_position(x: Tensor, batch: Batch) -> Tensor:
     return torch.stack(out[::-1], -1)
 
 
-def continuation_advantage(batch: Batch) -> Tensor:
-    """γ^t (Σ_{t≤k<t'} γ^{k−t} r_k + γ^{t'−t} V̂(s_t') − V̂(s_t)), t' the next policy position after t.
+def wrong_value(batch: Batch) -> Tensor:
+    """A critic's V(s_t), which is wrong; side table `wrong_value` `[..., B, T+1]`."""
+    return batch.side["wrong_value"][..., :-1]
 
-    V̂ is the side table `continuation_value` `[..., B, T]`: the mean return of K fresh continuations from s_t.
+
+def temporal_difference(value: Callable[[Batch], Tensor]) -> Advantage:
+    """γ^t δ_t = γ^t (Σ_{t≤k<t'} γ^{k−t} r_k + γ^{t'−t} V(s_t') − V(s_t)), t' the next policy position after t.
+
+    What observations in between pay belongs to the decision before them; V is 0 after the last decision.
     """
-    v = batch.side["continuation_value"]
-    here = discounted_to_go(batch) - next_policy_position(discounted_to_go(batch), batch)
-    return here + next_policy_position(batch.discount_weight * v, batch) - batch.discount_weight * v
 
+    def advantage(batch: Batch) -> Tensor:
+        paid, v = discounted_to_go(batch), batch.discount_weight * value(batch)
+        return paid - next_policy_position(paid, batch) + next_policy_position(v, batch) - v
+
+    return advantage
+
+
+def gae(decay: float, value: Callable[[Batch], Tensor]) -> Advantage:
+    """γ^t A_t with A_t = δ_t + λ γ^{t'−t} A_t', t' the next policy position: generalised advantage estimation.
+
+    λ = `decay` counts decisions: an observation between two of them decays nothing. Nothing is bootstrapped from an
+    observation or from padding.
+    """
+    difference = temporal_difference(value)
+
+    def advantage(batch: Batch) -> Tensor:
+        delta, out = difference(batch), []
+        following = torch.zeros_like(delta[..., 0])
+        for t in range(delta.shape[-1] - 1, -1, -1):
+            following = torch.where(batch.mask[..., t] > 0, delta[..., t] + decay * following, following)
+            out.append(following)
+        return torch.stack(out[::-1], -1)
+
+    return advantage
+
+
+# -- groups of equal states
 
 Fallback = Literal["no baseline", "zero advantage"]
 
@@ -255,3 +311,56 @@ def total(*advantages: Advantage, weights: tuple[float, ...]) -> Advantage:
         return torch.stack(parts).sum(0)
 
     return advantage
+
+
+# -- for another objective than J
+
+
+def _choose(n: Tensor, r: int) -> Tensor:
+    """Binomials C(n, r) of whole n ≥ 0."""
+    out = torch.ones_like(n)
+    for j in range(r):
+        out = out * (n - j) / (j + 1)
+    return out
+
+
+def expected_maximum(k: int, *, over_others: bool = False) -> Advantage:
+    """k · mean over the (k−1)-subsets I of the other rows of the group of max(R_i, max_I R); k ≥ 2.
+
+    E[advantage S] summed over the rows is G ∇E max of k: each k rows contribute their maximum times the sum of their S,
+    and row i is in C(G−1, k−1) of the C(G, k) sets, C(G−1, k−1)/C(G, k) = k/G. `over_others` subtracts max_I R, which
+    does not depend on row i. Fewer than k − 1 others: 0.
+    """
+
+    def advantage(batch: Batch) -> Tensor:
+        R, same = batch.episode_return, batch.same_group
+        index = torch.arange(batch.rows, device=R.device)
+        lower, tie = R.unsqueeze(-1) < R.unsqueeze(-2), R.unsqueeze(-1) == R.unsqueeze(-2)
+        before = (lower | (tie & (index.unsqueeze(-1) < index))).to(R.dtype) * same  # i stands before j in its group
+        rank = before.sum(-2, keepdim=True) - before  # of j without i
+        largest = _choose(rank, k - 2) * without_self(same)  # number of sets I in which j is the largest
+        best = torch.maximum(R.unsqueeze(-1), R.unsqueeze(-2)) - (R.unsqueeze(-2) if over_others else 0.0)
+        return (k * (largest * best).sum(-1) / largest.sum(-1).clamp(min=1.0)).unsqueeze(-1)
+
+    return advantage
+
+
+def mean_over_successes(*, centered: bool = False) -> Advantage:
+    """1[R_i > ½]/q̂ with q̂ the share of successes in the group, less 1 if `centered`; 0 where nobody succeeds."""
+
+    def advantage(batch: Batch) -> Tensor:
+        success = (batch.episode_return > 0.5).to(batch.reward.dtype)
+        rate = mean_of_peers(success, batch.same_group)
+        some = rate > 0
+        share = (success - rate if centered else success) / rate.where(some, torch.ones_like(rate))
+        return share.where(some, torch.zeros_like(share)).unsqueeze(-1)
+
+    return advantage
+
+
+def best_of_group(batch: Batch) -> Tensor:
+    """1 for the row with the largest return of its group, times G; shared where several are largest."""
+    R, same = batch.episode_return, batch.same_group
+    best = R.unsqueeze(-2).expand(same.shape).masked_fill(same == 0, -torch.inf).amax(-1)
+    wins = (best <= R).to(R.dtype)
+    return (wins / mean_of_peers(wins, same)).unsqueeze(-1)

@@ -22,6 +22,15 @@ def sequence_mean(batch: Batch) -> Tensor:
     return 1.0 / (batch.rows * batch.length.clamp(min=1.0)).unsqueeze(-1)
 
 
+def constant_length(length: int) -> Aggregation:
+    """One length for every row, whatever its own: 1 / (B · length)."""
+
+    def aggregation(batch: Batch) -> Tensor:
+        return mean_of_rows(batch) / length
+
+    return aggregation
+
+
 def token_mean(batch: Batch) -> Tensor:
     """Mean over all policy positions of the batch: 1 / Σ_i |o_i|."""
     return 1.0 / batch.mask.sum((-1, -2), keepdim=True).clamp(min=1.0)

@@ -47,6 +47,11 @@ full_support = Condition("full support", lambda p: p.full_support)
 broken_support = Condition("broken support", lambda p: not p.full_support)
 undiscounted = Condition("γ = 1", lambda p: p.discount == 1.0)
 discounted = Condition("γ < 1", lambda p: p.discount < 1.0)
+one_start = Condition("one start", lambda p: p.one_start)
+several_starts = Condition("several starts", lambda p: not p.one_start)
+binary_return = Condition("0/1 returns", lambda p: p.binary_return)
+fixed_length = Condition("equal lengths", lambda p: p.fixed_length)
+ragged = Condition("unequal lengths", lambda p: not p.fixed_length)
 
 
 @dataclass(frozen=True)

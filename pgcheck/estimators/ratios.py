@@ -35,6 +35,31 @@ def trajectory_ratio(batch: Batch, adv: Tensor) -> Tensor:
     return trajectory_weight(batch).unsqueeze(-1)
 
 
+def truncated_weight(cap: float) -> Ratio:
+    """min(w, cap)."""
+
+    def ratio(batch: Batch, adv: Tensor) -> Tensor:
+        return trajectory_ratio(batch, adv).clamp(max=cap)
+
+    return ratio
+
+
+def masked_weight(cap: float) -> Ratio:
+    """w up to the cap, 0 above it."""
+
+    def ratio(batch: Batch, adv: Tensor) -> Tensor:
+        w = trajectory_ratio(batch, adv)
+        return torch.where(w > cap, torch.zeros_like(w), w)
+
+    return ratio
+
+
+def self_normalised_weight(batch: Batch, adv: Tensor) -> Tensor:
+    """B w_i / Σ_j w_j over the batch."""
+    log_w = ((batch.logp - batch.behavior_logp) * batch.mask).sum(-1)
+    return (batch.rows * torch.softmax(log_w, -1)).unsqueeze(-1)
+
+
 def clipped_ratio(*, low: float | None, high: float) -> Ratio:
     """clip(r_t, 1 − low, 1 + high): the weight is clipped, the gradient stays (CISPO). `low=None`: no lower bound."""
 
@@ -49,8 +74,26 @@ def ppo_clip(*, low: float = 0.2, high: float = 0.2) -> Ratio:
     """The derivative of min(r A, clip(r, 1 − low, 1 + high) A) by log π: r where it is not clipped, else 0."""
 
     def ratio(batch: Batch, adv: Tensor) -> Tensor:
-        r = token_ratio(batch, adv)
-        clipped = torch.where(adv >= 0, r > 1.0 + high, r < 1.0 - low)
-        return torch.where(clipped, torch.zeros_like(r), r)
+        return _silenced_outside(token_ratio(batch, adv), adv, low=low, high=high)
 
     return ratio
+
+
+def sequence_clip(*, low: float, high: float) -> Ratio:
+    """PPO's rule for s = w^{1/|o|}, the geometric mean of the token ratios of a row (GSPO).
+
+    ∂s/∂log π_t = s/|o|; the 1/|o| is `aggregation.sequence_mean`.
+    """
+
+    def ratio(batch: Batch, adv: Tensor) -> Tensor:
+        log_w = ((batch.logp - batch.behavior_logp) * batch.mask).sum(-1)
+        s = (log_w / batch.length.clamp(min=1.0)).exp().unsqueeze(-1)
+        return _silenced_outside(s, adv, low=low, high=high)
+
+    return ratio
+
+
+def _silenced_outside(r: Tensor, adv: Tensor, *, low: float, high: float) -> Tensor:
+    """r, but 0 where it has left [1 − low, 1 + high] on the side the advantage pushes to."""
+    clipped = torch.where(adv >= 0, r > 1.0 + high, r < 1.0 - low)
+    return torch.where(clipped, torch.zeros_like(r), r)

@@ -8,22 +8,29 @@ from typing import Any
 import pytest
 import torch
 
+from pgcheck.envs.tabular import TabularMDP
 from pgcheck.errors import EstimatorError, UnknownNameError, UsageError
 from pgcheck.estimators import base, zoo
 from pgcheck.estimators.base import (
     Claim,
     Estimator,
     biased,
+    binary_return,
     discounted,
     find_estimator,
+    fixed_length,
     from_coefficients,
     off_policy,
     on_policy,
+    one_start,
     proportional,
+    ragged,
     register,
     registered_estimators,
+    several_starts,
     unbiased,
 )
+from pgcheck.problem import Problem
 from tests.engines.oracle import bandit, dialogue, walk
 
 
@@ -97,6 +104,11 @@ def test_every_on_policy_limit_is_an_entry(name: str) -> None:
         ("vineppo", "vineppo(K=1)"),
         ("reinforce++", "reinforce_pp"),
         ("reinforce++_baseline", "reinforce_pp(group)"),
+        ("gae", "gae(0.95)"),
+        ("gae(0)", "actor_critic"),
+        ("gae(wrong_value,lambda=1)", "gae(wrong_value, λ=1)"),
+        ("raft", "best_of_n"),
+        ("wis", "self_normalised_is"),
     ],
 )
 def test_an_alias_is_the_entry(alias: str, name: str) -> None:
@@ -106,7 +118,7 @@ def test_an_alias_is_the_entry(alias: str, name: str) -> None:
 
 @pytest.mark.parametrize(
     ("typo", "nearest"),
-    [("gpro", "grpo"), ("leave_one_uot", "leave_one_out"), ("rlo", "rloo"), ("batchmean", "batch_mean")],
+    [("grop", "grpo"), ("leave_one_uot", "leave_one_out"), ("rlo", "rloo"), ("batchmean", "batch_mean")],
 )
 def test_an_unknown_name_suggests_the_nearest(typo: str, nearest: str) -> None:
     with pytest.raises(UnknownNameError, match=rf"unknown estimator '{typo}'\. Did you mean '{nearest}'\?") as caught:
@@ -180,6 +192,28 @@ def test_a_claim_applies_where_all_its_conditions_hold() -> None:
     assert [claim.applies(p) for p in (on, off, flat)] == [True, False, False]
     assert unbiased(off_policy).applies(off)
     assert unbiased().applies(off)
+
+
+def test_conditions_are_facts_of_the_problem() -> None:
+    """Starts, lengths and returns of a bandit, a walk of two steps, a dialogue with two prompts and rows of 1 and 2."""
+    right_or_wrong, walked, talked = bandit([1.0, 0.0], [0.1, 0.2]), walk(), dialogue()
+    assert [one_start.holds(p) for p in (right_or_wrong, walked, talked)] == [True, True, False]
+    assert [fixed_length.holds(p) for p in (right_or_wrong, walked, talked)] == [True, True, False]
+    assert [binary_return.holds(p) for p in (right_or_wrong, walked, talked)] == [True, False, False]
+    for condition, opposite in ((one_start, several_starts), (fixed_length, ragged)):
+        for p in (right_or_wrong, walked, talked):
+            assert condition.holds(p) != opposite.holds(p)
+
+
+def test_binary_is_the_return_not_the_reward() -> None:
+    """.5 twice is right; 0/1 rewards that add up to 2 are not binary; a rounding error is."""
+    assert not binary_return.holds(bandit([1.0, 0.5], [0.1, 0.2]))
+    assert binary_return.holds(bandit([0.1 + 0.2 + 0.7, 0.0], [0.1, 0.2]))
+    halves = walk().env.transition.tolist()
+    twice = TabularMDP(halves, [[0.5, 0.0]] * 2, [1.0, 0.0], horizon=2)
+    assert not binary_return.holds(Problem(twice, [[0.0, 0.0]] * 2))  # .5 alone happens as well
+    always = TabularMDP(halves, [[0.5, 0.5]] * 2, [1.0, 0.0], horizon=2)
+    assert binary_return.holds(Problem(always, [[0.0, 0.0]] * 2))
 
 
 def test_the_scale_of_a_claim() -> None:

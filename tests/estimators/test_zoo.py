@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -19,8 +19,11 @@ from pgcheck.estimators import advantages as adv
 from pgcheck.estimators import aggregation as agg
 from pgcheck.estimators import ratios
 from pgcheck.estimators.base import Estimator, find_estimator, from_coefficients, registered_estimators
+from pgcheck.estimators.lookup import FILLED_BY  # noqa: F401  (fills the registries)
 from pgcheck.estimators.zoo import compose
-from pgcheck.problem import Problem
+from pgcheck.estimators.zoo.groups import difficulty
+from pgcheck.problem import Problem, find_problem, registered_problems
+from pgcheck.side import WrongValues
 from tests.engines.oracle import bandit, dialogue, walk
 
 # -- the formulas, in loops over rows and steps of one batch
@@ -40,6 +43,7 @@ class Rows:
     gamma: float
     clock: DiscountClock
     side: dict[str, list]  # type: ignore[type-arg]
+    logits: list[list[list[float]]]
 
     @property
     def B(self) -> int:  # noqa: N802
@@ -82,6 +86,10 @@ class Rows:
         """|o_i|."""
         return sum(self.mask[i])
 
+    def acts(self, i: int) -> list[int]:
+        """t_0 < t_1 < …, where the policy acts."""
+        return [t for t in range(self.T) if self.mask[i][t]]
+
     @property
     def tokens(self) -> float:
         """Σ_i |o_i|."""
@@ -97,9 +105,9 @@ def std(xs: Sequence[float]) -> float:
     return math.sqrt(mean([(x - mean(xs)) ** 2 for x in xs]))
 
 
-def clipped_surrogate_slope(r: float, A: float) -> float:
-    """∂ min(r A, clip(r, .8, 1.2) A) / ∂ log π = r A where the unclipped side is the smaller, else 0."""
-    clip = min(max(r, 0.8), 1.2)
+def clipped_surrogate_slope(r: float, A: float, low: float = 0.2, high: float = 0.2) -> float:
+    """∂ min(r A, clip(r, 1 − low, 1 + high) A) / ∂ log r = r A where the unclipped side is the smaller, else 0."""
+    clip = min(max(r, 1 - low), 1 + high)
     return r * A if r * A <= clip * A else 0.0
 
 
@@ -156,12 +164,69 @@ def q_next(b: Rows, i: int, t: int) -> float:
     return float(b.side["action_value"][i][after[0]]) if after else 0.0
 
 
+def opo(b: Rows, i: int, rows: Sequence[int]) -> float:
+    """R_i − Σ |o_j| R_j / Σ |o_j|."""
+    return b.R(i) - math.fsum(b.length(j) * b.R(j) for j in rows) / math.fsum(b.length(j) for j in rows)
+
+
+def others(b: Rows, i: int) -> list[int]:
+    return [j for j in b.peers(i) if j != i]
+
+
+def standardised_by_others(b: Rows, i: int) -> float:
+    R = [b.R(j) for j in others(b, i)]
+    return (b.R(i) - mean(R)) / (std(R) + 0.1)
+
+
+def delta(b: Rows, V: list[list[float]], i: int, j: int) -> float:
+    """γ^{t_j} δ_j of the j-th decision: what is paid up to the next one, which may be at or after an observation."""
+    acts = [*b.acts(i), b.T]
+    here, following = acts[j], acts[j + 1]
+    paid = math.fsum(b.weight(i, k) * b.r[i][k] for k in range(here, following))
+    later = b.weight(i, following) * V[i][following] if following < b.T else 0.0
+    return paid + later - b.weight(i, here) * V[i][here]
+
+
+def gae(b: Rows, V: list[list[float]], i: int, t: int, decay: float) -> float:
+    """Σ_{j≥n} λ^{j−n} γ^{t_j} δ_j, t the n-th decision of row i; no recursion."""
+    acts = b.acts(i)
+    n = acts.index(t)
+    return math.fsum(decay ** (j - n) * delta(b, V, i, j) for j in range(n, len(acts)))
+
+
+def best_of_sets(b: Rows, i: int, *, minus_one: bool) -> float:
+    """k · mean over the other member of each pair: max(R_i, R_j), or what row i adds to R_j; k = 2."""
+    scores = [max(b.R(i), b.R(j)) - (b.R(j) if minus_one else 0.0) for j in others(b, i)]
+    return 2 * mean(scores)
+
+
+def over_successes(b: Rows, i: int, *, centered: bool) -> float:
+    """r_i/r̄, or (r_i − r̄)/r̄, r = 1[R > ½]."""
+    r = {j: float(b.R(j) > 0.5) for j in b.peers(i)}
+    rate = mean(list(r.values()))
+    return 0.0 if rate == 0 else (r[i] - rate if centered else r[i]) / rate
+
+
+def winner(b: Rows, i: int) -> float:
+    best = max(b.R(j) for j in b.peers(i))
+    winners = [j for j in b.peers(i) if b.R(j) == best]
+    return len(b.peers(i)) / len(winners) if i in winners else 0.0
+
+
+def all_action(b: Rows, i: int, t: int) -> list[float]:
+    """γ^t ∂/∂z_a Σ_c π_c Q_c = γ^t Σ_c Q_c π_c (1[a = c] − π_a)."""
+    z, Q = b.logits[i][t], b.side["all_action_values"][i][t]
+    pi = [math.exp(x) / math.fsum(math.exp(y) for y in z) for x in z]
+    A = range(len(z))
+    return [b.weight(i, t) * math.fsum(Q[c] * pi[c] * ((a == c) - pi[a]) for c in A) / b.B for a in A]
+
+
 def everyone(b: Rows) -> range:
     return range(b.B)
 
 
-# c[i,t] at a policy position (i, t)
-FORMULAS: dict[str, Callable[[Rows, int, int], float]] = {
+# c[i,t] at a policy position (i, t); of every action, for all_action
+FORMULAS: dict[str, Callable[[Rows, int, int], float | list[float]]] = {
     "reinforce": lambda b, i, t: b.R(i) / b.B,
     "reward_to_go": lambda b, i, t: b.weight(i, t) * b.to_go(i, t) / b.B,
     "reward_to_go_undiscounted_weight": lambda b, i, t: b.to_go(i, t) / b.B,
@@ -205,6 +270,38 @@ FORMULAS: dict[str, Callable[[Rows, int, int], float]] = {
     "gigpo_step(leave_one_out)": lambda b, i, t: gigpo_step(b, i, t, own=False, alone="no baseline") / b.B,
     "gigpo_step(singleton_zero)": lambda b, i, t: gigpo_step(b, i, t, own=False, alone="zero") / b.B,
     "gigpo_step(in_sample)": lambda b, i, t: gigpo_step(b, i, t, own=True, alone="no baseline") / b.B,
+    "opo": lambda b, i, t: opo(b, i, b.peers(i)) / b.B,
+    "opo(leave_one_out)": lambda b, i, t: opo(b, i, others(b, i)) / b.B,
+    "remax": lambda b, i, t: (b.R(i) - b.side["greedy_return"][i]) / b.B,
+    "ppo_clip": lambda b, i, t: (
+        clipped_surrogate_slope(b.ratio(i, t), b.weight(i, t) * (b.to_go(i, t) - b.V[i][t])) / b.B
+    ),
+    "tis": lambda b, i, t: min(b.w(i, b.T - 1), 2.0) * b.weight(i, t) * b.to_go(i, t) / b.B,
+    "mis": lambda b, i, t: (b.w(i, b.T - 1) if b.w(i, b.T - 1) <= 2 else 0.0) * b.weight(i, t) * b.to_go(i, t) / b.B,
+    "self_normalised_is": lambda b, i, t: (
+        b.w(i, b.T - 1) / math.fsum(b.w(j, b.T - 1) for j in everyone(b)) * b.weight(i, t) * b.to_go(i, t)
+    ),
+    "dr_grpo": lambda b, i, t: (
+        clipped_surrogate_slope(b.ratio(i, t), b.R(i) - mean([b.R(j) for j in b.peers(i)])) / (b.B * 4)
+    ),
+    "dapo": lambda b, i, t: clipped_surrogate_slope(b.ratio(i, t), standardised(b, i), high=0.28) / b.tokens,
+    "gspo": lambda b, i, t: (  # ∂s/∂log π_t = s/|o|
+        clipped_surrogate_slope(b.w(i, b.T - 1) ** (1 / b.length(i)), standardised(b, i), low=3e-4, high=4e-4)
+        / (b.B * b.length(i))
+    ),
+    "loo_std": lambda b, i, t: standardised_by_others(b, i) / b.B,
+    "gae(0.95)": lambda b, i, t: gae(b, b.V, i, t, 0.95) / b.B,
+    "actor_critic": lambda b, i, t: delta(b, b.V, i, b.acts(i).index(t)) / b.B,
+    "gae(wrong_value)": lambda b, i, t: gae(b, b.side["wrong_value"], i, t, 0.95) / b.B,
+    "gae(wrong_value, λ=1)": lambda b, i, t: (
+        b.weight(i, t) * (b.to_go(i, t) - b.side["wrong_value"][i][t]) / b.B  # the sum telescopes
+    ),
+    "all_action": all_action,
+    "pkpo": lambda b, i, t: best_of_sets(b, i, minus_one=False) / b.B,
+    "pkpo(minus_one)": lambda b, i, t: best_of_sets(b, i, minus_one=True) / b.B,
+    "maxrl": lambda b, i, t: over_successes(b, i, centered=False) / b.B,
+    "maxrl(centered)": lambda b, i, t: over_successes(b, i, centered=True) / b.B,
+    "best_of_n": lambda b, i, t: winner(b, i) / b.B,
 }
 
 
@@ -246,11 +343,16 @@ def random_batch(seed: int, *, clock: DiscountClock = "position", on_policy: boo
             "optimal_constant": draw(1).expand(B).clone(),
             "optimal_state": draw(B, T) * mask,
             "optimal_state_joint": draw(B, T) * mask,
+            "greedy_return": draw(B),
+            "wrong_value": draw(B, T + 1),
+            "all_action_values": draw(B, T, 2),
         },
+        action_logits=draw(B, T, 2),
     )
 
 
 def as_rows(batch: Batch) -> Rows:
+    batch = batch if batch.action_logits is not None else replace(batch, action_logits=batch.mask.unsqueeze(-1))
     return Rows(
         state=batch.state.tolist(),
         r=batch.reward.tolist(),
@@ -262,13 +364,15 @@ def as_rows(batch: Batch) -> Rows:
         gamma=batch.discount,
         clock=batch.discount_clock,
         side={name: x.tolist() for name, x in batch.side.items()},
+        logits=batch.logits.tolist(),
     )
 
 
 def by_formula(name: str, batch: Batch) -> Tensor:
     b = as_rows(batch)
+    nothing: float | list[float] = [0.0] * 2 if find_estimator(name).leaf == "logits" else 0.0
     return torch.tensor(
-        [[FORMULAS[name](b, i, t) if b.mask[i][t] else 0.0 for t in range(b.T)] for i in range(b.B)],
+        [[FORMULAS[name](b, i, t) if b.mask[i][t] else nothing for t in range(b.T)] for i in range(b.B)],
         dtype=torch.float64,
     )
 
@@ -463,7 +567,7 @@ GRPO_NO_EPS = from_coefficients(
 
 
 @pytest.mark.parametrize("p", [0.01, 0.3, 0.5, 0.9])
-@pytest.mark.parametrize("G", range(2, 7))
+@pytest.mark.parametrize("G", range(2, 9))
 def test_grpo_weighs_difficulty(G: int, p: float) -> None:
     """Binary reward, one prompt, one step, ε = 0, population std: E ĝ = w_G(p) ∇p, ∇p = p(1−p) (1, −1)."""
     found = moments(GRPO_NO_EPS, two_arms(p, group_size=G)).mean
@@ -779,3 +883,344 @@ def test_bias_of_reinforce_pp_falls_as_one_over_the_batch(B: int) -> None:
     found = float(moments("reinforce_pp", problem).mean[0, 0] / problem.gradient()[0, 0])
     assert found == pytest.approx(w_G(0.5, B), rel=1e-7)
     assert 0 < 1 - found / 2 < 1.1 / B  # limit 1/σ = 2
+
+
+# -- difficulty, with several steps
+
+
+def softmax(z: Sequence[float]) -> list[float]:
+    return [math.exp(x) / math.fsum(math.exp(y) for y in z) for x in z]
+
+
+def two_tokens(**settings: int | tuple[int, ...]) -> Problem:
+    """One prompt, two tokens of two; it is right if they differ. p = π(x) π(y|x) + π(y) π(x|y)."""
+    env = TabularMDP(
+        [[[0, 1, 0, 0], [0, 0, 1, 0]], *[[[0, 0, 0, 1]] * 2] * 3],
+        [[0, 0], [0, 1], [1, 0], [0, 0]],
+        [1, 0, 0, 0],
+        horizon=2,
+        terminal=[3],
+    )
+    return Problem(env, [[0.7, -0.2], [0.3, 0.9], [-0.4, 0.6], [0.0, 0.0]], **settings)  # type: ignore[arg-type]
+
+
+def chance_of_two_tokens() -> float:
+    x, after_x, after_y = softmax([0.7, -0.2]), softmax([0.3, 0.9]), softmax([-0.4, 0.6])
+    return x[0] * after_x[1] + x[1] * after_y[0]
+
+
+@pytest.mark.parametrize("G", range(2, 9))
+def test_grpo_weighs_difficulty_over_several_steps(G: int) -> None:
+    """Equal lengths T = 2: E ĝ = w_G(p)/T ∇p, the mean over tokens folded in."""
+    problem = two_tokens(group_size=G)
+    expected = w_G(chance_of_two_tokens(), G) / 2 * problem.gradient()
+    torch.testing.assert_close(moments(GRPO_NO_EPS, problem).mean, expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("sizes", [(2,), (5,), (3, 2), (2, 2)])
+def test_the_claimed_weight_is_that_of_the_paper(sizes: tuple[int, ...]) -> None:
+    """`difficulty` = Σ_g (G_g/B) w_G(p)/T, less what ε = 1e-6 takes: at most ε/σ ≤ 1e-6 G of it."""
+    problem = two_tokens(groups=len(sizes), group_size=sizes)
+    expected = math.fsum(G * w_G(chance_of_two_tokens(), G) for G in sizes) / sum(sizes) / 2
+    assert difficulty(problem) == pytest.approx(expected, rel=1e-5)
+    assert difficulty(problem) < expected
+
+
+@pytest.mark.parametrize("name", ["grpo", "cispo(notes)", "cispo", "dapo", "gspo"])
+def test_all_that_divide_by_the_std_have_that_weight(name: str) -> None:
+    problem = two_tokens(groups=2, group_size=2)
+    expected = w_G(chance_of_two_tokens(), 2) / 2 * problem.gradient()
+    torch.testing.assert_close(moments(name, problem).mean, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [(2,), (4,), (2, 2), (3, 1)])
+def test_a_constant_length_keeps_the_direction(sizes: tuple[int, ...]) -> None:
+    """Dr. GRPO: Σ_g (G_g − 1)/B over the constant 4, on rows of one and of two tokens."""
+    problem = dialogue(groups=len(sizes), group_size=sizes)
+    expected = (sum(sizes) - len(sizes)) / sum(sizes) / 4 * problem.gradient()
+    torch.testing.assert_close(moments("dr_grpo", problem).mean, expected, rtol=0, atol=1e-14)
+
+
+# -- baselines that know the lengths, the others' spread, the greedy rollout
+
+
+def test_opo_of_two_ascends_its_own_objective() -> None:
+    """½J − ¼E[(R₁−R₂)(L₁−L₂)/(L₁+L₂)], both rollouts of one prompt, differentiated in the logits."""
+    problem = dialogue(groups=1, group_size=2)
+    table = problem.trajectories
+    rows, p = table.rows_as_batch(), table.paths
+    R, L = rows.episode_return, rows.length
+    z = problem.logits.requires_grad_(True)
+    logp = (torch.log_softmax(z, -1)[p.context.clamp(min=0), p.action.clamp(min=0)] * p.mask).sum(-1)
+    chance = p.env_probability * logp.exp()  # given the start
+    same = (p.start.unsqueeze(-1) == p.start).to(torch.float64) * p.start_probability[p.start]
+    pairs = torch.outer(chance, chance) * same
+    lengths = (L.unsqueeze(-1) - L) / (L.unsqueeze(-1) + L)
+    objective = (pairs * (0.5 * R.unsqueeze(-1) - 0.25 * (R.unsqueeze(-1) - R) * lengths)).sum()
+    (expected,) = torch.autograd.grad(objective, z)
+    torch.testing.assert_close(moments("opo", problem).mean, expected, rtol=0, atol=1e-14)
+    assert float((expected - 0.5 * problem.gradient()).norm()) > 0.01
+
+
+@pytest.mark.parametrize("G", [3, 4, 6])
+def test_the_std_of_the_others_is_a_factor_of_the_prompt(G: int) -> None:
+    """Two prompts of different spread: in each context E ĝ = κ ∇J, κ = E[1/(σ + ε)] over G − 1 draws of that prompt."""
+    rewards, logits, start = [[1.0, 0.0], [3.0, -2.0]], [[0.4, 0.0], [-0.3, 0.2]], [0.4, 0.6]
+    stay = [[[1.0, 0.0]] * 2, [[0.0, 1.0]] * 2]
+    problem = Problem(TabularMDP(stay, rewards, start, horizon=1), logits, group_size=G)
+    found = moments("loo_std", problem).mean
+    for s in range(2):
+        p = softmax(logits[s])[0]
+        factor = 0.0
+        for draws in itertools.product(range(2), repeat=G - 1):
+            chance = math.prod(p if a == 0 else 1 - p for a in draws)
+            factor += chance / (std([rewards[s][a] for a in draws]) + 0.1)
+        torch.testing.assert_close(found[s], factor * problem.gradient()[s], rtol=0, atol=1e-12)
+
+
+def test_remax_is_quiet_where_the_policy_is_nearly_greedy() -> None:
+    """Two arms, p = .9, b = 1: R − b is 0 with probability .9 and −1 else. Var in the logit difference p³(1−p)."""
+    found = moments("remax", two_arms(0.9, group_size=1))
+    # ĝ = 0 or −1 · (−.9): second moment .1 · .81, mean .09
+    assert found.total_variance == pytest.approx(2 * (0.1 * 0.81 - 0.09**2), abs=1e-14)
+
+
+# -- off-policy
+
+
+def drifted() -> list[Problem]:
+    return [
+        walk(group_size=2, behavior_logits=[[-0.9, 0.8], [0.9, -0.6]]),
+        dialogue(groups=1, group_size=2, behavior_logits=[[-0.9, 0.8], [0.7, -0.9], [0.9, -0.2]]),
+    ]
+
+
+@pytest.mark.parametrize("cap", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("cut", [ratios.truncated_weight, ratios.masked_weight])
+def test_the_bias_of_a_capped_weight_is_bounded(cut: Callable[[float], ratios.Ratio], cap: float) -> None:
+    """E_old[min(w, c) f] − E_π f = −E_π[(1 − c/w)₊ f]; masked, −E_π[1[w > c] f]. So ‖bias‖ ≤ max‖f‖ E_π[…]."""
+    for problem in drifted():
+        table = problem.trajectories
+        rows, p = as_rows(table.rows_as_batch()), table.paths
+        pi = torch.softmax(problem.logits, -1).tolist()
+        most, lost = 0.0, 0.0
+        for n, chance in enumerate((table.probability * p.start_probability[p.start]).tolist()):
+            f = torch.zeros_like(problem.logits)
+            for t in rows.acts(n):
+                k, a = int(p.context[n, t]), int(p.action[n, t])
+                for b in range(2):
+                    f[k, b] += rows.weight(n, t) * rows.to_go(n, t) * ((a == b) - pi[k][b])
+            most = max(most, float(f.norm()))
+            w = rows.w(n, rows.T - 1)
+            lost += chance * (max(1 - cap / w, 0.0) if cut is ratios.truncated_weight else float(w > cap))
+        capped = from_coefficients(compose(adv.discounted_to_go, ratio=cut(cap)), couples="trajectory")
+        bias = float((moments(capped, problem).mean - problem.gradient()).norm())
+        assert bias <= most * lost + 1e-14
+        assert (bias > 1e-3) == (lost > 0)
+
+
+def test_normalising_by_the_weights_costs_one_over_the_batch() -> None:
+    """Bias times B tends to a constant: from B = 8 to 16 it changes by less than a tenth, and the bias halves."""
+    bias = {}
+    for B in (8, 16):
+        problem = bandit([1.0, 0.0], [0.8, 0.0], groups=B, group_size=1, behavior_logits=[[0.0, 0.3]])
+        bias[B] = float((moments("self_normalised_is", problem).mean - problem.gradient()).norm())
+    assert bias[8] > 1e-3
+    assert bias[16] / bias[8] == pytest.approx(0.5, rel=0.1)
+
+
+# -- critics
+
+
+def test_bootstrapping_from_a_wrong_value_costs_less_as_decay_rises() -> None:
+    """λ = 0, .5, .8, .95, 1: the bias falls all the way, to 0."""
+    for problem in (walk(group_size=2), dialogue(groups=1, group_size=2)):
+        biases = []
+        for decay in (0.0, 0.5, 0.8, 0.95, 1.0):
+            e = Estimator("gae", compose(adv.gae(decay, adv.wrong_value)), "trajectory", needs=(WrongValues(),))
+            biases.append(float((moments(e, problem).mean - problem.gradient()).norm()))
+        assert biases == sorted(biases, reverse=True)
+        assert biases[0] > 0.01
+        assert biases[-1] < 1e-14
+
+
+@pytest.mark.parametrize("after_end", [0.0, 5.0])
+def test_nothing_is_bootstrapped_from_padding(after_end: float) -> None:
+    """What a critic says after the end, or on an observation, is not read: `dialogue` has both."""
+    table = WrongValues(after_end=after_end)(dialogue().trajectories)
+    batch = table.batch(torch.arange(len(table)), torch.arange(len(table)))
+    nobody = torch.nn.functional.pad(batch.mask, (0, 1)) == 0
+    wild = batch.with_tensors({"side.wrong_value": torch.where(nobody, 100.0, batch.side["wrong_value"])})
+    for decay in (0.0, 0.7, 1.0):
+        found = adv.gae(decay, adv.wrong_value)
+        torch.testing.assert_close(found(wild) * batch.mask, found(batch) * batch.mask, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("clock", DISCOUNT_CLOCKS)
+def test_the_ends_of_gae(clock: DiscountClock, seed: int) -> None:
+    """λ = 1 is the return less the value; λ = 0 the one-step difference."""
+    batch = random_batch(seed, clock=clock)
+    acts = batch.mask > 0
+    whole, one_step = (adv.gae(decay, adv.state_value)(batch)[acts] for decay in (1.0, 0.0))
+    torch.testing.assert_close(whole, adv.to_go_minus(adv.state_value)(batch)[acts], rtol=0, atol=1e-14)
+    torch.testing.assert_close(one_step, adv.temporal_difference(adv.state_value)(batch)[acts], rtol=0, atol=0)
+
+
+ON_POLICY = [f"{name}{theta}" for name in registered_problems() if find_problem(name).on_policy for theta in ("", "@1")]
+
+
+@pytest.mark.parametrize("name", ON_POLICY)
+def test_all_actions_have_the_least_variance(name: str) -> None:
+    """Below every unbiased entry that scores the sampled action alone, on every named problem.
+
+    Where no context recurs in a row it has to be: ĝ[k] = 1[k is visited] x_k, and all actions replace x_k by E[x_k | s, t].
+    Elsewhere steps covary, and it happens to be (the next test has a problem where it is not).
+    """
+    problem = find_problem(name)
+    found = moments("all_action", problem)
+    torch.testing.assert_close(found.mean, problem.gradient(), rtol=0, atol=1e-12)
+    size = 1e-12 * max(1.0, moments("reinforce", problem).total_variance)
+    others = ("reinforce", "reward_to_go", "baselined(value)", "baselined(optimal_state_joint)", "actor_critic", "gae")
+    for other in others:
+        assert found.total_variance <= moments(other, problem).total_variance + size, other
+
+
+def test_all_actions_can_be_louder_than_a_critic() -> None:
+    """Two steps, one context, p = π(a) = .4: the score of the first step cancels what the second varies with the state.
+
+    After a, a pays δ = −(1−2p)/(p(1−p)); nothing else is paid but 4/3 for a at first, so that Q(a) − Q(b) = 1. In the
+    logit difference: all actions, p(1−p)δ after a and 0 after b, variance p³(1−p)³δ². One-step critic: the first step adds
+    (1−p)² or p², which makes both means equal; left is the second action after a: p · p(1−p) δ² (1−2p)².
+    """
+    p = 0.4
+    delta_a = -(1 - 2 * p) / (p * (1 - p))
+    first, after_a, after_b = range(3)
+    transition = torch.zeros(3, 2, 3)
+    transition[first, 0, after_a] = transition[first, 1, after_b] = 1.0
+    transition[1:, :, first] = 1.0
+    env = TabularMDP(transition, [[1 - p * delta_a, 0.0], [delta_a, 0.0], [0.0, 0.0]], [1.0, 0.0, 0.0], horizon=2)
+    problem = Problem(env, [[math.log(p / (1 - p)), 0.0]], contexts=[0, 0, 0], group_size=1)
+    loud, quiet = moments("all_action", problem), moments("actor_critic", problem)
+    assert loud.total_variance == pytest.approx(2 * p**3 * (1 - p) ** 3 * delta_a**2, abs=1e-14)
+    assert quiet.total_variance == pytest.approx(2 * p**2 * (1 - p) * delta_a**2 * (1 - 2 * p) ** 2, abs=1e-14)
+    assert quiet.total_variance < loud.total_variance / 3
+
+
+def test_all_actions_of_one_state_leave_nothing_to_chance() -> None:
+    """One prompt, one step: ĝ is ∇J in every batch."""
+    assert abs(moments("all_action", two_arms(0.9, group_size=1)).total_variance) < 1e-15
+
+
+# -- other objectives
+
+
+def pass_at_k(p: float, k: int) -> float:
+    return 1 - (1 - p) ** k
+
+
+def subsets_of_others(R: Sequence[float], i: int, k: int, *, over_others: bool) -> float:
+    """k · mean over the (k−1)-subsets I of the rows but i, listed."""
+    scores = []
+    for I in itertools.combinations([j for j in range(len(R)) if j != i], k - 1):  # noqa: E741
+        best = max(R[j] for j in I)
+        scores.append(max(R[i], best) - (best if over_others else 0.0))
+    return k * mean(scores)
+
+
+@pytest.mark.parametrize("over_others", [False, True])
+@pytest.mark.parametrize("k", [2, 3, 4, 5])
+def test_every_set_of_k_is_scored_by_its_best(k: int, over_others: bool) -> None:
+    """Two groups of five and six with ties, shuffled among each other, against the list of all subsets."""
+    labels = torch.tensor([0, 1, 0, 1, 1, 0, 1, 0, 1, 0, 1])
+    R = [0.3, 1.0, -0.5, 0.0, 1.0, 0.3, 2.0, 0.3, 1.0, 0.7, 0.0]
+    batch = bandit(R, [0.0] * 11).trajectories.rows_as_batch().with_tensors({"group": labels})
+    found = adv.expected_maximum(k, over_others=over_others)(batch).flatten().tolist()
+    for group in (0, 1):
+        rows = [i for i in range(11) if int(labels[i]) == group]
+        own = [R[i] for i in rows]
+        expected = [subsets_of_others(own, i, k, over_others=over_others) for i in range(len(own))]
+        assert [found[i] for i in rows] == pytest.approx(expected, abs=1e-14)
+
+
+@pytest.mark.parametrize("k", [2, 3, 4])
+@pytest.mark.parametrize("successes", range(6))
+def test_pkpo_on_right_and_wrong(successes: int, k: int) -> None:
+    """n = 5: k/n for a success, (k/n) ρ(n−1, c, k−1) for a failure, ρ(n, c, k) = 1 − C(n−c, k)/C(n, k)."""
+    n, c = 5, successes
+    R = [1.0] * c + [0.0] * (n - c)
+    batch = bandit(R, [0.0] * n).trajectories.rows_as_batch()
+    batch = batch.with_tensors({"group": torch.zeros(n, dtype=torch.int64)})
+    failure = 1 - math.comb(n - 1 - c, k - 1) / math.comb(n - 1, k - 1) if c < n else 0.0
+    expected = [k / n] * c + [k / n * failure] * (n - c)
+    assert (adv.expected_maximum(k)(batch).flatten() / n).tolist() == pytest.approx(expected, abs=1e-15)
+
+
+@pytest.mark.parametrize("over_others", [False, True])
+@pytest.mark.parametrize(("k", "G"), [(2, 2), (2, 5), (3, 3), (3, 5), (4, 5)])
+def test_pkpo_ascends_pass_at_k(k: int, G: int, over_others: bool) -> None:
+    """E ĝ = k(1−p)^{k−1} ∇p, whatever the group: a difference quotient of pass@k in p times ∇p."""
+    e = from_coefficients(compose(adv.expected_maximum(k, over_others=over_others)), couples="group")
+    p, h = chance_of_two_tokens(), 1e-6
+    slope = (pass_at_k(p + h, k) - pass_at_k(p - h, k)) / (2 * h)
+    problem = two_tokens(group_size=G)
+    torch.testing.assert_close(moments(e, problem).mean, slope * problem.gradient(), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_pkpo_ascends_the_expected_best_of_k(k: int) -> None:
+    """Five rewards: ∇ Σ over k-tuples of Π π · max, by autograd; the two forms differ in variance alone."""
+    R = [0.3, 1.0, -0.5, 0.0, 1.0]
+    problem = bandit(R, [0.2, -0.4, 0.1, 0.5, 0.0], group_size=4)
+    z = problem.logits.requires_grad_(True)
+    pi = torch.softmax(z[0], -1)
+    objective = sum(
+        math.prod((pi[a] for a in arms), start=torch.ones(())) * max(R[a] for a in arms)
+        for arms in itertools.product(range(5), repeat=k)
+    )
+    (expected,) = torch.autograd.grad(torch.as_tensor(objective), z)
+    plain, less = (
+        moments(from_coefficients(compose(adv.expected_maximum(k, over_others=x)), couples="group"), problem)
+        for x in (False, True)
+    )
+    for found in (plain, less):
+        torch.testing.assert_close(found.mean, expected, rtol=0, atol=1e-13)
+    assert less.total_variance < plain.total_variance
+
+
+OBJECTIVES: dict[str, Callable[[float, int], float]] = {
+    # objective as a function of p, on groups of G
+    "pkpo": lambda p, G: pass_at_k(p, 2),
+    "pkpo(minus_one)": lambda p, G: pass_at_k(p, 2),
+    "maxrl": lambda p, G: -math.fsum((1 - p) ** j / j for j in range(1, G + 1)),
+    "maxrl(centered)": lambda p, G: -math.fsum((1 - p) ** j / j for j in range(1, G)),
+    "best_of_n": lambda p, G: -math.fsum((1 - p) ** j / j for j in range(1, G)),
+}
+
+
+@pytest.mark.parametrize("G", [2, 3, 6])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_over_several_prompts_each_has_its_slope(name: str, G: int) -> None:
+    """Two prompts, p = .3 and .8: E ĝ in the context of each is q κ(p) ∇p, κ a difference quotient of the objective."""
+    start, chance = [0.4, 0.6], [0.3, 0.8]
+    stay = [[[1.0, 0.0]] * 2, [[0.0, 1.0]] * 2]
+    env = TabularMDP(stay, [[1.0, 0.0]] * 2, start, horizon=1)
+    problem = Problem(env, [[math.log(p / (1 - p)), 0.0] for p in chance], group_size=G)
+    found = moments(name, problem).mean
+    h = 1e-6
+    for s, (q, p) in enumerate(zip(start, chance, strict=True)):
+        slope = (OBJECTIVES[name](p + h, G) - OBJECTIVES[name](p - h, G)) / (2 * h)
+        assert float(found[s, 0]) == pytest.approx(q * slope * p * (1 - p), abs=1e-9)
+
+
+@pytest.mark.parametrize("sizes", [(2,), (5,), (3, 2)])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_on_one_prompt_the_claim_is_its_slope(name: str, sizes: tuple[int, ...]) -> None:
+    """κ of the claim, from the objective; groups of unequal size each in their share of the rows."""
+    problem = two_tokens(groups=len(sizes), group_size=sizes)
+    p, h = chance_of_two_tokens(), 1e-6
+    slopes = [(OBJECTIVES[name](p + h, G) - OBJECTIVES[name](p - h, G)) / (2 * h) for G in sizes]
+    expected = math.fsum(G * x for G, x in zip(sizes, slopes, strict=True)) / sum(sizes)
+    (claim,) = (c for c in find_estimator(name).claims if c.applies(problem))
+    assert claim.kind == "proportional"
+    assert claim.scale_on(problem) == pytest.approx(expected, abs=1e-9)

@@ -92,9 +92,10 @@ def check_padding_length(estimator: Estimator, problem: Problem) -> Verdict | No
     longer = {name: _longer(getattr(batch, name), 0.0) for name in numbers} | ids
     if batch.action_logits is not None:
         longer["action_logits"] = _longer(batch.action_logits.mT, 0.0).mT
+    at = batch.reward.dim() - 1  # the axis of positions, where a side table has one
     for name, x in batch.side.items():
-        if x.dim() == batch.reward.dim() and x.shape[-1] == T:
-            longer[f"side.{name}"] = _longer(x, 0.0)
+        if x.dim() > at and x.shape[at] in (T, T + 1):
+            longer[f"side.{name}"] = _longer(x.movedim(at, -1), 0.0).movedim(-1, at)
     found = coefficients_of(estimator, batch.with_tensors(longer))
     found = found[..., :T] if estimator.leaf == "logp" else found[..., :T, :]
     return compared(

@@ -1,0 +1,64 @@
+"""How an entry is put together: advantage × ratio × aggregation, and the factors that several entries share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from pgcheck.batch import Batch
+from pgcheck.estimators import advantages as adv
+from pgcheck.estimators import aggregation as agg
+from pgcheck.estimators import ratios
+from pgcheck.estimators.base import Coefficients, Couples, Estimator, register
+from pgcheck.problem import Problem
+
+NOTES = "policy-gradient lecture notes"
+
+
+@dataclass(frozen=True)
+class Composition:
+    """c = aggregation · ratio · advantage · mask, `[..., B, T]`; the parts can be read, and swapped one at a time."""
+
+    advantage: adv.Advantage
+    ratio: ratios.Ratio
+    aggregation: agg.Aggregation
+
+    def __call__(self, batch: Batch) -> Tensor:
+        a = self.advantage(batch)
+        return self.aggregation(batch) * self.ratio(batch, a) * a * batch.mask
+
+
+def compose(
+    advantage: adv.Advantage,
+    *,
+    ratio: ratios.Ratio = ratios.none,
+    aggregation: agg.Aggregation = agg.mean_of_rows,
+) -> Composition:
+    """advantage × ratio × aggregation; by default no ratio, and the mean over rows."""
+    return Composition(advantage, ratio, aggregation)
+
+
+def add(name: str, coefficients: Coefficients, couples: Couples, *aliases: str, **words: Any) -> Estimator:
+    """Register an entry."""
+    return register(Estimator(name, coefficients, couples, **words), *aliases)
+
+
+# -- factors κ of proportional claims
+
+
+def own_share_of_batch(problem: Problem) -> float:
+    """(B − 1)/B: what is left of g when the own row is in a batch-wide mean."""
+    return (problem.rows - 1) / problem.rows
+
+
+def own_share_of_groups(problem: Problem) -> float:
+    """Σ_g (G_g − 1)/B = (G − 1)/G for equal groups."""
+    return (problem.rows - problem.groups) / problem.rows
+
+
+def mean_over_rows(problem: Problem, factor: Callable[[int], float]) -> float:
+    """Σ_g (G_g/B) factor(G_g): one prompt, groups of any size."""
+    return sum(size * factor(size) for size in problem.sizes) / problem.rows
