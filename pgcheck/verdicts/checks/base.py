@@ -34,22 +34,23 @@ class Check:
     kind: Kind
     page: str
     run: Run | None
+    asked: str = ""  # of whom and where, in words; "" if of every estimator on every problem
 
 
 _CHECKS: dict[str, Check] = {}
 
 
-def check(kind: Kind) -> Callable[[Run], Run]:
+def check(kind: Kind, *, asked: str = "") -> Callable[[Run], Run]:
     """Register `check_NAME` as check NAME; its docstring is what `pgcheck explain NAME` prints."""
 
     def decorate(fn: Run) -> Run:
-        add_check(fn.__name__.removeprefix("check_"), kind, fn.__doc__ or "", fn)
+        add_check(fn.__name__.removeprefix("check_"), kind, fn.__doc__ or "", fn, asked=asked)
         return fn
 
     return decorate
 
 
-def add_check(name: str, kind: Kind, page: str, run: Run | None) -> None:
+def add_check(name: str, kind: Kind, page: str, run: Run | None, *, asked: str = "") -> None:
     """Register a check by name.
 
     Raises:
@@ -57,7 +58,7 @@ def add_check(name: str, kind: Kind, page: str, run: Run | None) -> None:
     """
     if name in _CHECKS or not page.strip():
         raise ValueError(f"check '{name}' is registered already, or has no page")
-    _CHECKS[name] = Check(name, kind, page, run)
+    _CHECKS[name] = Check(name, kind, page, run, asked)
 
 
 def registered_checks() -> dict[str, Check]:

@@ -29,6 +29,7 @@ add_check(
     look at what the coefficient of a row may not depend on: its own later actions, its own return, its own length.
     References: Williams 1992; Sutton et al. 2000, theorem 1.""",
     None,
+    asked="of estimators that claim it",
 )
 add_check(
     "proportional",
@@ -42,6 +43,7 @@ add_check(
     that depends on the rollout itself.
     References: lecture notes on baselines; Kool et al. 2019.""",
     None,
+    asked="of estimators that claim it",
 )
 add_check(
     "biased",
@@ -54,6 +56,7 @@ add_check(
     Example: GRPO, CISPO, any baseline that is downstream of the action.
     What to do: if this fails, claim `unbiased()`; or add a problem that shows the bias.""",
     None,
+    asked="of estimators that claim it",
 )
 add_check(
     "finite",
@@ -68,7 +71,7 @@ add_check(
 )
 
 
-@check("bias")
+@check("bias", asked="of estimators that declare their importance weight, where support is full")
 def check_weights_average_to_one(estimator: Estimator, problem: Problem) -> Verdict | None:
     """E_behavior[w] = 1 for an estimator that declares its importance weight w (asked where support is full).
 

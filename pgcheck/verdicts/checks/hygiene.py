@@ -56,7 +56,7 @@ def check_stateless(estimator: Estimator, problem: Problem) -> Verdict | None:
     return _purity("stateless", estimator, problem)
 
 
-@check("hygiene")
+@check("hygiene", asked="of losses")
 def check_detached(estimator: Estimator, problem: Problem) -> Verdict | None:
     """The policy loss sends no gradient into `batch.value`, the critic's output (losses only).
 

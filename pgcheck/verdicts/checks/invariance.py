@@ -23,7 +23,7 @@ ALLOWED = 1e-9
 _PADDING = 2  # columns appended
 
 
-@check("invariance")
+@check("invariance", asked="where a batch has positions with mask 0")
 def check_mask_respected(estimator: Estimator, problem: Problem) -> Verdict | None:
     """No coefficient falls on a position the policy did not choose (mask 0): observations and padding.
 
@@ -45,7 +45,7 @@ def check_mask_respected(estimator: Estimator, problem: Problem) -> Verdict | No
     return Verdict(estimator.name, "mask_respected", problem.name, status, measured, ALLOWED)
 
 
-@check("invariance")
+@check("invariance", asked="where a batch has positions with mask 0")
 def check_padding_content(estimator: Estimator, problem: Problem) -> Verdict | None:
     """What stands in masked positions does not matter: log-probabilities, ids.
 
@@ -102,7 +102,7 @@ def check_padding_length(estimator: Estimator, problem: Problem) -> Verdict | No
     )  # fmt: skip
 
 
-@check("invariance")
+@check("invariance", asked="where a batch has at least two rows")
 def check_row_order(estimator: Estimator, problem: Problem) -> Verdict | None:
     """Permuting rows inside a group, and groups among each other, permutes the coefficients.
 
@@ -138,7 +138,7 @@ def check_group_labels(estimator: Estimator, problem: Problem) -> Verdict | None
     )  # fmt: skip
 
 
-@check("invariance")
+@check("invariance", asked="of estimators that declare shift_invariant, where every row has a baseline")
 def check_reward_shift(estimator: Estimator, problem: Problem) -> Verdict | None:
     """Adding the same constant to every return changes nothing (asked of estimators that declare `shift_invariant`).
 
@@ -165,7 +165,7 @@ def _baselined_everywhere(estimator: Estimator, problem: Problem) -> bool:
     return estimator.couples != "group" or min(problem.sizes) >= 2
 
 
-@check("invariance")
+@check("invariance", asked="of estimators that declare an on_policy_limit")
 def check_on_policy_limit(estimator: Estimator, problem: Problem) -> Verdict | None:
     """On-policy, the off-policy estimator is its on-policy limit, row by row (asked where `on_policy_limit` is declared).
 
