@@ -263,7 +263,7 @@ def explain(
 def main() -> None:
     """Entry point: usage errors of pgcheck are one line on stderr and exit code 2."""
     try:
-        app()
+        app(prog_name="pgcheck")
     except Exception as error:
         from pgcheck.errors import PgcheckError
 

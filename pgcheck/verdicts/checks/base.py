@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pgcheck.batch import Batch
 from pgcheck.engines.enumeration import Batches
-from pgcheck.errors import UnknownNameError
+from pgcheck.errors import UnknownNameError, names_problem
 from pgcheck.estimators.base import Estimator
 from pgcheck.problem import Problem
 from pgcheck.verdicts.verdict import Status, Verdict
@@ -44,8 +44,9 @@ def check(kind: Kind, *, asked: str = "") -> Callable[[Run], Run]:
     """Register `check_NAME` as check NAME; its docstring is what `pgcheck explain NAME` prints."""
 
     def decorate(fn: Run) -> Run:
-        add_check(fn.__name__.removeprefix("check_"), kind, fn.__doc__ or "", fn, asked=asked)
-        return fn
+        run = names_problem(fn)
+        add_check(fn.__name__.removeprefix("check_"), kind, fn.__doc__ or "", run, asked=asked)
+        return run
 
     return decorate
 
