@@ -29,11 +29,13 @@ _WHERE = {
     "pgcheck.runs.report": ("Report",),
     "pgcheck.trajectories": ("Paths", "Trajectories"),
 }  # fmt: skip
+_SUBMODULES = ("testing",)
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 
-__all__ = sorted(_MODULE_OF)
+__all__ = sorted([*_MODULE_OF, *_SUBMODULES])
 
 if TYPE_CHECKING:
+    from pgcheck import testing
     from pgcheck.api import as_problems, check_estimator, compare, moments
     from pgcheck.batch import Batch
     from pgcheck.engines.exact import exact_moments
@@ -62,6 +64,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return importlib.import_module(f"pgcheck.{name}")
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'pgcheck' has no attribute '{name}'")
     return getattr(importlib.import_module(_MODULE_OF[name]), name)

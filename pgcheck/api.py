@@ -51,7 +51,12 @@ def as_problems(problems: AnyProblem | Sequence[AnyProblem]) -> list[Problem]:
     return problems_matching([problems])
 
 
-def _claim(claim: str | Claim) -> Claim:
+def as_claim(claim: str | Claim) -> Claim:
+    """A claim by its name, `"unbiased"` or `"proportional"`, or as it is.
+
+    Raises:
+        UsageError: neither.
+    """
     if isinstance(claim, Claim):
         return claim
     made = {"unbiased": unbiased(), "proportional": proportional()}
@@ -94,7 +99,7 @@ def check_estimator(
         raise UsageError(f"rtol: {rtol!r}; it must lie between 0 and 1.")
     e = as_estimator(estimator)
     if claim is not None:
-        e = replace(e, claims=(_claim(claim),))
+        e = replace(e, claims=(as_claim(claim),))
     chosen = as_problems(problems)
     with ProgressBar() as bar:
         report = run([e], chosen, suite="check", checks=checks, budget=budget, rtol=rtol, progress=progress or bar)
@@ -103,14 +108,19 @@ def check_estimator(
     if report.exit_code == 0 and not nothing:
         return report
     if nothing:
-        why = (
-            f"no claim applies on the {len(chosen)} problem(s) given, or their batches are too small (it needs groups of"
-            f" {e.min_group_size})"
-        )
-        raise CheckFailed(f"{e.name}: nothing was checked: {why if chosen else 'no problem was given'}.", report=report)
+        raise CheckFailed(nothing_checked(e, chosen), report=report)
     message = explain_failure(e, chosen, report, command=command_name(estimator))
     kind = BiasError if any(v.check in BIAS_CHECKS for v in report.failures) else CheckFailed
     raise kind(message, report=report)
+
+
+def nothing_checked(estimator: Estimator, problems: Sequence[Problem]) -> str:
+    """Why no claim of the estimator was judged on these problems."""
+    why = (
+        f"no claim applies on the {len(problems)} problem(s) given, or their batches are too small (it needs groups of"
+        f" {estimator.min_group_size})"
+    )
+    return f"{estimator.name}: nothing was checked: {why if problems else 'no problem was given'}."
 
 
 def explain_failure(

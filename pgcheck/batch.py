@@ -18,6 +18,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from pgcheck.errors import nearest
+
 DiscountClock = Literal["position", "action"]
 DISCOUNT_CLOCKS: tuple[DiscountClock, ...] = ("position", "action")
 
@@ -93,7 +95,8 @@ class Batch:
             raise LogitsNotAsked('batch.logits is there only for estimators made with leaf="logits"')
         source = vars(self).get("_source")
         if source is None or name not in _COLUMNS:
-            raise AttributeError(f"'Batch' has no attribute '{name}'")
+            known = [] if name.startswith("_") else [x for x in (*dir(type(self)), *_COLUMNS) if not x.startswith("_")]
+            raise AttributeError(f"'Batch' has no attribute '{name}'.{nearest(name, known)}")
         vars(self)[name] = (value := gathered_rows(getattr(source.table, name), source.rows))
         return value
 

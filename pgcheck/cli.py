@@ -285,7 +285,7 @@ def bench(
 def main() -> None:
     """Entry point: usage errors of pgcheck are one line on stderr and exit code 2."""
     try:
-        app()
+        app(prog_name="pgcheck")
     except Exception as error:
         from pgcheck.errors import PgcheckError
 

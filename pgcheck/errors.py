@@ -19,8 +19,24 @@ another kind.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
-from typing import Any
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """“ Did you mean …?” with the most similar of the known names; nothing if none is similar."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
+    return f" Did you mean '{near[0]}'?" if near else ""
+
+
+def in_words(error: BaseException) -> str:
+    """“Type: message” of an exception of somebody else's."""
+    said = str(error).rstrip(".")
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
 class PgcheckError(Exception):
@@ -36,7 +52,15 @@ class ProblemError(UsageError):
 
 
 class EstimatorError(UsageError):
-    """A loss or a coefficient function breaks its contract (shape, NaN, no gradient, state, randomness)."""
+    """A loss or a coefficient function breaks its contract (shape, NaN, no gradient, state, randomness) or raises.
+
+    `problem` is where that was met, if it was met on one.
+    """
+
+    problem: str = ""
+
+    def __str__(self) -> str:
+        return f"on '{self.problem}': {self.args[0]}" if self.problem else super().__str__()
 
 
 class NotFiniteError(EstimatorError):
@@ -51,10 +75,8 @@ class UnknownNameError(UsageError):
     """No entry of that name."""
 
     def __init__(self, kind: str, name: str, known: Iterable[str], *, hint: str | None = None) -> None:
-        near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
-        nearest = f" Did you mean '{near[0]}'?" if near else ""
         more = hint or f"`pgcheck list {kind}s` shows them all."
-        super().__init__(f"unknown {kind} '{name}'.{nearest} {more}")
+        super().__init__(f"unknown {kind} '{name}'.{nearest(name, known)} {more}")
 
 
 class BudgetError(UsageError):
@@ -75,3 +97,18 @@ class CheckFailed(PgcheckError, AssertionError):
 
 class BiasError(CheckFailed):
     """An estimator's expectation is not what its claim says."""
+
+
+def names_problem(fn: Callable[P, T]) -> Callable[P, T]:
+    """A function of (estimators, problem) whose `EstimatorError`s say on which problem they were met."""
+
+    @functools.wraps(fn)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return fn(*args, **kwargs)
+        except EstimatorError as error:
+            problem: Any = args[1] if len(args) > 1 else kwargs["problem"]
+            error.problem = error.problem or problem.name
+            raise
+
+    return wrapped

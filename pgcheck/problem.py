@@ -220,7 +220,8 @@ class Problem:
                 )
             contexts = range(env.states) if self.contexts is None else self.contexts
             return lambda z: truth.value_by_dynamic_programming(env, z, list(contexts))
-        return lambda z: truth.value_by_enumeration(self._paths, z)
+        paths = self.trajectories.paths  # found to fit the policies, and to sum to one
+        return lambda z: truth.value_by_enumeration(paths, z)
 
     def gradient(self, method: TruthMethod | None = None) -> Tensor:
         """∇J in logit space, `[K, A]`. Without `method`: two derivations that were found to agree."""
@@ -333,6 +334,8 @@ def find_problem(name: str) -> Problem:
         UnknownNameError: no such problem; suggests the nearest.
     """
     base, _, draw = name.partition("@")
-    if base not in _BUILDERS or not (draw.isdecimal() or not draw):
+    if base in _BUILDERS and draw and not draw.isdecimal():
+        raise UnknownNameError("problem", name, (), hint=f"After the @ stands the number of a θ: {base}@1.")
+    if base not in _BUILDERS:
         raise UnknownNameError("problem", name, _BUILDERS)
     return _BUILDERS[base]().at(int(draw or 0))

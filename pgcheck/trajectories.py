@@ -10,6 +10,7 @@ behaviour policy; the table is float64.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -145,7 +146,7 @@ def as_table(name: str, x: Any, *, dtype: torch.dtype = torch.float64) -> Tensor
     try:
         return torch.as_tensor(x, dtype=dtype).detach().clone()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ProblemError(f"{name}: cannot be read as an array of numbers ({error}).") from None
+        raise ProblemError(f"{name}: cannot be read as an array of numbers: {reprlib.repr(x)} ({error}).") from None
 
 
 def check_distribution(name: str, row: Tensor) -> None:

@@ -234,7 +234,7 @@ def test_explain(run: Run, name: str) -> None:
         (("run", "cor"), "Did you mean 'core'?"),
         (("run", "small.toml", "--estimator", "absent:loss"), "importing 'absent' failed"),
         (("run", "small.toml", "--estimator", "mine:absent"), "'mine' has no attribute 'absent'"),
-        (("run", "small.toml", "--estimator", "mine:text"), "is a string"),
+        (("run", "small.toml", "--estimator", "mine:text"), "'no estimator' is neither an Estimator nor a loss"),
         (("run", "small.toml", "--estimator", "mine:shapeless"), "not a scalar"),
         (("compare", "rloo", "--out", "table.xlsx"), ".csv"),
         (("list", "everything"), "everything"),

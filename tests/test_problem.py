@@ -301,7 +301,7 @@ def test_an_unknown_name_suggests_the_nearest() -> None:
 def test_a_draw_is_a_number(draw: str) -> None:
     """What follows @ is a natural number."""
     register_problem("mdp/two-state", two_state)
-    with pytest.raises(UnknownNameError, match="Did you mean 'mdp/two-state'"):
+    with pytest.raises(UnknownNameError, match="After the @ stands the number of a θ: mdp/two-state@1"):
         find_problem(f"mdp/two-state@{draw}")
 
 

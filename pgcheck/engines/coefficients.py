@@ -7,25 +7,48 @@ Guarantee: coefficients that leave this module are of the right shape, finite, a
 
 from __future__ import annotations
 
+from operator import itemgetter
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from pgcheck.batch import Batch, gathered_rows
-from pgcheck.errors import EstimatorError, NotFiniteError
+from pgcheck.batch import Batch, LogitsNotAsked, gathered_rows
+from pgcheck.errors import EstimatorError, NotFiniteError, PgcheckError, in_words
 from pgcheck.estimators.base import Estimator
 from pgcheck.trajectories import Trajectories
+
+
+def evaluated(estimator: Estimator, batch: Batch) -> Any:
+    """Whatever the estimator returns for a batch.
+
+    Raises:
+        EstimatorError: it raised something of its own.
+    """
+    try:
+        return estimator.coefficients(batch)
+    except PgcheckError:
+        raise
+    except LogitsNotAsked:
+        raise EstimatorError(
+            f"estimator '{estimator.name}' reads batch.logits, which is there for estimators made with leaf=\"logits\"."
+        ) from None
+    except Exception as error:
+        what = f"estimator '{estimator.name}' raises {in_words(error)}"
+        raise EstimatorError(f"{what}; on batches of shape {list(batch.reward.shape)}, [..., B, T].") from error
 
 
 def coefficients_of(estimator: Estimator, batch: Batch) -> Tensor:
     """c of a batch, with everything that is no policy position set to 0.
 
     Raises:
-        EstimatorError: not a tensor, wrong shape.
+        EstimatorError: not a tensor, wrong shape, or an exception of its own.
         NotFiniteError: NaN or infinity, showing the first such batch.
     """
-    c = estimator.coefficients(batch)
+    c = evaluated(estimator, batch)
     if not isinstance(c, Tensor):
-        raise EstimatorError(f"estimator '{estimator.name}' returned {type(c).__name__}, not a torch tensor.")
+        what = "None" if c is None else type(c).__name__
+        raise EstimatorError(f"estimator '{estimator.name}' returned {what}, not a torch tensor.")
     expected = tuple(batch.reward.shape) + ((batch.logits.shape[-1],) if estimator.leaf == "logits" else ())
     if tuple(c.shape) != expected:
         raise EstimatorError(
@@ -42,16 +65,40 @@ def coefficients_of(estimator: Estimator, batch: Batch) -> Tensor:
 
 
 def _not_finite(estimator: Estimator, batch: Batch, c: Tensor) -> str:
-    if c.dim() == batch.reward.dim() and c.dim() == 2:
-        rewards, first = batch.reward, c
-    else:
-        bad = (~torch.isfinite(c)).flatten(1).any(-1).nonzero()[0, 0]
-        rewards, first = batch.reward[bad], c[bad]
-    value = float(first[~torch.isfinite(first)][0])
+    """The first batch on which some coefficient is no number, as a table."""
+    while batch.reward.dim() > 2:
+        bad = int((~torch.isfinite(c)).flatten(1).any(-1).nonzero()[0, 0])
+        batch, c = batch.map(itemgetter(bad)), c[bad]
+    value = float(c[~torch.isfinite(c)][0])
     return (
-        f"estimator '{estimator.name}' returns {value} on the batch with rewards {rewards.tolist()}. Most likely a division by"
-        " a standard deviation, a length or a group size that is zero there; add an ε or give such rows coefficient 0."
+        f"estimator '{estimator.name}' returns {value}. Most likely a division by a standard deviation, a length or a group"
+        f" size that is zero; add an ε, or give such rows coefficient 0. The first such batch:\n{table_of(batch, c)}"
     )
+
+
+_SHOWN_ROWS = 12
+
+
+def table_of(batch: Batch, c: Tensor) -> str:
+    """One batch `[B, T]` with its coefficients as lines of text; – is an observation or padding."""
+    per_position = c if c.dim() == batch.reward.dim() else c.sum(-1)  # an action's NaN is its position's
+    cells = [("row", "group", "actions", "rewards", "coefficients")]
+    for i in range(min(batch.rows, _SHOWN_ROWS)):
+        acts = (batch.mask[i] > 0).tolist()
+        cells.append(
+            (
+                str(i),
+                str(int(batch.group[i])),
+                " ".join(str(a) if here else "–" for a, here in zip(batch.action[i].tolist(), acts, strict=True)),
+                " ".join(f"{r:.4g}" for r in batch.reward[i].tolist()),
+                " ".join(f"{x:.4g}" if here else "–" for x, here in zip(per_position[i].tolist(), acts, strict=True)),
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["    " + "  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)).rstrip() for row in cells]
+    if batch.rows > _SHOWN_ROWS:
+        lines.append(f"    … and {batch.rows - _SHOWN_ROWS} more rows")
+    return "\n".join(lines)
 
 
 def cells_of(table: Trajectories, index: Tensor, *, logits: bool) -> Tensor:

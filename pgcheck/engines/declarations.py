@@ -89,7 +89,7 @@ def verify_reads(estimator: Estimator, table: Trajectories, lumps: Lumps, proble
     )
     if not _close(here, there):
         raise EstimatorError(
-            f"estimator '{estimator.name}' is declared reads={estimator.reads!r}, but on '{problem}' its coefficients change"
+            f"estimator '{estimator.name}' is declared reads={estimator.reads!r}, but its coefficients change"
             " when other rows are replaced by rollouts with the same values of those; leave `reads` out or add to it."
         )
 

@@ -31,7 +31,7 @@ from pgcheck.engines.enumeration import Batches
 from pgcheck.engines.lumped import lump, lumped_sums
 from pgcheck.engines.moments import Moments, Progress, Sums, covariance_from
 from pgcheck.engines.threads import one_thread
-from pgcheck.errors import BudgetError, NotFiniteError
+from pgcheck.errors import BudgetError, NotFiniteError, names_problem
 from pgcheck.estimators.base import Couples, Estimator
 from pgcheck.estimators.from_loss import LossCoefficients
 from pgcheck.problem import Problem
@@ -54,6 +54,7 @@ class _Plan:
 
 
 @one_thread()
+@names_problem
 def exact_moments(
     estimators: Sequence[Estimator],
     problem: Problem,
@@ -201,7 +202,7 @@ def _assemble(estimator: Estimator, problem: Problem, parts: dict[int, Sums]) ->
         mean, cov, by_step = parts[0].mean, covariance_from(parts[0].second, parts[0].mean), parts[0].by_step
     if not bool(torch.isfinite(mean).all() and torch.isfinite(cov).all()):
         raise NotFiniteError(
-            f"estimator '{estimator.name}' has coefficients on '{problem.name}' so large that their squares overflow."
+            f"estimator '{estimator.name}' has coefficients so large that their squares overflow in float64."
         )
     fn = estimator.coefficients
     lane = fn.lane or "loop" if isinstance(fn, LossCoefficients) else "coefficients"

@@ -5,12 +5,16 @@ Guarantee: run before anything is enumerated, so that a random, stateful or muta
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pgcheck.batch import Batch
+from pgcheck.engines.coefficients import evaluated
+from pgcheck.errors import EstimatorError
 from pgcheck.estimators.base import Estimator
 from pgcheck.seeding import (
     fixed_random_state,
@@ -53,7 +57,14 @@ def find_impurity(estimator: Estimator, batch: Batch) -> Impurity | None:
 def _find(estimator: Estimator, batch: Batch) -> Impurity | None:
     given, kept = copied(batch), copied(batch)
     before_call = global_random_state()
-    first = estimator.coefficients(given)
+    try:
+        first = evaluated(estimator, given)
+    except EstimatorError as error:  # autograd may notice first, or the batch it left behind is too much for the rest
+        if "inplace" in str(error.__cause__):
+            return Impurity(
+                "inputs_unchanged", "changes its inputs in place", "write out of place, x = x - m", math.nan
+            )
+        raise
     if not isinstance(first, Tensor):
         return None  # the engine says so
     drew = not same_random_state(before_call, global_random_state())
@@ -73,8 +84,8 @@ def _find(estimator: Estimator, batch: Batch) -> Impurity | None:
             "an exact verdict needs a function of the batch; take dropout and noise out",
             _gap(first, second),
         )
-    estimator.coefficients(copied(batch.map(lambda x: x.flip(0))))
-    third = estimator.coefficients(copied(batch))
+    evaluated(estimator, copied(batch.map(lambda x: x.flip(0))))
+    third = evaluated(estimator, copied(batch))
     if not _equal(first, second) or not _equal(first, third):
         return Impurity(
             "stateless",
@@ -85,9 +96,9 @@ def _find(estimator: Estimator, batch: Batch) -> Impurity | None:
     return None
 
 
-def _from_seed(estimator: Estimator, batch: Batch, seed: int) -> Tensor:
+def _from_seed(estimator: Estimator, batch: Batch, seed: int) -> Any:
     set_global_random_state(fixed_random_state(seed))
-    return estimator.coefficients(copied(batch))
+    return evaluated(estimator, copied(batch))
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

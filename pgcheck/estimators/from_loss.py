@@ -14,9 +14,11 @@ Guarantee: a vectorised lane is used only after it reproduced the loop on the fi
 from __future__ import annotations
 
 import math
+import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -24,7 +26,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pgcheck.batch import Batch, LogitsNotAsked
-from pgcheck.errors import EstimatorError
+from pgcheck.errors import EstimatorError, PgcheckError, in_words
 from pgcheck.estimators.base import Claim, Couples, Estimator, Leaf, unbiased
 
 Loss = Callable[[Batch], Any]
@@ -96,7 +98,9 @@ class LossCoefficients:
         if isinstance(out, tuple) and out:
             out = out[0]
         if not isinstance(out, Tensor):
-            raise EstimatorError(f"loss '{self.name}' returned {type(out).__name__}, not a torch tensor.")
+            mend = "is its `return` missing?" if out is None else "leave out .item(), float() and the like."
+            what = "None" if out is None else type(out).__name__
+            raise EstimatorError(f"loss '{self.name}' returned {what}, not a torch tensor; {mend}")
         if out.dim() != 0:
             raise EstimatorError(
                 f"loss '{self.name}' returned a tensor of shape {list(out.shape)}, not a scalar; end it with a sum or a"
@@ -169,32 +173,40 @@ class LossCoefficients:
         for m in range(leaf.shape[0]):
             try:
                 losses.append(self._one(batch, {name: x[m] for name, x in rows.items()}))
-            except (EstimatorError, LogitsNotAsked):
+            except (PgcheckError, LogitsNotAsked):
                 raise
             except Exception as error:
-                shape = list(batch.reward.shape[1:])
-                error.add_note(f"raised inside the loss '{self.name}' on a batch of shape [B, T] = {shape}")
-                raise
+                what = f"loss '{self.name}' raises {in_words(error)}{self._line_of(error)}"
+                raise EstimatorError(f"{what}; on a batch [B, T] = {list(batch.reward.shape[1:])}.") from error
         return self._gradient(torch.stack(losses), leaf)
+
+    def _line_of(self, error: Exception) -> str:
+        """Where in the loss's own file it was raised, if that can be known."""
+        own = getattr(getattr(self.loss, "__code__", None), "co_filename", None)
+        lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == own]
+        return f", at {Path(own).name}:{lines[-1]}" if own and lines else ""
 
     def _gradient(self, losses: Tensor, leaf: Tensor) -> Tensor:
         if not losses.requires_grad and self.lane == "loop":
             return torch.zeros_like(leaf)  # a constant on these batches; elsewhere it had a gradient
         if not losses.requires_grad:
-            raise EstimatorError(
-                f"loss '{self.name}' has no gradient: it does not depend on batch.{self.leaf}. Use batch.logp where the"
-                " policy's log-probabilities enter, without .detach() and outside torch.no_grad()."
-            )
+            raise self._no_gradient()
         try:
             (gradient,) = torch.autograd.grad(losses.sum(), leaf, allow_unused=True)
         except RuntimeError as error:
             why = str(error).splitlines()[0]
             if "inplace" in why:
                 why = "it changes its inputs in place (x -= m); write out of place (x = x - m)."
-            raise EstimatorError(f"loss '{self.name}' cannot be differentiated: {why}") from None
+            raise EstimatorError(f"loss '{self.name}' cannot be differentiated: {why}") from error
         if gradient is None:
-            raise EstimatorError(f"loss '{self.name}' has no gradient with respect to batch.{self.leaf}.")
+            raise self._no_gradient()
         return -gradient.detach()
+
+    def _no_gradient(self) -> EstimatorError:
+        return EstimatorError(
+            f"loss '{self.name}' has no gradient: it does not depend on batch.{self.leaf}. Use batch.{self.leaf} where the"
+            " policy's log-probabilities enter, without .detach() and outside torch.no_grad()."
+        )
 
 
 def from_loss(

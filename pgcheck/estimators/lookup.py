@@ -16,7 +16,7 @@ import torch
 
 from pgcheck import named_problems
 from pgcheck.batch import LogitsNotAsked
-from pgcheck.errors import EstimatorError, UsageError
+from pgcheck.errors import EstimatorError, UsageError, in_words, nearest
 from pgcheck.estimators import zoo
 from pgcheck.estimators.base import Estimator, find_estimator, registered_estimators
 from pgcheck.estimators.from_loss import from_loss
@@ -97,14 +97,15 @@ def imported(path: str) -> Estimator:
         raise
     except Exception as error:
         raise UsageError(
-            f"estimator '{path}': importing '{module_name}' failed: {type(error).__name__}: {error}. It is looked for in the"
+            f"estimator '{path}': importing '{module_name}' failed: {in_words(error)}. It is looked for in the"
             " current directory and among the installed packages."
         ) from error
     for part in attribute.split("."):
         if not hasattr(found, part):
-            raise UsageError(f"estimator '{path}': '{module_name}' has no attribute '{attribute}'.")
+            near = nearest(part, dir(found))
+            raise UsageError(f"estimator '{path}': '{module_name}' has no attribute '{attribute}'.{near}")
         found = getattr(found, part)
-    if isinstance(found, str):
-        raise UsageError(f"estimator '{path}': is a string, not an estimator or a loss.")
+    if not (isinstance(found, Estimator) or callable(found)):
+        raise UsageError(f"estimator '{path}': {found!r} is neither an Estimator nor a loss `batch -> scalar`.")
     made = as_estimator(found)
     return made if isinstance(found, Estimator) else replace(made, name=path.rpartition(":")[2])

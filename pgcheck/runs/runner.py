@@ -158,7 +158,9 @@ def _moments(
 
 def _refused(estimator: Estimator, problem: Problem, error: NotFiniteError | BudgetError) -> Verdict:
     if isinstance(error, NotFiniteError):
-        return Verdict(estimator.name, "finite", problem.name, Status.FAIL, float("nan"), 0.0, reason=str(error))
+        return Verdict(
+            estimator.name, "finite", problem.name, Status.FAIL, float("nan"), 0.0, reason=str(error.args[0])
+        )
     claims = claims_on(estimator, problem)
     name = claims[0].kind if claims else "finite"
     return Verdict(estimator.name, name, problem.name, Status.INCONCLUSIVE, float("nan"), RTOL, reason=str(error))
@@ -179,7 +181,7 @@ def _single_batch_checks(estimator: Estimator, problems: Sequence[Problem], want
             try:
                 verdict = c.run(estimator, problem)
             except Exception as error:  # the changed batch was too much for it, and that is what the check is for
-                reason = str(error) if isinstance(error, UsageError) else f"{type(error).__name__}: {error}"
+                reason = str(error.args[0]) if isinstance(error, UsageError) else f"{type(error).__name__}: {error}"
                 verdict = Verdict(estimator.name, c.name, problem.name, Status.FAIL, float("nan"), 0.0, reason=reason)
             if verdict is not None:
                 verdicts.append(verdict)

@@ -154,12 +154,18 @@ def read_suite(path: Path) -> Suite:
 
 
 def _first_fault(error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in first["loc"] if part not in ("literal['all']", "list[str]"))
+    # a misspelt field is unknown and, under its right name, missing: the first says more
+    first = min(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
+    in_expect = len(first["loc"]) > 2 and first["loc"][0] == "expect"
+    entry = f"[[expect]] number {int(first['loc'][1]) + 1}, " if in_expect else ""
+    field = str(first["loc"][2 if in_expect else 0])
     if first["type"] == "extra_forbidden":
-        known = ExpectRow.model_fields if where.startswith("expect") else Suite.model_fields
-        return str(UnknownNameError("field", where.split(".")[-1], known, hint=f"Fields: {', '.join(known)}."))
-    return f"field '{where}': {first['msg'].lower()}, got {first['input']!r}."
+        known = ExpectRow.model_fields if in_expect else Suite.model_fields
+        return entry + str(UnknownNameError("field", field, known, hint=f"Fields: {', '.join(known)}."))
+    if first["type"] == "missing":
+        return f"{entry}field '{field}' is missing."
+    what = 'expected "all" or a list of names' if field == "estimators" else first["msg"].lower()
+    return f"{entry}field '{field}': {what}, got {first['input']!r}."
 
 
 def _check_names(path: Path, suite: Suite) -> None:

@@ -95,7 +95,7 @@ def test_a_wrong_declaration_is_refused() -> None:
 
     p = find_problem("tree/tokens").with_sampling(groups=1, group_size=5)
     estimator = from_coefficients(peeks, couples="group", reads=("return",))
-    with pytest.raises(EstimatorError, match=r"declared reads=\('return',\).*'tree/tokens'"):
+    with pytest.raises(EstimatorError, match=r"on 'tree/tokens': .* declared reads=\('return',\)"):
         exact_moments([estimator], p)
 
 

@@ -152,7 +152,7 @@ BAD = {
     ),
     "a number for a name": (SMALL.replace('"small"', "7"), ["field 'name'", "string", "7"]),
     "an empty name": (SMALL.replace('"small"', '""'), ["field 'name'"]),
-    "no name": (SMALL.replace('name = "small"\n', ""), ["field 'name'", "required"]),
+    "no name": (SMALL.replace('name = "small"\n', ""), ["field 'name'", "missing"]),
     "no problems": (SMALL.replace('["bandit/two-arm", "mdp/pessimal"]', "[]"), ["field 'problems'"]),
     "no θ": (SMALL + "thetas = 0\n", ["field 'thetas'", "greater than or equal to 1", "0"]),
     "half a θ": (SMALL + "thetas = 1.5\n", ["field 'thetas'", "1.5"]),
@@ -160,7 +160,7 @@ BAD = {
     "no TOML": ("name = \n", ["not a TOML file", "line 1"]),
     "a finding there is not": (
         SMALL + '[[expect]]\nestimator = "reinforce"\nproblem = "bandit/two-arm"\nfinding = "fine"\n',
-        ["expect.0.finding", "'unbiased', 'proportional' or 'biased'", "fine"],
+        ["[[expect]] number 1, field 'finding'", "'unbiased', 'proportional' or 'biased'", "fine"],
     ),
     "a typo in an expectation": (
         SMALL + '[[expect]]\nestimater = "reinforce"\nproblem = "bandit/two-arm"\nfinding = "biased"\n',

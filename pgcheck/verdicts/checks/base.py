@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pgcheck.batch import Batch
 from pgcheck.engines.enumeration import Batches
-from pgcheck.errors import UnknownNameError
+from pgcheck.errors import UnknownNameError, names_problem
 from pgcheck.estimators.base import Estimator
 from pgcheck.problem import Problem
 from pgcheck.verdicts.verdict import Status, Verdict
@@ -34,22 +34,24 @@ class Check:
     kind: Kind
     page: str
     run: Run | None
+    asked: str = ""  # of whom and where, in words; "" if of every estimator on every problem
 
 
 _CHECKS: dict[str, Check] = {}
 
 
-def check(kind: Kind) -> Callable[[Run], Run]:
+def check(kind: Kind, *, asked: str = "") -> Callable[[Run], Run]:
     """Register `check_NAME` as check NAME; its docstring is what `pgcheck explain NAME` prints."""
 
     def decorate(fn: Run) -> Run:
-        add_check(fn.__name__.removeprefix("check_"), kind, fn.__doc__ or "", fn)
-        return fn
+        run = names_problem(fn)
+        add_check(fn.__name__.removeprefix("check_"), kind, fn.__doc__ or "", run, asked=asked)
+        return run
 
     return decorate
 
 
-def add_check(name: str, kind: Kind, page: str, run: Run | None) -> None:
+def add_check(name: str, kind: Kind, page: str, run: Run | None, *, asked: str = "") -> None:
     """Register a check by name.
 
     Raises:
@@ -57,7 +59,7 @@ def add_check(name: str, kind: Kind, page: str, run: Run | None) -> None:
     """
     if name in _CHECKS or not page.strip():
         raise ValueError(f"check '{name}' is registered already, or has no page")
-    _CHECKS[name] = Check(name, kind, page, run)
+    _CHECKS[name] = Check(name, kind, page, run, asked)
 
 
 def registered_checks() -> dict[str, Check]:

@@ -24,11 +24,15 @@ add_check(
     gradient. Judged at 1e-9 of max(‖∇J‖, √E‖ĝ‖²): there is no sampling error, so no luck.
     Why it matters: a bias does not average out. It is the part of the error that more data cannot remove, and its
     direction decides what is learned in the end. Unbiased in logit space means unbiased under every parametrisation.
-    Example: leave-one-out (RLOO) passes; a baseline with the own return in it fails with scale (B−1)/B.
+    Example: leave-one-out (RLOO) passes; with the own return in the baseline it fails, with scale (B−1)/B.
+        def loss(batch):
+            r = batch.episode_return
+            return -((r - r.mean())[:, None] * batch.logp * batch.mask).sum(-1).mean()
     What to do: read `scale` and `off_axis`. off_axis = 0: the direction is right and only the step size is off. Else
     look at what the coefficient of a row may not depend on: its own later actions, its own return, its own length.
     References: Williams 1992; Sutton et al. 2000, theorem 1.""",
     None,
+    asked="of estimators that claim it",
 )
 add_check(
     "proportional",
@@ -37,11 +41,17 @@ add_check(
 
     What it does: the same enumeration as `unbiased`, compared with κ ∇J.
     Why it matters: a constant factor is a learning rate; a factor that changes from prompt to prompt is a new objective.
-    Example: subtracting the batch mean gives κ = (B−1)/B exactly.
+    Example: subtracting the batch mean gives κ = (B−1)/B exactly; dividing by the batch's std as well gives no κ at all.
+        def my_loss(batch):
+            r = batch.episode_return
+            adv = (r - r.mean()) / (r.std() + 1e-6)
+            return -(adv[:, None] * batch.logp * batch.mask).sum(-1).mean()
+        estimator = pgcheck.from_loss(my_loss, claims=(pgcheck.proportional(),))
     What to do: if off_axis is not zero the factor differs between contexts; look for a std, a length or a group size
     that depends on the rollout itself.
-    References: lecture notes on baselines; Kool et al. 2019.""",
+    References: Kool, van Hoof & Welling 2019; Davis & Recht, arXiv 2510.13651.""",
     None,
+    asked="of estimators that claim it",
 )
 add_check(
     "biased",
@@ -51,9 +61,15 @@ add_check(
     What it does: the same enumeration as `unbiased`; passes as soon as one problem shows a bias.
     Why it matters: a claim of bias is a claim, too. If an estimator that is known to be biased comes out unbiased
     everywhere, either it was fixed and its entry is stale, or the problems have a blind spot.
-    Example: GRPO, CISPO, any baseline that is downstream of the action.
-    What to do: if this fails, claim `unbiased()`; or add a problem that shows the bias.""",
+    Example: GRPO and CISPO pass, as does any baseline that is downstream of the action. A stale claim fails.
+        def mended(batch):
+            weight = batch.discount_weight * batch.reward_to_go
+            return -(weight * batch.logp * batch.mask).sum(-1).mean()
+        estimator = pgcheck.from_loss(mended, claims=(pgcheck.biased("γ^t is missing"),))
+    What to do: if this fails, claim `unbiased()`; or add a problem that shows the bias.
+    References: Nota & Thomas, arXiv 1906.07073; Davis & Recht, arXiv 2510.13651.""",
     None,
+    asked="of estimators that claim it",
 )
 add_check(
     "finite",
@@ -63,19 +79,29 @@ add_check(
     What it does: the enumeration visits all-equal groups, groups of one and extreme probabilities; one NaN fails it.
     Why it matters: one unanimous group with std 0 turns a training step into NaN.
     Example: (R − mean)/std without ε on a prompt whose every completion scores 1.
-    What to do: add an ε to the divisor, or give such groups coefficient 0.""",
+        def loss(batch):
+            r = batch.episode_return
+            adv = (r - r.mean()) / r.std()
+            return -(adv[:, None] * batch.logp * batch.mask).sum(-1).mean()
+    What to do: add an ε to the divisor, or give such groups coefficient 0.
+    References: DeepSeekMath, arXiv 2402.03300, equation 3; DAPO, arXiv 2503.14476, which leaves unanimous groups out.""",
     None,
 )
 
 
-@check("bias")
+@check("bias", asked="of estimators that declare their importance weight, where support is full")
 def check_weights_average_to_one(estimator: Estimator, problem: Problem) -> Verdict | None:
     """E_behavior[w] = 1 for an estimator that declares its importance weight w (asked where support is full).
 
     What it does: sums w over the rollouts of the behaviour policy, exactly.
     Why it matters: E_behavior[w] is the mass of the target policy that the behaviour policy can reach. Below 1 there are
     completions it never sees (top-p, top-k), and no reweighting brings them back.
-    Example: a product of token ratios over observation positions, or a truncated ratio, is not 1 on average.
+    Example: a truncated ratio, or a product of token ratios over observation positions, is not 1 on average.
+        def weight(batch):
+            return ((batch.logp - batch.behavior_logp) * batch.mask).sum(-1).exp().clamp(max=1.0)
+        def coefficients(batch):
+            return (weight(batch) * batch.episode_return)[..., None] * batch.mask / batch.rows
+        estimator = pgcheck.from_coefficients(coefficients, couples="trajectory", weight=weight)
     What to do: take the ratio over policy positions only, and do not clip it if you claim unbiasedness.
     References: Precup, Sutton & Singh 2000."""
     if estimator.weight is None or not problem.full_support:

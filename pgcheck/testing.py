@@ -1,0 +1,185 @@
+"""pgcheck in your own tests: `assert_unbiased`, `assert_proportional`, and one pytest item for each estimator and check.
+
+    @pgcheck.testing.parametrize_with_checks([my_loss], expected_failed_checks={"unbiased": "divides by the group std"})
+    def test_estimators(estimator, check):
+        check(estimator)
+
+Guarantee: an item passes only if its check was asked and passed. What is not asked of an estimator is skipped with the
+reason; a claim that could not be judged fails; an expected failure is strict, so one that passes, or is no longer asked,
+fails. The batches of an estimator are enumerated once a process, when the first of its items runs. pytest is imported
+when `parametrize_with_checks` is called, not before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pgcheck.api import AnyProblem, as_claim, as_problems, check_estimator, explain_failure, nothing_checked
+from pgcheck.engines.exact import DEFAULT_BUDGET
+from pgcheck.engines.purity import KINDS
+from pgcheck.errors import BiasError, CheckFailed, UsageError
+from pgcheck.estimators.base import Claim, Estimator, proportional, unbiased
+from pgcheck.estimators.lookup import AnyEstimator, as_estimator, command_name
+from pgcheck.problem import Problem
+from pgcheck.render.messages import BIAS_CHECKS
+from pgcheck.runs.report import Report
+from pgcheck.runs.runner import refuse_duplicates, run
+from pgcheck.verdicts.checks import Check, find_check, registered_checks
+from pgcheck.verdicts.verdict import RTOL, Status
+
+ExpectedFailures = Mapping[str, str] | Callable[[Any], Mapping[str, str]]
+# {check: reason} for every estimator, or a function from an estimator, as it was given, to that
+
+
+def assert_unbiased(
+    estimator: AnyEstimator, problems: AnyProblem | Sequence[AnyProblem] = "core", **settings: Any
+) -> None:
+    """E ĝ = ∇J on every problem; `settings` as of `pgcheck.check_estimator`: `rtol`, `budget`.
+
+    Raises:
+        BiasError: an AssertionError that says what, where, measured, allowed, cause, next.
+        CheckFailed: it is random, stateful, not finite, …, or nothing could be checked; an AssertionError, too.
+    """
+    __tracebackhide__ = True
+    check_estimator(estimator, problems, claim=unbiased(), checks=["unbiased"], **settings)
+
+
+def assert_proportional(
+    estimator: AnyEstimator,
+    problems: AnyProblem | Sequence[AnyProblem] = "core",
+    *,
+    scale: float | Callable[[Problem], float] | None = None,
+    **settings: Any,
+) -> None:
+    """E ĝ = `scale` · ∇J on every problem; without a scale, E ĝ = κ ∇J for some κ > 0. Raises as `assert_unbiased`."""
+    __tracebackhide__ = True
+    check_estimator(estimator, problems, claim=proportional(scale), checks=["proportional"], **settings)
+
+
+def parametrize_with_checks(
+    estimators: Sequence[AnyEstimator],
+    *,
+    expected_failed_checks: ExpectedFailures | None = None,
+    problems: AnyProblem | Sequence[AnyProblem] = "core",
+    claim: str | Claim | None = None,
+    checks: Sequence[str] | None = None,
+    budget: int = DEFAULT_BUDGET,
+    rtol: float = RTOL,
+) -> Any:
+    """A pytest decorator for tests of `(estimator, check)`: one item for each pair, with ids like `my_loss-unbiased`.
+
+    Args:
+        estimators: losses, `Estimator`s or names; each is handed to the test as it was given.
+        expected_failed_checks: {check: reason}, or a function from an estimator to that. These items are strict xfails.
+        problems, claim, checks, budget, rtol: as of `pgcheck.check_estimator`.
+
+    Raises:
+        UsageError: (at collection) pytest is not installed; an unknown check or problem, a reason that is empty, two
+            estimators of one name.
+    """
+    try:
+        import pytest
+    except ImportError:
+        raise UsageError(
+            "pgcheck.testing.parametrize_with_checks needs pytest; install it: pip install 'pgcheck[pytest]'."
+        ) from None
+    if isinstance(estimators, str) or not isinstance(estimators, Sequence):
+        raise UsageError(f"estimators: {estimators!r}; expected a list of losses, estimators or names.")
+    names = [find_check(name).name for name in (registered_checks() if checks is None else checks)]
+    judge = _Judge(as_problems(problems), names, None if claim is None else as_claim(claim), budget, rtol)
+    made = [judge.add(given) for given in estimators]
+    refuse_duplicates(made, judge.problems)
+    items = []
+    for given, e in zip(estimators, made, strict=True):
+        expected = _expected(expected_failed_checks, given)
+        for name in names:
+            mark = pytest.mark.xfail(reason=expected[name], strict=True, raises=CheckFailed) if name in expected else ()
+            check = EstimatorCheck(find_check(name), judge, expected_to_fail=name in expected)
+            items.append(pytest.param(given, check, id=f"{e.name}-{name}", marks=mark))
+    return pytest.mark.parametrize(("estimator", "check"), items)
+
+
+def _expected(given: ExpectedFailures | None, estimator: AnyEstimator) -> Mapping[str, str]:
+    expected = given(estimator) if callable(given) else given or {}
+    if not isinstance(expected, Mapping):
+        raise UsageError(f"expected_failed_checks: {expected!r}; expected {{check: reason}}, or a function to that.")
+    for name, reason in expected.items():
+        find_check(name)
+        if not isinstance(reason, str) or not reason.strip():
+            raise UsageError(f"expected_failed_checks: {name!r} has {reason!r}; expected the reason, in words.")
+    return expected
+
+
+class _Judge:
+    """Reports of estimators on one set of problems, each made once; they go when the items go."""
+
+    def __init__(
+        self, problems: list[Problem], checks: list[str], claim: Claim | None, budget: int, rtol: float
+    ) -> None:
+        self.problems, self.checks, self.claim, self.budget, self.rtol = problems, checks, claim, budget, rtol
+        self._made: dict[int, tuple[AnyEstimator, Estimator]] = {}  # by id; the estimator is kept, so its id is its own
+        self._reports: dict[int, Report] = {}
+
+    def add(self, given: AnyEstimator) -> Estimator:
+        if id(given) not in self._made:
+            e = as_estimator(given)
+            self._made[id(given)] = given, e if self.claim is None else replace(e, claims=(self.claim,))
+        return self._made[id(given)][1]
+
+    def report(self, given: AnyEstimator) -> Report:
+        e = self.add(given)
+        if id(given) not in self._reports:
+            made = run([e], self.problems, suite="pytest", checks=self.checks, budget=self.budget, rtol=self.rtol)
+            self._reports[id(given)] = made
+        return self._reports[id(given)]
+
+
+@dataclass(frozen=True)
+class EstimatorCheck:
+    """One check as a callable: `check(estimator)` returns, skips the item, or raises `CheckFailed` (or `BiasError`)."""
+
+    check: Check
+    judge: _Judge
+    expected_to_fail: bool = False
+
+    def __repr__(self) -> str:
+        return self.check.name
+
+    def __call__(self, estimator: AnyEstimator) -> None:
+        """Judge `estimator` by this check.
+
+        Raises:
+            BiasError, CheckFailed: it fails, or its claim could not be judged.
+            UsageError: it was expected to fail, but the check is not asked of it.
+        """
+        __tracebackhide__ = True
+        import pytest
+
+        e, report = self.judge.add(estimator), self.judge.report(estimator)
+        name = self.check.name
+        own = [v for v in report.verdicts if v.check == name]
+        claimed = name in {c.kind for c in e.claims}
+        in_the_way = [v for v in report.failures if v.check in (*KINDS, "finite")] if claimed else []
+        failed = [v for v in own if v.status is not Status.PASS] or in_the_way
+        if failed:
+            shown = report.model_copy(update={"verdicts": [v for v in own if v.status is Status.PASS] + failed})
+            message = explain_failure(e, self.judge.problems, shown, command=command_name(estimator))
+            if failed == in_the_way:
+                message = f"{e.name}: {name} could not be judged.\n{message}"
+            raise (BiasError if any(v.check in BIAS_CHECKS for v in failed) else CheckFailed)(message, report=report)
+        if claimed and not own:
+            raise CheckFailed(nothing_checked(e, self.judge.problems), report=report)
+        if not own and self.expected_to_fail:
+            raise UsageError(f"{e.name}: {name} is expected to fail, but it is not asked: {self._why_not(report)}.")
+        if not own:
+            pytest.skip(f"{name} is not asked of {e.name}: {self._why_not(report)}")
+
+    def _why_not(self, report: Report) -> str:
+        first = next((v.check for v in report.failures), None)
+        if first in KINDS:
+            return f"nothing else is, because it fails {first}"
+        if not report.measurements:
+            return report.not_asked[0].reason if report.not_asked else "none of its batches were enumerated"
+        return f"only asked {self.check.asked}" if self.check.asked else "not all of its batches were enumerated"

@@ -1,0 +1,903 @@
+"""Every error a user can meet, in one document: `tests/snapshots/errors.md`. Wording is reviewed like code.
+
+To add one, append three lines to its section below:
+
+    case("what went wrong", '''
+    pgcheck.check_estimator("grop")
+    ''')
+
+The code is run as it stands, in a folder of its own, with `pgcheck`, `torch`, `mdp(**changes)`, `rollouts(**changes)`,
+`suite(toml)` and `without(package)` at hand; it must end in an error. Code that starts with `$` is a command line; it must
+end with exit code 2 (or the one given as `code=`) and say why on stderr. Then write the document anew and read the diff:
+
+    PGCHECK_UPDATE_SNAPSHOTS=1 python -m pytest tests/test_errors.py
+
+Every place in pgcheck/ that makes an error of the tree in `errors.py` must be reached by a case, or be listed in `UNREACHED`
+with the reason.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import difflib
+import functools
+import inspect
+import io
+import os
+import shlex
+import sys
+import tempfile
+import textwrap
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+import pgcheck
+from pgcheck import errors
+
+ROOT = Path(__file__).parent.parent
+DOCUMENT = Path(__file__).parent / "snapshots" / "errors.md"
+UPDATE = "PGCHECK_UPDATE_SNAPSHOTS"
+TREE = {name for name, x in vars(errors).items() if inspect.isclass(x) and issubclass(x, errors.PgcheckError)}
+
+UNREACHED = {
+    (
+        "pgcheck/truth.py",
+        "TruthError",
+    ): "two derivations of ∇J disagree: a defect of pgcheck that no input is known to show",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    title: str
+    code: str
+    exit_code: int
+
+
+SECTIONS: dict[str, list[Case]] = {}
+
+
+def section(title: str) -> Callable[..., None]:
+    """Start a section; returns the function that adds cases to it."""
+    cases = SECTIONS.setdefault(title, [])
+
+    def case(title: str, code: str, *, exit_code: int = 2) -> None:
+        cases.append(Case(title, textwrap.dedent(code).strip(), exit_code))
+
+    return case
+
+
+# -- the cases
+
+case = section("A loss that breaks its contract")
+
+case("random", '''
+def loss(batch):
+    kept = torch.nn.functional.dropout(batch.episode_return, 0.1)
+    return -(kept[:, None] * batch.logp * batch.mask).sum(-1).mean()
+pgcheck.check_estimator(loss, "dialogue/two-turn")
+''')  # fmt: skip
+case("stateful", '''
+seen = []
+def loss(batch):
+    seen.append(1)
+    return -((batch.episode_return - 0.1 * len(seen))[:, None] * batch.logp * batch.mask).sum(-1).mean()
+pgcheck.check_estimator(loss, "dialogue/two-turn")
+''')  # fmt: skip
+case("writes to its inputs", '''
+def loss(batch):
+    batch.reward.sub_(batch.reward.mean())
+    return -(batch.reward * batch.logp * batch.mask).sum(-1).mean()
+pgcheck.check_estimator(loss, "dialogue/two-turn")
+''')  # fmt: skip
+case("writes to its inputs, met in moments", '''
+def loss(batch):
+    batch.reward.sub_(batch.reward.mean())
+    return -(batch.reward * batch.logp * batch.mask).sum(-1).mean()
+pgcheck.moments(loss, "dialogue/two-turn")
+''')  # fmt: skip
+case("writes to its inputs where autograd does not notice", '''
+def loss(batch):
+    adv = batch.reward.sub_(batch.reward.mean()).clone()
+    return -(adv * batch.logp * batch.mask).sum(-1).mean()
+pgcheck.check_estimator(loss, "dialogue/two-turn")
+''')  # fmt: skip
+case("assigns to its inputs", '''
+def loss(batch):
+    batch.reward -= batch.reward.mean()
+    return -(batch.reward * batch.logp * batch.mask).sum(-1).mean()
+pgcheck.check_estimator(loss, "dialogue/two-turn")
+''')  # fmt: skip
+case("writes to the log-probabilities", '''
+def loss(batch):
+    batch.logp.mul_(batch.mask)
+    return -(batch.episode_return[:, None] * batch.logp).sum(-1).mean()
+pgcheck.check_estimator(loss, "dialogue/two-turn")
+''')  # fmt: skip
+case("not finite on a unanimous group", '''
+def loss(batch):
+    r = batch.episode_return
+    adv = (r - r.mean()) / r.std()
+    return -(adv[:, None] * batch.logp * batch.mask).sum(-1).mean()
+pgcheck.check_estimator(loss, "dialogue/two-turn")
+''')  # fmt: skip
+case("not finite on a unanimous group, met in moments", '''
+def loss(batch):
+    r = batch.episode_return
+    adv = (r - r.mean()) / r.std()
+    return -(adv[:, None] * batch.logp * batch.mask).sum(-1).mean()
+pgcheck.moments(loss, "mdp/two-state")
+''')  # fmt: skip
+case("coefficients that are not finite on one batch", '''
+def coefficients(batch):
+    c = batch.episode_return[..., None] * batch.mask / batch.rows
+    rare = (batch.action[..., 0] == 1).all(-1)  # every row begins with action 1
+    return torch.where(rare[..., None, None], c / 0, c)
+pgcheck.moments(pgcheck.from_coefficients(coefficients), "dialogue/unequal-groups")
+''')  # fmt: skip
+case("logit coefficients that are not finite on one batch", '''
+def coefficients(batch):
+    z = torch.zeros_like(batch.logits)
+    return torch.where(batch.reward[..., None] == 0.5, torch.nan, z)
+pgcheck.moments(pgcheck.from_coefficients(coefficients, leaf="logits"), "dialogue/two-turn")
+''')  # fmt: skip
+case("a batch of many rows that is not finite", '''
+def coefficients(batch):
+    return torch.full_like(batch.logp, torch.inf)
+pgcheck.moments(pgcheck.from_coefficients(coefficients), pgcheck.Problem(mdp(horizon=1), [[0., 1.], [0., 0.]], group_size=20))
+''')  # fmt: skip
+case("finite, but its square is not", '''
+def coefficients(batch):
+    return 1e200 * batch.mask / batch.rows
+pgcheck.moments(pgcheck.from_coefficients(coefficients, couples="trajectory"), "bandit/two-arm")
+''')  # fmt: skip
+case("a vector, not a scalar", '''
+def loss(batch):
+    return -(batch.episode_return[:, None] * batch.logp * batch.mask).sum(-1)
+pgcheck.check_estimator(loss, "dialogue/two-turn")
+''')  # fmt: skip
+case("not a tensor", '''
+def loss(batch):
+    return -(batch.episode_return[:, None] * batch.logp * batch.mask).sum(-1).mean().item()
+pgcheck.check_estimator(loss, "dialogue/two-turn")
+''')  # fmt: skip
+case("nothing", '''
+def loss(batch):
+    loss = -(batch.episode_return[:, None] * batch.logp * batch.mask).sum(-1).mean()
+pgcheck.check_estimator(loss, "dialogue/two-turn")
+''')  # fmt: skip
+case("no gradient at all", '''
+def loss(batch):
+    return -(batch.episode_return[:, None] * batch.logp.detach() * batch.mask).sum(-1).mean()
+pgcheck.check_estimator(loss, "dialogue/two-turn")
+''')  # fmt: skip
+case("no gradient in log π", '''
+scale = torch.ones((), requires_grad=True)
+def loss(batch):
+    return -(scale * batch.episode_return[:, None] * batch.logp.detach()).sum(-1).mean()
+pgcheck.check_estimator(loss, "dialogue/two-turn")
+''')  # fmt: skip
+case("raises an exception of its own", '''
+def loss(batch):
+    return -(batch.advantages * batch.logp * batch.mask).sum(-1).mean()
+pgcheck.check_estimator(loss, "dialogue/two-turn")
+''')  # fmt: skip
+case("raises on some batches only", '''
+def loss(batch):
+    if (batch.episode_return == batch.episode_return[0]).all():
+        raise ValueError("no signal in this group.")
+    return -(batch.episode_return[:, None] * batch.logp * batch.mask).sum(-1).mean()
+pgcheck.compare(["leave_one_out", loss], "bandit/two-arm")
+''')  # fmt: skip
+case("reads logits without saying so", '''
+def loss(batch):
+    return -(batch.episode_return[:, None] * batch.logits.log_softmax(-1).sum(-1)).sum(-1).mean()
+pgcheck.moments(pgcheck.from_loss(loss), "dialogue/two-turn")
+''')  # fmt: skip
+case("biased", '''
+def loss(batch):
+    r = batch.episode_return
+    return -((r - r.mean())[:, None] * batch.logp * batch.mask).sum(-1).mean()
+pgcheck.check_estimator(loss, ["bandit/two-arm", "dialogue/two-turn"])
+''')  # fmt: skip
+case("trains on observations", '''
+def loss(batch):
+    return -(batch.episode_return[:, None] * batch.logp).sum(-1).mean()
+pgcheck.check_estimator(loss, "dialogue/two-turn")
+''')  # fmt: skip
+
+case = section("Coefficients that break their contract")
+
+case("not a tensor", '''
+pgcheck.moments(pgcheck.from_coefficients(lambda batch: 1.0, name="one"), "dialogue/two-turn")
+''')  # fmt: skip
+case("the wrong shape", '''
+pgcheck.moments(pgcheck.from_coefficients(lambda batch: batch.episode_return, name="of_rows"), "dialogue/two-turn")
+''')  # fmt: skip
+case("raise an exception of their own", '''
+pgcheck.moments(pgcheck.from_coefficients(lambda batch: batch.reward @ batch.logp, name="product"), "dialogue/two-turn")
+''')  # fmt: skip
+case("look at more than they declare", '''
+def centred(batch):
+    r = batch.episode_return
+    return (r - r.mean(-1, keepdim=True))[..., None] * batch.mask / batch.rows
+pgcheck.moments(pgcheck.from_coefficients(centred, couples="trajectory"), "dialogue/two-turn")
+''')  # fmt: skip
+case("read more of other rows than they declare", '''
+def centred(batch):
+    r = batch.reward[..., 0] + batch.length
+    return (r - r.mean(-1, keepdim=True))[..., None] * batch.mask / batch.rows
+problem = pgcheck.Problem(mdp(terminal=[1]), [[0., 1.], [0., 0.]], group_size=6)
+pgcheck.moments(pgcheck.from_coefficients(centred, reads=("return",)), problem)
+''')  # fmt: skip
+case("read what cannot be read", '''
+one = pgcheck.from_coefficients(lambda batch: batch.mask, reads=("reward",), name="one")
+pgcheck.moments(one, "bandit/two-arm")
+''')  # fmt: skip
+case("couple what cannot be coupled", '''
+pgcheck.from_coefficients(lambda batch: batch.mask, couples="row")
+''')  # fmt: skip
+case("a leaf that is none", '''
+pgcheck.from_loss(lambda batch: batch.logp.sum(), leaf="log_probs")
+''')  # fmt: skip
+
+case = section("Names")
+
+case("an estimator", '''
+pgcheck.check_estimator("leave_one_ot")
+''')  # fmt: skip
+case("nothing like it", '''
+pgcheck.check_estimator("zzzz")
+''')  # fmt: skip
+case("a problem", '''
+pgcheck.moments("grpo", "dialoge/two-turn")
+''')  # fmt: skip
+case("a problem, looked up", '''
+from pgcheck.problem import find_problem
+find_problem("mdp/two-sates")
+''')  # fmt: skip
+case("a problem at a θ that is no number", '''
+pgcheck.moments("grpo", "dialogue/two-turn@two")
+''')  # fmt: skip
+case("a pattern without a match", '''
+pgcheck.compare(["grpo"], "dialog/*")
+''')  # fmt: skip
+case("a set of problems", '''
+pgcheck.check_estimator("grpo", "offpolicy")
+''')  # fmt: skip
+case("a check", '''
+pgcheck.check_estimator("grpo", checks=["row_ordr"])
+''')  # fmt: skip
+case("a page", '''
+from pgcheck.render.explain import explain
+explain("unbised")
+''')  # fmt: skip
+case("not an estimator", '''
+pgcheck.check_estimator(3)
+''')  # fmt: skip
+case("two of one name", '''
+pgcheck.compare(["grpo", "grpo"], "dialogue/two-turn")
+''')  # fmt: skip
+case("a name that is registered already", '''
+from pgcheck.estimators.base import find_estimator, register
+register(find_estimator("grpo"))
+''')  # fmt: skip
+case("an entry that states too little", '''
+from pgcheck.estimators.base import register
+register(pgcheck.from_coefficients(lambda batch: batch.mask, name="one"))
+''')  # fmt: skip
+case("a problem that is registered already", '''
+from pgcheck.problem import find_problem, register_problem
+register_problem("mdp/two-state", lambda: find_problem("mdp/two-state"))
+''')  # fmt: skip
+case("a problem's name with an @", '''
+from pgcheck.problem import find_problem, register_problem
+register_problem("mdp/two-state@home", lambda: find_problem("mdp/two-state"))
+''')  # fmt: skip
+
+case = section("Arguments")
+
+case("a claim", '''
+pgcheck.check_estimator("grpo", claim="unbaised")
+''')  # fmt: skip
+case("a tolerance", '''
+pgcheck.check_estimator("grpo", rtol=2)
+''')  # fmt: skip
+case("an engine", '''
+pgcheck.moments("grpo", "dialogue/two-turn", engine="monte_carlo")
+''')  # fmt: skip
+case("moments of several problems", '''
+pgcheck.moments("grpo", "dialogue/*")
+''')  # fmt: skip
+case("no problem", '''
+pgcheck.check_estimator("grpo", [])
+''')  # fmt: skip
+case("groups too small for it", '''
+pgcheck.check_estimator("grpo", "degenerate/group-of-one")
+''')  # fmt: skip
+case("parameters of moments without a policy", '''
+m = pgcheck.moments("grpo", "dialogue/two-turn")
+pgcheck.Moments(m.mean, m.covariance, None, m.enumerated, m.lane).in_parameters()
+''')  # fmt: skip
+case("a side table", '''
+from pgcheck.side import Continuations
+Continuations(draws=0)
+''')  # fmt: skip
+
+case = section("Budgets")
+
+case("too many batches", '''
+pgcheck.moments("cispo", "dialogue/two-turn", budget=100)
+''')  # fmt: skip
+case("no smaller plan fits", '''
+pgcheck.moments("cispo", "dialogue/two-turn", budget=1)
+''')  # fmt: skip
+case("a loss that only runs in a loop", '''
+def loss(batch):
+    chosen = batch.logp[batch.mask > 0]
+    return -(chosen.sum() * batch.episode_return.sum())
+pgcheck.moments(loss, "dialogue/two-turn", budget=1_000)
+''')  # fmt: skip
+case("a claim that could not be judged", '''
+pgcheck.check_estimator("leave_one_out(batch)", "dialogue/two-turn", budget=10)
+''')  # fmt: skip
+case("too many rollouts", '''
+pgcheck.Problem(mdp(horizon=30), [[0., 1.], [0., 0.]]).value()
+''')  # fmt: skip
+case("too many continuations", '''
+from dataclasses import replace
+from pgcheck.estimators.base import find_estimator
+from pgcheck.side import Continuations
+many = replace(find_estimator("vineppo"), needs=(Continuations(draws=40),))
+pgcheck.moments(many, "tree/tokens")
+''')  # fmt: skip
+
+case = section("Environments")
+
+for title, changes in {
+    "transition of the wrong shape": "transition=[[0.5, 0.5]]",
+    "transition that does not sum to one": "transition=[[[0.5, 0.4], [1, 0]], [[0, 1], [0, 1]]]",
+    "transition with a negative probability": "transition=[[[1.5, -0.5], [1, 0]], [[0, 1], [0, 1]]]",
+    "transition with a NaN": 'transition=[[[float("nan"), 1], [1, 0]], [[0, 1], [0, 1]]]',
+    "transition that is no table": 'transition="stay"',
+    "reward of the wrong shape": "reward=[1, 0]",
+    "reward that is infinite": 'reward=[[1, 0], [float("inf"), 0]]',
+    "initial of the wrong shape": "initial=[1]",
+    "initial that does not sum to one": "initial=[0.5, 0.4]",
+    "initial in a terminal state": "terminal=[0]",
+    "horizon": "horizon=0",
+    "discount": "discount=1.1",
+    "discount clock": 'discount_clock="token"',
+    "terminal that is no list": "terminal=1",
+    "terminal outside the states": "terminal=[2]",
+    "observation that is terminal, too": "terminal=[1], observation=[1]",
+    "observation where the action matters": "observation=[1]",
+}.items():
+    case(title, f"mdp({changes})")
+
+case = section("Problems")
+
+for title, changes in {
+    "policy of the wrong shape": "[[0., 1.]]",
+    "policy that is no table": "[0., 1.]",
+    "policy with an infinite logit": '[[0., float("-inf")], [0., 0.]]',
+    "policy that is no array": '[[0., 1.], ["a", "b"]]',
+    "behavior_logits of another shape": "[[0., 1.], [0., 0.]], behavior_logits=[[0., 1.]]",
+    "behavior_logits without a finite entry": '[[0., 1.], [0., 0.]], behavior_logits=[[float("-inf")] * 2, [0., 0.]]',
+    "ref_logits with an infinite entry": '[[0., 1.], [0., 0.]], ref_logits=[[0., float("-inf")], [0., 0.]]',
+    "groups": "[[0., 1.], [0., 0.]], groups=0",
+    "group_size": "[[0., 1.], [0., 0.]], groups=2, group_size=[2, 2, 2]",
+    "contexts": "[[0., 1.], [0., 0.]], contexts=[0]",
+}.items():
+    case(title, f"pgcheck.Problem(mdp(), {changes})")
+case("no environment", '''
+pgcheck.Problem([[0., 1.]], [[0., 1.]])
+''')  # fmt: skip
+case("contexts of rollouts", '''
+pgcheck.Problem(rollouts(), [[0., 1.]], contexts=[0])
+''')  # fmt: skip
+case("dynamic programming without an environment", '''
+pgcheck.Problem(rollouts(), [[0., 1.]]).value("dynamic_programming")
+''')  # fmt: skip
+case("a method for J", '''
+pgcheck.Problem(mdp(), [[0., 1.], [0., 0.]]).value("monte_carlo")
+''')  # fmt: skip
+case("a method for ∇J", '''
+pgcheck.Problem(mdp(), [[0., 1.], [0., 0.]]).gradient("finite_differences")
+''')  # fmt: skip
+case("a module without inputs", '''
+pgcheck.ModulePolicy(torch.nn.Linear(2, 2))
+''')  # fmt: skip
+case("a linear policy", '''
+pgcheck.LinearPolicy([[1., 0.]], [[0., 1.]])
+''')  # fmt: skip
+case("a policy without parameters", '''
+class Fixed(torch.nn.Module):
+    def forward(self, x):
+        return torch.zeros(2, 2, dtype=torch.float64)
+pgcheck.Problem(mdp(), Fixed()).parameter_gradient()
+''')  # fmt: skip
+
+case = section("Tables of rollouts")
+
+for title, changes in {
+    "reward that is no table": "reward=[1., 0.]",
+    "a column of another shape": "mask=[[1, 1], [1, 1]]",
+    "one entry a rollout": "start=[[0], [0]]",
+    "end of another shape": "end=[1]",
+    "discount": "discount=-1",
+    "discount clock": 'discount_clock="token"',
+    "reward that is not finite": 'reward=[[float("nan")], [0.]]',
+    "mask": "mask=[[0.5], [1]]",
+    "env_probability": "env_probability=[1, 2]",
+    "end outside the row": "end=[1, 2]",
+    "an action where nobody acts": "mask=[[0], [1]]",
+    "start": "start=[0, 1]",
+    "start_probability": "start_probability=[0.5]",
+    "start_probability that is no number": 'start_probability=[float("nan")]',
+    "an array that is none": 'reward=[["a"], ["b"]]',
+}.items():
+    case(title, f"rollouts({changes})")
+case("a policy that nobody follows", '''
+pgcheck.Problem(rollouts(mask=[[0], [0]], state=[[-1], [-1]], context=[[-1], [-1]], action=[[-1], [-1]]), [[0., 1.]]).value()
+''')  # fmt: skip
+case("a policy with too few actions", '''
+pgcheck.Problem(rollouts(), [[0.]]).value()
+''')  # fmt: skip
+case("rollouts that are missing", '''
+pgcheck.Problem(rollouts(action=[[0], [0]]), [[0., 1.]]).value()
+''')  # fmt: skip
+
+case = section("Suites")
+
+case("a key that is unknown", '''
+suite("""
+name = "mine"
+estimators = ["grpo"]
+problem = ["bandit/*"]
+""")
+''')  # fmt: skip
+case("a key that is missing", '''
+suite("""
+name = "mine"
+estimators = ["grpo"]
+""")
+''')  # fmt: skip
+case("a value of the wrong type", '''
+suite("""
+name = "mine"
+estimators = ["grpo"]
+problems = ["bandit/*"]
+thetas = "two"
+""")
+''')  # fmt: skip
+case("a value out of range", '''
+suite("""
+name = "mine"
+estimators = ["grpo"]
+problems = ["bandit/*"]
+budget = 0
+""")
+''')  # fmt: skip
+case("estimators that are no list", '''
+suite("""
+name = "mine"
+estimators = "grpo"
+problems = ["bandit/*"]
+""")
+''')  # fmt: skip
+case("not TOML", '''
+suite("""
+name: mine
+""")
+''')  # fmt: skip
+case("an estimator", '''
+suite("""
+name = "mine"
+estimators = ["gropo"]
+problems = ["bandit/*"]
+""")
+''')  # fmt: skip
+case("a problem", '''
+suite("""
+name = "mine"
+estimators = ["grpo"]
+problems = ["bandits/*"]
+""")
+''')  # fmt: skip
+case("a check", '''
+suite("""
+name = "mine"
+estimators = ["grpo"]
+problems = ["bandit/*"]
+checks = ["unbias"]
+""")
+''')  # fmt: skip
+case("an estimator that is no name", '''
+suite("""
+name = "mine"
+estimators = [3]
+problems = ["bandit/*"]
+""")
+''')  # fmt: skip
+case("an expectation with an unknown key", '''
+suite("""
+name = "mine"
+estimators = ["grpo"]
+problems = ["bandit/*"]
+[[expect]]
+estimator = "grpo"
+problem = "bandit/two-arm"
+verdict = "biased"
+""")
+''')  # fmt: skip
+case("an expectation of a finding that is none", '''
+suite("""
+name = "mine"
+estimators = ["grpo"]
+problems = ["bandit/*"]
+[[expect]]
+estimator = "grpo"
+problem = "bandit/two-arm"
+finding = "wrong"
+""")
+''')  # fmt: skip
+case("an expectation of an estimator that is not in it", '''
+suite("""
+name = "mine"
+estimators = ["grpo"]
+problems = ["bandit/*"]
+[[expect]]
+estimator = "cispo"
+problem = "bandit/two-arm"
+finding = "biased"
+""")
+''')  # fmt: skip
+case("an expectation on a problem that is not in it", '''
+suite("""
+name = "mine"
+estimators = ["grpo"]
+problems = ["bandit/*"]
+[[expect]]
+estimator = "grpo"
+problem = "mdp/two-state"
+finding = "biased"
+""")
+''')  # fmt: skip
+
+case = section("In a test suite")
+
+case("a check that is expected to fail, misspelt", '''
+@pgcheck.testing.parametrize_with_checks(["grpo"], expected_failed_checks={"unbaised": "divides by the group std"})
+def test_estimators(estimator, check): check(estimator)
+''')  # fmt: skip
+case("an expected failure without a reason", '''
+@pgcheck.testing.parametrize_with_checks(["grpo"], expected_failed_checks={"unbiased": ""})
+def test_estimators(estimator, check): check(estimator)
+''')  # fmt: skip
+case("expected failures as a list", '''
+@pgcheck.testing.parametrize_with_checks(["grpo"], expected_failed_checks=["unbiased"])
+def test_estimators(estimator, check): check(estimator)
+''')  # fmt: skip
+case("one estimator for a list", '''
+pgcheck.testing.parametrize_with_checks("grpo")
+''')  # fmt: skip
+case("an expected failure of a check that is not asked", '''
+def run_all(estimators, **settings):
+    for item in pgcheck.testing.parametrize_with_checks(estimators, problems="bandit/two-arm", **settings).args[1]:
+        estimator, check = item.values
+        check(estimator)
+run_all(["reinforce"], checks=["detached"], expected_failed_checks={"detached": "it has no critic"})
+''')  # fmt: skip
+case("a claim that could not be judged", '''
+def loss(batch):
+    return -(torch.rand(()) * batch.logp * batch.mask).sum(-1).mean()
+(item,) = pgcheck.testing.parametrize_with_checks([loss], checks=["unbiased"], problems="bandit/two-arm").args[1]
+estimator, check = item.values
+check(estimator)
+''')  # fmt: skip
+case("a claim without a problem", '''
+(item,) = pgcheck.testing.parametrize_with_checks(["leave_one_out"], checks=["unbiased"], problems="off-policy/*").args[1]
+estimator, check = item.values
+check(estimator)
+''')  # fmt: skip
+case("without pytest", '''
+with without("pytest"):
+    pgcheck.testing.parametrize_with_checks(["grpo"])
+''')  # fmt: skip
+case("an assertion", '''
+pgcheck.testing.assert_unbiased("batch_mean", "bandit/two-arm")
+''')  # fmt: skip
+
+case = section("On the command line")
+
+case("an estimator", '''
+$ pgcheck compare leave_one_ot grpo
+''')  # fmt: skip
+case("a problem", '''
+$ pgcheck compare grpo --problem dialoge/two-turn
+''')  # fmt: skip
+case("a suite", '''
+$ pgcheck run cor
+''')  # fmt: skip
+case("a page", '''
+$ pgcheck explain mask_respeced
+''')  # fmt: skip
+case("a module that is not there", '''
+$ pgcheck compare mie:loss
+''')  # fmt: skip
+case("a module that fails", '''
+$ pgcheck compare fails:loss
+''')  # fmt: skip
+case("a name that is not in the module", '''
+$ pgcheck compare mine:los
+''')  # fmt: skip
+case("a name that is no estimator", '''
+$ pgcheck compare mine:text
+''')  # fmt: skip
+case("a number that is no estimator", '''
+$ pgcheck compare mine:number
+''')  # fmt: skip
+case("a loss that raises", '''
+$ pgcheck compare mine:typo
+''')  # fmt: skip
+case("a budget that is too small", '''
+$ pgcheck compare cispo --budget 10
+''')  # fmt: skip
+case("a budget that is no number", '''
+$ pgcheck compare cispo --budget many
+''')  # fmt: skip
+case("a file of an unknown kind", '''
+$ pgcheck compare grpo --out table.xlsx
+''')  # fmt: skip
+case("a folder that is a file", '''
+$ pgcheck run small.toml --out mine.py
+''')  # fmt: skip
+case("a suite with a typo", '''
+$ pgcheck run typo.toml
+''')  # fmt: skip
+case("a format", '''
+$ pgcheck run small.toml --format pdf
+''')  # fmt: skip
+case("a command", '''
+$ pgcheck comparee grpo
+''')  # fmt: skip
+case("an adapter that cannot be asked", '''
+problem = pgcheck.Problem(mdp(discount=0), [[0., 1.], [0., 0.]])
+pgcheck.moments("pgcheck.adapters.torchrl:reward_to_go", problem)
+''')  # fmt: skip
+case("an adapter whose library is missing", '''
+with without("torchrl"):
+    pgcheck.as_estimator("pgcheck.adapters.torchrl:gae")
+''')  # fmt: skip
+
+FILES = {
+    "mine.py": "def loss(batch):\n    return -(batch.logp * batch.mask).sum()\n\n"
+    "def typo(batch):\n    return -(batch.advantages * batch.logp).sum()\n\ntext = 'loss'\nnumber = 3\n",
+    "fails.py": "import pgcheck\n\nproblem = pgcheck.find('mdp/two-state')\n",
+    "small.toml": 'name = "small"\nestimators = ["reinforce"]\nproblems = ["bandit/two-arm"]\n',
+    "typo.toml": 'name = "typo"\nestimators = ["reinforce"]\nproblems = ["bandit/two-arms"]\n',
+}
+
+
+# -- what the code of a case finds
+
+
+def mdp(**changes: Any) -> pgcheck.TabularMDP:
+    """Two states, two actions, two steps."""
+    given: dict[str, Any] = {
+        "transition": [[[0.6, 0.4], [0.2, 0.8]], [[0.0, 1.0], [1.0, 0.0]]],
+        "reward": [[1.0, 0.0], [0.0, 2.0]],
+        "initial": [1.0, 0.0],
+        "horizon": 2,
+    }
+    return pgcheck.TabularMDP(**(given | changes))
+
+
+def rollouts(**changes: Any) -> pgcheck.Paths:
+    """One step, one start, two actions."""
+    given: dict[str, Any] = {
+        "start": [0, 0],
+        "state": [[0], [0]],
+        "context": [[0], [0]],
+        "action": [[0], [1]],
+        "reward": [[1.0], [0.0]],
+        "mask": [[1], [1]],
+        "env_probability": [1.0, 1.0],
+        "start_probability": [1.0],
+    }
+    return pgcheck.Paths(**(given | changes))
+
+
+def suite(text: str) -> None:
+    """Read a suite file."""
+    from pgcheck.runs.suite import load_suite
+
+    Path("mine.toml").write_text(text, encoding="utf-8")
+    load_suite("mine.toml")
+
+
+@contextlib.contextmanager
+def without(package: str) -> Iterator[None]:
+    """As if the package were not installed."""
+
+    class Finder:
+        @staticmethod
+        def find_spec(name: str, *_: Any) -> None:
+            if name.partition(".")[0] == package:
+                raise ModuleNotFoundError(f"No module named '{name}'")
+
+    with mock.patch.dict(sys.modules), mock.patch.object(sys, "meta_path", [Finder, *sys.meta_path]):
+        for name in list(sys.modules):
+            if name.partition(".")[0] == package or name.startswith("pgcheck.adapters."):
+                del sys.modules[name]
+        yield
+
+
+# -- running them
+
+Site = tuple[str, int]  # a file of the package and the first line of a call
+
+
+@dataclass(frozen=True)
+class Outcome:
+    case: Case
+    ended_well: bool
+    text: str
+    met: frozenset[Site]  # lines at which errors of the tree were made
+
+
+def run_case(c: Case) -> Outcome:
+    """Run one case in a folder of its own."""
+    met: set[Site] = set()
+
+    def remember(self: errors.PgcheckError, *args: Any) -> None:
+        frame = sys._getframe(1)
+        while frame.f_code.co_filename == errors.__file__ and frame.f_back is not None:
+            frame = frame.f_back
+        with contextlib.suppress(ValueError):
+            met.add((str(Path(frame.f_code.co_filename).relative_to(ROOT)), frame.f_lineno))
+        super(errors.PgcheckError, self).__init__(*args)
+
+    path, modules = list(sys.path), set(sys.modules)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.chdir(folder),
+        mock.patch.object(errors.PgcheckError, "__init__", remember),
+        warnings.catch_warnings(),
+    ):
+        for name, text in FILES.items():
+            Path(name).write_text(text, encoding="utf-8")
+        text, ended_well = (_command if c.code.startswith("$") else _statements)(c)
+        text = text.replace(str(Path(folder).resolve()), "FOLDER").replace(folder, "FOLDER")
+    sys.path[:] = path
+    for name in {"mine", "fails"} & (set(sys.modules) - modules):
+        del sys.modules[name]
+    return Outcome(c, ended_well, text.strip(), frozenset(met))
+
+
+def _statements(c: Case) -> tuple[str, bool]:
+    names = {"pgcheck": pgcheck, "torch": torch, "mdp": mdp, "rollouts": rollouts, "suite": suite, "without": without}
+    try:
+        exec(compile(c.code, "example.py", "exec"), names | {"__name__": "example"})
+    except errors.PgcheckError as error:
+        return f"{type(error).__name__}: {error}", True
+    except Exception as error:
+        return f"{type(error).__name__}: {error}", False
+    return "(no error)", False
+
+
+def _command(c: Case) -> tuple[str, bool]:
+    from pgcheck.cli import main
+
+    out, err = io.StringIO(), io.StringIO()
+    argv = shlex.split(c.code.removeprefix("$"))
+    environment = {"COLUMNS": "100", "TERM": "dumb", "NO_COLOR": "1"}
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        mock.patch.object(sys, "argv", argv),
+        mock.patch.dict(os.environ, environment),
+    ):
+        try:
+            main()
+            code: object = 0
+        except SystemExit as stop:
+            code = stop.code
+    said = err.getvalue()
+    return said, code == c.exit_code and bool(said.strip()) and not out.getvalue() and "Traceback" not in said
+
+
+@functools.cache
+def outcomes() -> dict[str, list[Outcome]]:
+    """Every case of every section, run once."""
+    return {title: [run_case(c) for c in cases] for title, cases in SECTIONS.items()}
+
+
+def document() -> str:
+    parts = [
+        "# Errors\n\nEvery error a user can meet, as it is said. Written by `tests/test_errors.py`; do not edit.\n"
+    ]
+    for title, found in outcomes().items():
+        parts.append(f"## {title}\n")
+        for o in found:
+            kind = "sh" if o.case.code.startswith("$") else "python"
+            parts.append(f"### {o.case.title}\n\n```{kind}\n{o.case.code}\n```\n```text\n{o.text}\n```\n")
+    return "\n".join(parts)
+
+
+# -- the tests
+
+
+def test_every_case_ends_in_an_error_of_the_tree() -> None:
+    """Nothing passes, nothing ends in a traceback; commands give their exit code and speak on stderr only."""
+    wrong = [(title, o.case.title, o.text) for title, found in outcomes().items() for o in found if not o.ended_well]
+    assert not wrong
+
+
+def test_titles_are_unique() -> None:
+    for title, cases in SECTIONS.items():
+        names = [c.title for c in cases]
+        assert len(set(names)) == len(names), title
+
+
+def test_the_document_is_as_reviewed() -> None:
+    new = document()
+    if os.environ.get(UPDATE):
+        DOCUMENT.write_text(new, encoding="utf-8")
+    old = DOCUMENT.read_text(encoding="utf-8") if DOCUMENT.exists() else ""
+    diff = "".join(difflib.unified_diff(old.splitlines(True), new.splitlines(True), "reviewed", "now"))
+    assert not diff, f"{diff}\nIf these words are meant: {UPDATE}=1 python -m pytest tests/test_errors.py"
+
+
+def test_the_document_names_no_machine() -> None:
+    text = document()
+    for path in (str(ROOT), str(Path.home()), tempfile.gettempdir(), "site-packages", "0x"):
+        assert path not in text, path
+
+
+def sites() -> dict[tuple[str, str], list[range]]:
+    """(file, what is made) → lines of every place in the package that makes an error of the tree."""
+    found: dict[tuple[str, str], list[range]] = {}
+    for path in sorted((ROOT / "pgcheck").rglob("*.py")):
+        if path == Path(errors.__file__):
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        raised = {id(n.exc) for n in ast.walk(tree) if isinstance(n, ast.Raise)}
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Call):
+                continue
+            name = ast.unparse(node.func)
+            # a variable that holds a class of the tree, or an expression that picks one
+            chosen = id(node) in raised and not isinstance(node.func, ast.Attribute)
+            chosen = chosen and (name.islower() or not isinstance(node.func, ast.Name))
+            if name.rpartition(".")[2] in TREE or chosen:
+                lines = range(node.lineno, (node.end_lineno or node.lineno) + 1)
+                found.setdefault((str(path.relative_to(ROOT)), name), []).append(lines)
+    return found
+
+
+def test_every_error_has_a_case() -> None:
+    """Every constructor call of the tree in the package is reached, and no exemption is stale."""
+    met = {site for found in outcomes().values() for o in found for site in o.met}
+    missing = {
+        (file, name): [lines.start for lines in places if not any((file, n) in met for n in lines)]
+        for (file, name), places in sites().items()
+    }
+    missing = {key: lines for key, lines in missing.items() if lines}
+    forgotten = {key: lines for key, lines in missing.items() if key not in UNREACHED}
+    assert not forgotten, f"no case reaches {forgotten}; see the top of {Path(__file__).name}"
+    assert set(UNREACHED) == set(missing) & set(UNREACHED), "an exemption that is reached, or gone"
+
+
+def test_every_kind_of_error_is_shown() -> None:
+    """One example of each class at least, but for the bases and what only pgcheck's own defects raise."""
+    shown = {o.text.partition(":")[0] for found in outcomes().values() for o in found}
+    assert TREE - {"PgcheckError", "TruthError"} <= shown
