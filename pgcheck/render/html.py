@@ -35,6 +35,7 @@ def html(report: Report, messages: Mapping[str, str] | None = None) -> str:
         "cells": cells(report),
         "matrix": matrix(report),
         "columns": across,
+        "several": len(report.estimators) > 1,
         "thetas": max((len(c.members) for c in across), default=0),
         "first": {p.name: i + 1 for i, p in enumerate(report.problems)},
         "number_of": {e.name: i + 1 for i, e in enumerate(report.estimators)},
@@ -49,7 +50,7 @@ def html(report: Report, messages: Mapping[str, str] | None = None) -> str:
         },
         "checks": _checks(report),
         "cases": getattr(report, "cases", []),
-        **(_figures(report, table) if pairs else {"sheets": [], "figures": {}, "overview": None}),
+        **(_figures(report, table) if pairs else {"sheets": {}, "figures": {}, "overview": None}),
     }
     return _environment().get_template("report.html").render(page)
 
@@ -78,10 +79,12 @@ def _number_or_none(x: float | None) -> float | None:
 
 
 def _short(x: float | None) -> str:
-    """Three digits; what is zero but for rounding is 0."""
+    """Three digits, one of what is small; what is zero but for rounding is 0."""
     if x is None:
         return "—"
-    return "0" if abs(x) < 5e-10 else f"{x:.3g}"
+    if abs(x) < 5e-10:
+        return "0"
+    return f"{x:.3g}" if abs(x) >= 1e-3 else f"{x:.0e}"
 
 
 def _breakable(name: str) -> Markup:
@@ -135,23 +138,23 @@ def _checks(report: Report) -> dict[str, dict[str, Any]]:
 def _figures(report: Report, table: pd.DataFrame) -> dict[str, Any]:
     from pgcheck.render import figures as f  # seaborn takes a second to import, and only this page needs it
 
-    bias, variance = f.bias_sheet(report), f.variance_sheet(report)
     several = len(report.estimators) > 1
+    bias, variance = f.bias_sheet(report), f.variance_sheet(report) if several else None
     figures = {}
     for name, own in table.groupby("estimator"):
         steps = f.telling_steps(report, str(name))
         figures[name] = {
             "bias": bias.dots(own),
             "pale": not own["asked"].all(),
-            "variance": variance.dots(own) if several else None,
+            "variance": variance and variance.dots(own),
             "steps": [(m, _bars(bars)) for m, bars in steps],
             "wrong": any(b.gap > 1e-9 for _, bars in steps for b in bars),
         }
-    at_a_glance = f.overview_sheet(report) if several else None
+    overall = f.overview_sheet(report) if several else None
     return {
-        "sheets": [bias, variance, *([at_a_glance] if at_a_glance else [])],
+        "sheets": {sheet.name: sheet for sheet in (bias, variance, overall) if sheet},
         "figures": figures,
-        "overview": at_a_glance and {"sheet": at_a_glance, "dots": f.overview_dots(report, at_a_glance)},
+        "overview": overall and f.overview_dots(report, overall),
     }
 
 
