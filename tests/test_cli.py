@@ -102,12 +102,13 @@ def test_list(run: Run, what: str, name: str) -> None:
 
 
 def test_run_of_a_sound_suite(run: Run, tmp_path: Path) -> None:
-    """Every verdict agrees: exit code 0, three files, and the numbers behind each cell in all of them."""
+    """Every verdict agrees: exit code 0, the report in three forms and as tables, the numbers behind each cell in it."""
     code, out, _ = run("run", "small.toml", "--out", "report")
     assert code == 0
     assert "0 FAIL" in out
     folder = tmp_path / "report"
-    assert {p.name for p in folder.iterdir()} == {"report.json", "report.md", "report.html"}
+    tables = {f"{name}.csv" for name in ("measurements", "steps", "verdicts", "problems", "estimators")}
+    assert {p.name for p in folder.iterdir()} == {"report.json", "report.md", "report.html", *tables}
     data = json.loads((folder / "report.json").read_text())
     assert {m["problem"] for m in data["measurements"]} == {
         "bandit/two-arm", "dialogue/two-turn", "dialogue/unequal-groups",

@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pgcheck.errors import UsageError
+from pgcheck.render.frames import csv, frames
 from pgcheck.render.html import html
 from pgcheck.render.markdown import markdown
 from pgcheck.runs.report import Report
 
 
 def write_report(report: Report, folder: Path, messages: Mapping[str, str] | None = None) -> list[Path]:
-    """report.json, report.md and report.html in `folder`; all rendered before the first is written.
+    """report.json, report.md, report.html and the tables as CSV in `folder`; all rendered before the first is written.
 
     `messages`: the failure message of each estimator that failed, if they were worked out with a cause.
     """
@@ -22,6 +23,7 @@ def write_report(report: Report, folder: Path, messages: Mapping[str, str] | Non
         "report.json": report.to_json(),
         "report.md": markdown(report, messages),
         "report.html": html(report, messages),
+        **{f"{name}.csv": csv(table) for name, table in frames(report).items()},
     }
     return write_all({folder / name: text for name, text in texts.items()})
 

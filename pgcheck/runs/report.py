@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from pgcheck.estimators.base import Claim, Estimator
 from pgcheck.problem import Problem
-from pgcheck.verdicts.verdict import Measurement, NotAsked, Status, Verdict, as_list, finite_or_none
+from pgcheck.verdicts.verdict import Measurement, NotAsked, Status, Verdict, along, as_list, finite_or_none
 
 SCHEMA: Literal["pgcheck-report/1"] = "pgcheck-report/1"
 
@@ -41,6 +41,7 @@ class ProblemRow(_Row):
     value: float
     gradient_norm: float
     gradient: list[list[float]]  # ∇J in logit space, [K, A]
+    by_step: list[float | None]  # ⟨g_t, ∇J⟩/‖∇J‖² of each position, for its part g_t of ∇J; sums to 1
 
 
 class ClaimRow(_Row):
@@ -61,6 +62,13 @@ class EstimatorRow(_Row):
     about: str
     couples: str
     claims: list[ClaimRow]
+
+
+class StepRow(_Row):
+    """See `pgcheck.verdicts.verdict.Step`."""
+
+    along: float | None
+    gap: float | None
 
 
 class MeasurementRow(_Row):
@@ -85,6 +93,7 @@ class MeasurementRow(_Row):
     worst_action: int
     worst_step: int | None
     expected: list[list[float]]  # E ĝ in logit space, [K, A]
+    by_step: list[StepRow]  # what each position contributes to it; empty if the engine does not say
 
 
 class VerdictRow(_Row):
@@ -173,6 +182,7 @@ def problem_row(problem: Problem) -> ProblemRow:
         value=problem.value(),
         gradient_norm=float(problem.gradient().norm()),
         gradient=as_list(problem.gradient()),
+        by_step=[finite_or_none(x) for x in along(problem.gradient_by_step(), problem.gradient())],
     )
 
 
@@ -201,6 +211,7 @@ def measurement_row(m: Measurement) -> MeasurementRow:
         worst_action=action,
         worst_step=m.worst_step,
         expected=as_list(m.expected),
+        by_step=[StepRow(along=finite_or_none(s.along), gap=finite_or_none(s.gap)) for s in m.by_step],
     )
 
 

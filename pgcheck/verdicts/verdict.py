@@ -5,6 +5,9 @@ For g = ∇J and m = E ĝ:
     rel = ‖m − g‖ / ‖g‖      scale = ⟨m, g⟩ / ‖g‖²      cosine = ⟨m, g⟩ / (‖m‖ ‖g‖)
     off_axis = ‖m − scale · g‖ / ‖m‖      MSE = ‖m − g‖² + tr Cov ĝ      SNR = ‖m‖ / √tr Cov ĝ
 
+and for the parts m_t, g_t that position t contributes (Σ_t m_t = m, Σ_t g_t = g): along = ⟨m_t, g⟩ / ‖g‖², which sums to
+`scale`; gap = ‖m_t − g_t‖ / ‖g‖.
+
 Guarantee: an exact verdict is decided at `RTOL` of max(‖g‖, √E‖ĝ‖²), which is never zero unless ĝ is; so a stationary
 point (g = 0) is judged like any other. Words about verdicts are written in `pgcheck.render` only.
 """
@@ -62,6 +65,27 @@ def direction(mean: Tensor, gradient: Tensor) -> Direction:
 
 
 @dataclass(frozen=True)
+class Step:
+    """What one position contributes to m = E ĝ, seen from g; NaN where g = 0."""
+
+    along: float  # ⟨m_t, g⟩ / ‖g‖²
+    gap: float  # ‖m_t − g_t‖ / ‖g‖
+
+
+def along(by_step: Tensor, gradient: Tensor) -> list[float]:
+    """⟨x_t, g⟩ / ‖g‖² of parts `[T, K, A]` of a gradient; NaN where g = 0."""
+    g = gradient.reshape(-1)
+    shares: list[float] = (by_step.reshape(len(by_step), -1) @ g / (g @ g)).tolist()
+    return shares
+
+
+def steps(by_step: Tensor, truth: Tensor, gradient: Tensor) -> tuple[Step, ...]:
+    """The numbers of the parts `by_step` against the true ones, both `[T, K, A]`, whose sum is g = `gradient`."""
+    gaps = ((by_step - truth).reshape(len(truth), -1).norm(dim=-1) / gradient.norm()).tolist()
+    return tuple(Step(a, b) for a, b in zip(along(by_step, gradient), gaps, strict=True))
+
+
+@dataclass(frozen=True)
 class Measurement:
     """What was measured of one estimator on one problem; no opinion in it but `finding`."""
 
@@ -85,6 +109,7 @@ class Measurement:
     expected: Tensor  # E ĝ [K, A]
     truth: Tensor  # g [K, A]
     worst_step: int | None = None  # the position that contributes most to the bias of the worst context and action
+    by_step: tuple[Step, ...] = ()  # one for each position; empty if the engine does not split E ĝ
 
     @property
     def worst(self) -> tuple[int, int]:
@@ -140,6 +165,7 @@ def measure(estimator: Estimator, problem: Problem, moments: Moments, *, rtol: f
         expected=m,
         truth=g,
         worst_step=_worst_step(moments, problem),
+        by_step=() if moments.by_step is None else steps(moments.by_step, problem.gradient_by_step(), g),
     )
 
 

@@ -167,6 +167,39 @@ def test_every_measurement_says_where_it_is_worst(report: Report) -> None:
         assert m.bias == pytest.approx(math.hypot(*gaps), rel=1e-12, abs=1e-300)
 
 
+def test_positions_add_up(report: Report) -> None:
+    """The parts of ∇J along itself sum to 1, those of E ĝ to its scale; null where there is no direction."""
+    by_name = {p.name: p for p in report.problems}
+    for p in report.problems:
+        assert len(p.by_step) == p.steps
+        if p.gradient_norm > 0:
+            assert math.fsum(x for x in p.by_step if x is not None) == pytest.approx(1, rel=1e-12)
+        else:
+            assert p.by_step == [None] * p.steps
+    for m in report.measurements:
+        assert len(m.by_step) == by_name[m.problem].steps
+        along = [s.along for s in m.by_step]
+        if m.scale is None:
+            assert along == [None] * len(along)
+        else:
+            assert math.fsum(x for x in along if x is not None) == pytest.approx(m.scale, rel=1e-11, abs=1e-12)
+        if len(along) == 1 and m.rel is not None:  # one position has all of the bias
+            assert m.by_step[0].gap == pytest.approx(m.rel, rel=1e-9, abs=1e-14)
+
+
+def test_the_position_at_fault(report: Report) -> None:
+    """mdp/pessimal pays γ·1 for a₁ at t = 0 and −.75 γ for a₁ at t = 1: 4 and −3 quarters of γ.
+
+    Without γ^t = ½ at t = 1, the second is twice what it should be.
+    """
+    (row,) = [p for p in report.problems if p.name == "mdp/pessimal"]
+    assert row.by_step == pytest.approx([4, -3], rel=1e-12)
+    cell = report.cell("reward_to_go_undiscounted_weight", "mdp/pessimal")
+    assert cell is not None
+    assert [s.along for s in cell.by_step] == pytest.approx([4, -6], rel=1e-12)
+    assert [s.gap for s in cell.by_step] == pytest.approx([0, 3], rel=1e-12, abs=1e-12)
+
+
 def test_a_cell(report: Report) -> None:
     cell = report.cell("reinforce", "bandit/two-arm")
     assert cell is not None

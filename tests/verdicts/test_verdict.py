@@ -20,10 +20,12 @@ from pgcheck.verdicts.verdict import (
     Direction,
     Measurement,
     Status,
+    along,
     as_list,
     direction,
     finite_or_none,
     measure,
+    steps,
 )
 
 NAN = math.nan
@@ -31,6 +33,32 @@ NAN = math.nan
 
 def tensor(x: Any) -> Tensor:
     return torch.tensor(x, dtype=torch.float64)
+
+
+# -- positions
+
+
+def test_steps() -> None:
+    """g = (3, 4). m_0 = 2g is all along it; m_1 = (−4, 3) is all beside it; of g, position 0 has all."""
+    g = tensor([[3.0, 4.0]])
+    by_step, truth = tensor([[[6.0, 8.0]], [[-4.0, 3.0]]]), tensor([[[3.0, 4.0]], [[0.0, 0.0]]])
+    first, second = steps(by_step, truth, g)
+    assert (first.along, first.gap) == (2.0, 1.0)
+    assert (second.along, second.gap) == (0.0, 1.0)
+    assert along(truth, g) == [1.0, 0.0]
+
+
+def test_steps_without_a_direction() -> None:
+    (only,) = steps(tensor([[[1.0, -1.0]]]), tensor([[[0.0, 0.0]]]), tensor([[0.0, 0.0]]))
+    assert math.isnan(only.along)
+    assert not math.isfinite(only.gap)
+
+
+def test_an_engine_that_does_not_split_has_no_steps() -> None:
+    problem = find_problem("mdp/pessimal")
+    moments = Moments(problem.gradient(), torch.zeros(2, 2, dtype=torch.float64), None)
+    estimator = from_coefficients(lambda b: b.mask, name="whole")
+    assert measure(estimator, problem, moments).by_step == ()
 
 
 # -- direction

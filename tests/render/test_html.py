@@ -1,0 +1,187 @@
+"""The page is well-formed, self-contained and the same bytes; its tables hold the report's numbers; its script works."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from pgcheck import api
+from pgcheck.render.html import comparison_html, html
+from pgcheck.render.messages import number
+from pgcheck.render.tables import COMPARISON, columns
+from pgcheck.runs.report import Report
+from tests.render.pages import HOSTILE, Page, in_browser, lone_report, rich_report
+
+
+def comparison() -> pd.DataFrame:
+    return api.compare(["reinforce", "grpo"], ["dialogue/two-turn", "mdp/pessimal"])
+
+
+@pytest.fixture(scope="module")
+def text() -> str:
+    return html(rich_report())
+
+
+@pytest.fixture(scope="module")
+def page(text: str) -> Page:
+    return Page(text)
+
+
+def empty_report() -> Report:
+    nothing = {"problems": [], "estimators": [], "measurements": [], "verdicts": [], "not_asked": []}
+    return Report(suite="", version="0", **nothing)
+
+
+def pages() -> dict[str, str]:
+    made = {"rich": html(rich_report()), "lone": html(lone_report()), "empty": html(empty_report())}
+    return made | {"comparison": comparison_html(comparison())}
+
+
+# -- the document
+
+
+def test_well_formed_and_self_contained() -> None:
+    """Tags close in order, ids are unique, every #link has its target, and nothing is fetched from anywhere."""
+    for name, text in pages().items():
+        page = Page(text)
+        ids = [e.attrs["id"] for e in page.elements if "id" in e.attrs]
+        assert len(ids) == len(set(ids)), name
+        for e in page.elements:
+            href = e.attrs.get("href", "#")
+            assert href[0] == "#", (name, e)
+            assert href == "#" or href[1:] in ids, (name, e)
+            assert not {"src", "srcset", "xlink:href", "action", "background"} & set(e.attrs), (name, e)
+            assert e.tag not in {"link", "iframe", "img", "object", "embed", "base"}, (name, e)
+            style = e.attrs.get("style", "") + (e.text if e.tag == "style" else "")
+            assert "@import" not in style
+            assert all(target.startswith("#") for target in re.findall(r"url\((.*?)\)", style)), (name, e)
+        assert set(re.findall(r"url\(#([\w-]+)\)", text)) <= set(ids), name
+        assert page.find("meta", name="viewport")
+
+
+def test_the_same_bytes_twice(text: str) -> None:
+    assert html(rich_report()) == text
+
+
+def test_names_are_data(text: str, page: Page) -> None:
+    """Angle brackets, quotes and ampersands of a name show as themselves; no element is made of them."""
+    assert not page.find("b", id="x")
+    assert [e.text for e in page.find("title")] == ["pgcheck: a<b>&c"]
+    assert all("alert(1)" not in e.text for e in page.find("script"))
+    assert HOSTILE in [e.text for e in page.find("th", class_="name")]
+    assert any(HOSTILE in e.attrs["aria-label"] for e in page.find("svg", role="img"))
+
+
+def test_every_measurement_is_a_row(page: Page) -> None:
+    """In the order of the report, with the numbers as every format writes them."""
+    report = rich_report()
+    for i, e in enumerate(report.estimators):
+        own = [m for m in report.measurements if m.estimator == e.name]
+        rows = {x.attrs["id"]: x for x in page.find("tr") if x.attrs.get("id", "").startswith(f"e{i + 1}p")}
+        assert len(rows) == len(own)
+        for m in own:
+            row = rows[f"e{i + 1}p{[p.name for p in report.problems].index(m.problem) + 1}"]
+            for value in (m.problem, m.finding, number(m.rel), number(m.off_axis), number(m.total_variance)):
+                assert value in row.text
+
+
+def test_failures_come_first(text: str) -> None:
+    """Before the matrix, one paragraph of the message each, term by term."""
+    assert text.index('id="failures"') < text.index('id="matrix"')
+    page = Page(html(rich_report(), {HOSTILE: "it fails.\n  what      this\n            and that\n\nit fails again."}))
+    failures = page.find("section", class_="failure")
+    texts = [" ".join(e.text.split()) for e in failures]
+    at = texts.index("it fails. whatthis and that")
+    assert texts[at + 1] == "it fails again."
+    assert 'id="failures"' not in html(lone_report())
+
+
+def test_nobody_to_compare_with() -> None:
+    """A lone estimator has no variance "against the others", and no column for it."""
+    text = html(lone_report())
+    assert "× least" not in text
+    assert "sheet-variance" not in text.replace('id="sheet-variance"', "")
+
+
+def test_the_matrix_has_one_cell_for_each_pair(page: Page) -> None:
+    report = rich_report()
+    cells = [e for e in page.find("td") if " on " in e.attrs.get("title", "")]
+    assert len(cells) == len(report.estimators) * len(columns(report))
+    contradicting = {e.attrs["title"].partition(" on ")[0] for e in cells if "contradicts" in e.attrs["class"]}
+    assert contradicting == {HOSTILE, "nan"}
+
+
+# -- the script
+
+
+def column_of(table: str, column: int) -> str:
+    rows = f'[...document.getElementById("{table}").tBodies[0].rows]'
+    return f"JSON.stringify({rows}.map((r) => r.cells[{column}].textContent))"
+
+
+def test_sorting_by_a_link(text: str, tmp_path: Path) -> None:
+    """#sort=TABLE,COLUMN,DIRECTION; numbers as numbers, dashes last either way."""
+    for direction, sign in (("ascending", 1), ("descending", -1)):
+        found = json.loads(
+            in_browser(text, column_of("numbers-5", 2), tmp_path, hash_=f"#sort=numbers-5,2,{direction}")
+        )
+        report = rich_report()
+        own = [m.rel for m in report.measurements if m.estimator == report.estimators[4].name]
+        expected = sorted((x for x in own if x is not None), key=lambda x: sign * x)
+        assert found == [number(x) for x in expected] + ["—"] * own.count(None)
+        assert "—" in found
+
+
+def test_filter_and_matrix_order(text: str, tmp_path: Path) -> None:
+    """Words hide rows and sections alike; the head of a problem sorts by what was found there."""
+    script = """(() => {
+      const names = (rows) => [...rows].filter((r) => !r.hidden).map((r) => r.cells[0].textContent);
+      const out = { filtered: names(matrix.tBodies[0].rows), said: document.getElementById("shown").textContent };
+      out.sections = all("details").filter((d) => !d.hidden).length;
+      controls.elements.words.value = ""; controls.elements.family.value = "mdp"; filter();
+      out.columns = [...matrix.tHead.rows[1].cells].filter((th) => !th.hidden).map((th) => th.dataset.name);
+      const problem = matrix.tHead.querySelector("[data-name='mdp/pessimal']");
+      problem.querySelector("button").click();
+      out.order = [...matrix.tBodies[0].rows].map((r) => r.cells[problem.cellIndex].className);
+      return JSON.stringify(out);
+    })()"""
+    out = json.loads(in_browser(text, script, tmp_path, hash_="#filter=optimal%20baseline"))
+    assert out["filtered"] == ["baselined(optimal_constant)"]
+    assert out["sections"] == 1
+    assert out["said"].startswith(f"1 of {len(rich_report().estimators)}")
+    assert out["columns"] == ["estimator", "mdp/pessimal", "worst rel", "times least"]
+    contradicting = ["proportional contradicts", "none contradicts"]
+    assert out["order"] == contradicting + ["biased"] + ["proportional"] * 2 + ["unbiased"] * 3
+
+
+def test_csv_of_a_table(text: str, tmp_path: Path) -> None:
+    """The browser's CSV is read back by Python's reader, the hostile name included."""
+    script = "JSON.stringify([csv(matrix), csv(document.getElementById('numbers-5'))])"
+    first, second = (list(csv.reader(io.StringIO(x))) for x in json.loads(in_browser(text, script, tmp_path)))
+    report = rich_report()
+    assert first[0] == ["estimator", *(c.name for c in columns(report)), "worst rel", "times least"]
+    assert [row[0] for row in first[1:]] == [" ".join(e.name.split()) for e in report.estimators]
+    own = [m for m in report.measurements if m.estimator == report.estimators[4].name]
+    assert [row[:3] for row in second[1:]] == [[m.problem, m.finding, number(m.rel)] for m in own]
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_does_not_scroll_sideways(text: str, tmp_path: Path, width: int) -> None:
+    """With every section open; only tables scroll, inside their boxes."""
+    script = """(() => { for (const d of all("details")) d.open = true;
+      return `${innerWidth} ${document.documentElement.scrollWidth}`; })()"""
+    assert in_browser(text, script, tmp_path, width=width) == f"{width} {width}"
+
+
+def test_comparison_page_sorts(tmp_path: Path) -> None:
+    table = comparison()
+    page = comparison_html(table)
+    assert [e.text for e in Page(page).find("th")][: len(COMPARISON)] == list(COMPARISON)
+    found = json.loads(in_browser(page, column_of("comparison-1", 0), tmp_path, hash_="#sort=comparison-1,0,ascending"))
+    assert found == ["grpo", "reinforce"]
