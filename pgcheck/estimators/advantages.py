@@ -20,7 +20,8 @@ Over = Literal["group", "batch"]
 
 def peers(batch: Batch, over: Over) -> Tensor:
     """1. where row j counts for row i, itself included, `[..., B, B]`."""
-    return batch.same_group if over == "group" else torch.ones_like(batch.same_group)
+    same = batch.same_group
+    return same if over == "group" else same.new_ones(same.shape[-2:]).expand(same.shape)
 
 
 def without_self(same: Tensor) -> Tensor:
@@ -28,15 +29,37 @@ def without_self(same: Tensor) -> Tensor:
     return same * (1.0 - torch.eye(same.shape[-1], dtype=same.dtype, device=same.device))
 
 
+def _shared(same: Tensor) -> Tensor:
+    """`[B, B]` where all batches share it (an expanded tensor), else as it is."""
+    return same[0] if same.dim() == 3 and same.stride(0) == 0 else same
+
+
+def sum_of_peers(x: Tensor, same: Tensor) -> Tensor:
+    """Σ_j same_ij x_j for `x` `[..., B]`."""
+    shared = _shared(same)
+    return x @ shared.mT if shared.dim() == 2 else (shared @ x.unsqueeze(-1)).squeeze(-1)
+
+
+def number_of_peers(same: Tensor) -> Tensor:
+    """Σ_j same_ij, `[..., B]` or `[B]`."""
+    return _shared(same).sum(-1)
+
+
 def mean_of_peers(x: Tensor, same: Tensor) -> Tensor:
     """Σ_j same_ij x_j / Σ_j same_ij for `x` `[..., B]`; 0 for a row without peers."""
-    return (same @ x.unsqueeze(-1)).squeeze(-1) / same.sum(-1).clamp(min=1.0)
+    return sum_of_peers(x, same) / number_of_peers(same).clamp(min=1.0)
 
 
 def std_of_peers(x: Tensor, same: Tensor, *, ddof: int = 0) -> Tensor:
-    """Standard deviation over the peers of each row, `[..., B]`; 0 where fewer than ddof + 1 peers."""
-    spread = ((x.unsqueeze(-2) - mean_of_peers(x, same).unsqueeze(-1)) ** 2 * same).sum(-1)
-    return (spread / (same.sum(-1) - ddof).clamp(min=1.0)).sqrt()
+    """Standard deviation over the peers of each row, itself included, `[..., B]`; 0 where fewer than ddof + 1 peers."""
+    spread = sum_of_peers((x - mean_of_peers(x, same)) ** 2, same)  # peers have one mean
+    return (spread / (number_of_peers(same) - ddof).clamp(min=1.0)).sqrt()
+
+
+def std_of_others(x: Tensor, others: Tensor) -> Tensor:
+    """Standard deviation over the peers but itself: each row has a mean of its own; 0 for a row without others."""
+    spread = ((x.unsqueeze(-2) - mean_of_peers(x, others).unsqueeze(-1)) ** 2 * others).sum(-1)
+    return (spread / number_of_peers(others).clamp(min=1.0)).sqrt()
 
 
 # -- returns
@@ -137,7 +160,7 @@ def mean_of_others(over: Over) -> Callable[[Batch], Tensor]:
     def baseline(batch: Batch) -> Tensor:
         R = batch.episode_return
         same = peers(batch, over)
-        return ((same @ R.unsqueeze(-1)).squeeze(-1) - R) / (same.sum(-1) - 1.0).clamp(min=1.0)
+        return (sum_of_peers(R, same) - R) / (number_of_peers(same) - 1.0).clamp(min=1.0)
 
     return baseline
 
@@ -171,7 +194,7 @@ def alive_mean_to_go(batch: Batch) -> Tensor:
 
 def _spreads(std: Tensor, x: Tensor, same: Tensor, n: Tensor) -> Tensor:
     """Whether the peers differ by more than rounding; where they do not, 0/0 must not become rounding/rounding."""
-    size = ((same @ (x**2).unsqueeze(-1)).squeeze(-1) / n).sqrt()
+    size = (sum_of_peers(x**2, same) / n).sqrt()
     return std > 16 * torch.finfo(x.dtype).eps * size
 
 
@@ -182,7 +205,7 @@ def standardised_return(over: Over, *, ddof: int = 0, eps: float = 1e-6) -> Adva
         R = batch.episode_return
         same = peers(batch, over)
         std = std_of_peers(R, same, ddof=ddof)
-        spread = _spreads(std, R, same, same.sum(-1))
+        spread = _spreads(std, R, same, number_of_peers(same))
         scaled = (R - mean_of_peers(R, same)) / (std + eps).where(spread, torch.ones_like(std))
         return scaled.where(spread, torch.zeros_like(scaled)).unsqueeze(-1)
 
@@ -194,7 +217,7 @@ def standardised_by_others(over: Over, *, eps: float) -> Advantage:
 
     def advantage(batch: Batch) -> Tensor:
         R, others = batch.episode_return, without_self(peers(batch, over))
-        return ((R - mean_of_peers(R, others)) / (std_of_peers(R, others) + eps)).unsqueeze(-1)
+        return ((R - mean_of_peers(R, others)) / (std_of_others(R, others) + eps)).unsqueeze(-1)
 
     return advantage
 

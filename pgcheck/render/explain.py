@@ -210,8 +210,8 @@ def _what_to_do(e: Estimator) -> str:
     if "biased" in _kinds(e):
         return (
             "Where off_axis is 0, a learning rate mends it. Where it is not, either E ĝ is what you mean to follow, or take"
-            f" what the claim names out of the coefficients. `{on_policy.name}` is unbiased on-policy and looks at no more than this"
-            f" does; `{off_policy.name}` is unbiased off-policy."
+            f" what the claim names out of the coefficients. `{on_policy.name}` is unbiased on-policy and looks at no more than"
+            f" this does; `{off_policy.name}` is unbiased off-policy."
         )
     if "proportional" in _kinds(e):
         return f"Divide by κ, or take the own row out of what is subtracted: `{on_policy.name}` is unbiased."
