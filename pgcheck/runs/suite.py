@@ -72,7 +72,7 @@ class Suite(BaseModel):
     def _has_something_to_ask(self) -> Suite:
         if bool(self.estimators) != bool(self.problems) or not (self.estimators or self.case):
             lacking = "problems" if self.estimators else "estimators"
-            raise ValueError(f"field '{lacking}': a suite needs estimators and problems, or cases")
+            raise ValueError(f"field '{lacking}': none; a suite has estimators and problems, or cases")
         return self
 
     def resolve_estimators(self) -> list[Estimator]:
