@@ -28,7 +28,7 @@ import functools
 import itertools
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -39,7 +39,7 @@ from pgcheck.estimators.base import Estimator
 from pgcheck.estimators.lookup import as_estimator
 from pgcheck.problem import Problem, find_problem, registered_problems
 from pgcheck.runs.report import CaseRow
-from pgcheck.verdicts.quantities import Quantity, find_quantity
+from pgcheck.verdicts.quantities import Found, Quantity, find_quantity
 from pgcheck.verdicts.verdict import RTOL, Status
 
 Amount = float | str  # a number, or a formula that gives one
@@ -287,29 +287,36 @@ def judge_case(case: Case) -> CaseRow:
     """Compute the number for every subject, and judge the sentence."""
     asked = subjects(case)
     try:
-        found = [(s, find_quantity(case.quantity)(**s.arguments)) for s in asked]
-    except UsageError as error:
+        return decide(case, numbers_of(case, asked))
+    except UsageError as error:  # too many batches, or an estimator that the quantity is not about
         return _row(case, asked[0], len(asked), status=Status.INCONCLUSIVE, reason=str(error))
 
-    def against(pair: tuple[Subject, Any]) -> float:
+
+def numbers_of(case: Case, asked: Sequence[Subject]) -> list[tuple[Subject, Found]]:
+    """The number of every subject."""
+    quantity = find_quantity(case.quantity)
+    return [(s, quantity(**s.arguments)) for s in asked]
+
+
+def decide(case: Case, numbers: Sequence[tuple[Subject, Found]]) -> CaseRow:
+    """The verdict on a sentence, given its numbers."""
+
+    def against(pair: tuple[Subject, Found]) -> float:
         s, x = pair
         return max(_against(r, x.value, formula(a, s.letters)) for r, a in case.relations.items())
 
-    for s, x in found:
+    for s, x in numbers:
         if not math.isfinite(x.value):
-            return _row(case, s, len(asked), status=Status.INCONCLUSIVE, reason=f"the number is {x.value}")
-    holds = all(_holds(r, x.value, formula(a, s.letters)) for s, x in found for r, a in case.relations.items())
-    worst, number = max(found, key=against)
+            return _row(case, s, len(numbers), status=Status.INCONCLUSIVE, reason=f"the number is {x.value}")
+    holds = all(_holds(r, x.value, formula(a, s.letters)) for s, x in numbers for r, a in case.relations.items())
+    worst, number = max(numbers, key=against)
     status, reason = Status.PASS, ""
     if holds != (case.truth == "right"):
-        status = Status.FAIL
-        reason = f"the sentence {'holds' if holds else 'does not hold'}"
-    elif case.number is not None:
-        known = formula(case.number, worst.letters)
-        if not _holds("equals", number.value, known):
-            status, reason = Status.FAIL, f"the number is not {case.number} = {known:.10g}"
+        status, reason = Status.FAIL, f"the sentence {'holds' if holds else 'does not hold'}"
+    elif case.number is not None and not _holds("equals", number.value, known := formula(case.number, worst.letters)):
+        status, reason = Status.FAIL, f"the number is not {_written(case.number)}, which is {known:.10g}"
     beside = {name: float(x) for name, x in number.beside.items() if math.isfinite(x)}
-    return _row(case, worst, len(asked), status=status, reason=reason, value=number.value, beside=beside, holds=holds)
+    return _row(case, worst, len(numbers), status=status, reason=reason, value=number.value, beside=beside, holds=holds)
 
 
 def _written(amount: Amount) -> str:
