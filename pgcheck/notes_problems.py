@@ -16,7 +16,7 @@ from pgcheck.envs.tabular import TabularMDP
 from pgcheck.named_problems import bandit, named
 from pgcheck.problem import Problem
 
-COINS = (0.01, 0.1, 0.3, 0.5, 0.9)
+COINS = (0.01, 0.1, 0.3, 0.5, 0.8)
 FAIR_STEPS = (2, 3, 4)
 
 
