@@ -13,7 +13,7 @@ import math
 import torch
 
 from pgcheck.envs.tabular import TabularMDP
-from pgcheck.named_problems import bandit, named
+from pgcheck.named_problems import TWO_STATE_LOGITS, bandit, named, two_state
 from pgcheck.problem import Problem
 
 COINS = (0.01, 0.1, 0.3, 0.5, 0.8)
@@ -92,6 +92,14 @@ def _pessimal_undiscounted() -> Problem:
     transition[1:, :, 0] = 1.0
     env = TabularMDP(transition, [[0.0, 0.0], [1.0 - 0.75, 1.0], [-0.75, 0.0]], [1, 0, 0], horizon=2)
     return Problem(env, [[0.4, 0.0]], contexts=[0, 0, 0], groups=1, group_size=4)
+
+
+@named("notes/with-reference")
+def _with_reference() -> Problem:
+    """`mdp/two-state` with a reference policy to stay near: what a KL penalty is the gradient of."""
+    return Problem(
+        two_state(1.0), TWO_STATE_LOGITS[1.0], ref_logits=[[0.0, 0.6], [-0.5, 0.2]], groups=1, group_size=2
+    )  # fmt: skip
 
 
 @named("notes/drifted-steps")

@@ -59,6 +59,7 @@ SIZES = {
     "notes/two-prompts": (4, 2),
     "notes/prompts-apart": (4, 2),
     "notes/pessimal-undiscounted": (4, 1),
+    "notes/with-reference": TWO_STATE,
     "notes/drifted-steps": (4, 2),
 }
 

@@ -288,9 +288,7 @@ def surrogate_gap(
     forms = {"ratio": _ratio_form, "capped": _capped_form, "clip": _clip_form}
     if surrogate not in forms:
         raise UsageError(f"surrogate: {surrogate!r} is not one of {', '.join(forms)}.")
-    parts = estimator.coefficients
-    if not isinstance(parts, Composition):
-        raise UsageError(f"estimator '{estimator.name}': its advantage and aggregation cannot be told apart.")
+    parts = _composition(estimator)
     table = problem.trajectories_with(estimator.needs)
     p = table.paths
     leaf = problem.logits.requires_grad_(True)
@@ -305,6 +303,12 @@ def surrogate_gap(
         (part,) = torch.autograd.grad((weight * h.sum((-1, -2))).sum(), leaf)
         total += part
     return float((_moments(estimator, problem).mean - total).norm() / total.norm())
+
+
+def _composition(estimator: Estimator) -> Composition:
+    if not isinstance(estimator.coefficients, Composition):
+        raise UsageError(f"estimator '{estimator.name}': its advantage and aggregation cannot be told apart.")
+    return estimator.coefficients
 
 
 def _ratio_form(r: Tensor, A: Tensor, low: float, high: float) -> Tensor:
@@ -569,13 +573,14 @@ def chi_square_recursion(*, problem: Problem) -> Number:
 
 @quantity
 def truncation_bound(*, estimator: Estimator, problem: Problem, cap: float) -> Number:
-    """‖bias‖ / (‖f‖∞ E_π[(1 − cap/w)₊]) for min(w, cap) f, f = R S of one rollout: at most 1, as
-    bias = E_π[(1 − cap/w)₊ f] (Ionides 2008)."""
+    """‖bias‖ / (‖f‖∞ E_π[(1 − cap/w)₊]) for min(w, cap) f, f = Σ_t A_t ∇log π_t of one rollout with the estimator's own
+    advantage: at most 1, as bias = −E_π[(1 − cap/w)₊ f] (Ionides 2008)."""
+    parts = _composition(estimator)
     table = problem.trajectories
     p = table.paths
     chance = table.probability * p.start_probability[p.start]
-    R = table.rows_as_batch().episode_return
-    largest = float((R.abs() * score(table).sum(1).norm(dim=-1)).max())
+    A = parts.advantage(table.rows_as_batch()).expand(p.mask.shape) * p.mask
+    largest = float((A.unsqueeze(-1) * score(table)).sum(1).norm(dim=-1).max())
     w = (table.logp - table.behavior_logp).sum(-1).exp()
     lost = float(chance @ (1.0 - cap / w).clamp(min=0.0))
     bias = _measured(estimator, problem).bias
