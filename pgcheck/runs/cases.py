@@ -30,7 +30,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -42,7 +42,7 @@ from pgcheck.runs.report import CaseRow
 from pgcheck.verdicts.quantities import Found, Quantity, find_quantity
 from pgcheck.verdicts.verdict import RTOL, Status
 
-Amount = float | str  # a number, or a formula that gives one
+Amount = Annotated[float, Field(strict=True)] | str  # a number, or a formula that gives one
 RELATIONS = {"equals": "=", "differs_from": "≠", "above": ">", "below": "<", "at_least": "≥", "at_most": "≤"}
 
 
@@ -197,6 +197,9 @@ def subjects(case: Case) -> list[Subject]:
         name: _problems(x) if quantity.parameters[name] is Problem else _values(x, quantity.parameters[name])
         for name, x in given.items()
     }
+    for name, x in (*choices.items(), ("groups", case.groups), ("group_size", case.group_size)):
+        if x == []:
+            raise UsageError(f"{name}: an empty list; of nothing, everything is true.")
     sampling = {name: _listed(getattr(case, name)) for name in ("groups", "group_size")}
     out = []
     for combination in itertools.product(*choices.values(), *sampling.values()):
@@ -288,8 +291,9 @@ def judge_case(case: Case) -> CaseRow:
     asked = subjects(case)
     try:
         return decide(case, numbers_of(case, asked))
-    except UsageError as error:  # too many batches, or an estimator that the quantity is not about
-        return _row(case, asked[0], len(asked), status=Status.INCONCLUSIVE, reason=str(error))
+    except (UsageError, ArithmeticError, ValueError, IndexError) as error:  # too many batches, a division by 0, …
+        reason = str(error) if isinstance(error, UsageError) else f"{type(error).__name__}: {error}"
+        return _row(case, asked[0], len(asked), status=Status.INCONCLUSIVE, reason=reason)
 
 
 def numbers_of(case: Case, asked: Sequence[Subject]) -> list[tuple[Subject, Found]]:

@@ -227,6 +227,23 @@ def test_what_is_too_large_decides_nothing(tmp_path: Path) -> None:
     assert "budget" in report.cases[0].reason
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"scale"', '"component"\ncontext = 9'),  # there is no such context
+        ('"scale"', '"variance_ratio"\nagainst = "pgcheck.estimators.variants:group_of_one"\ngroup_size = 1'),  # by 0
+        ('"scale"', '"variance_share"\npart = "all"'),  # of coupled rows
+    ],
+)
+def test_what_goes_wrong_on_the_way_decides_nothing(old: str, new: str, tmp_path: Path) -> None:
+    text = ONE.replace('["mdp/two-state", "bandit/two-arm"]', '"mdp/two-state"').replace(old, new)
+    for estimator in ("batch_mean(group)", "pgcheck.estimators.variants:group_of_one")[new.count("group_of_one") :]:
+        report = run(tmp_path, text.replace("batch_mean", estimator))
+        assert report.exit_code == 1
+        assert report.cases[0].status is Status.INCONCLUSIVE
+        assert report.cases[0].reason
+
+
 def test_other_estimators_are_not_spoken_of(tmp_path: Path) -> None:
     mine = from_coefficients(lambda batch: batch.mask, couples="trajectory", name="mine")
     with pytest.raises(UsageError, match="cases only"):
@@ -285,6 +302,8 @@ BAD = {
     ),
     "a formula without a value": (ONE.replace("= 1\n", '= "1/0"\n'), ["formula '1/0'", "division by zero"]),
     "a number that does not parse": (ONE + 'number = "two thirds"\n', ["formula 'two thirds'"]),
+    "an empty list": (ONE.replace('"batch_mean"', "[]"), ["estimator: an empty list"]),
+    "an empty list of sizes": (ONE + "group_size = []\n", ["group_size: an empty list"]),
     "a group size of nothing": (ONE + "group_size = 0\n", ["group_size: 0"]),
     "a group that is too small": (
         ONE.replace('"batch_mean"', '"leave_one_out"') + "groups = 3\ngroup_size = 1\n",
@@ -316,6 +335,7 @@ FAULTS = {
     "a truth there is not": (ONE.replace('"wrong"', '"maybe"'), ["case.0.truth", "'right' or 'wrong'", "maybe"]),
     "a name with capitals": (ONE.replace('"batch-mean"', '"Batch mean"'), ["case.0.name"]),
     "no reason": (ONE.replace('because = "(B−1)/B"\n', ""), ["case.0.because", "required"]),
+    "a truth value for a number": (ONE.replace("equals = 1", "equals = true"), ["case.0.equals"]),
     "a list for a relation": (ONE.replace("equals = 1", "equals = [1]"), ["case.0.equals"]),
     "neither cases nor estimators": ('name = "mine"\n', ["field 'estimators'", "or cases"]),
     "problems without estimators": (ONE.replace("[[case]]", 'problems = ["mdp/*"]\n[[case]]'), ["field 'estimators'"]),
