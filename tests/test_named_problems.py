@@ -52,6 +52,15 @@ SIZES = {
     "off-policy/tree-stale": TREE,
     "off-policy/tree-truncated": TREE,
     "off-policy/contextual-truncated": CONTEXTUAL,
+    **{f"notes/coin-{p}": (2, 1) for p in ("0.01", "0.1", "0.3", "0.5", "0.8")},  # right or wrong
+    **{f"notes/fair-bandits-{T}": (2**T, T) for T in (2, 3, 4)},
+    "notes/entry-fee": (4, 2),  # two steps of two actions, a context each
+    "notes/three-arm": (3, 1),
+    "notes/two-prompts": (4, 2),
+    "notes/prompts-apart": (4, 2),
+    "notes/pessimal-undiscounted": (4, 1),
+    "notes/with-reference": TWO_STATE,
+    "notes/drifted-steps": (4, 2),
 }
 
 

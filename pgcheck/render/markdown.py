@@ -7,17 +7,41 @@ from collections.abc import Mapping
 import pandas as pd
 
 from pgcheck.render.messages import failure_messages, number
-from pgcheck.render.tables import COMPARISON, LEGEND, columns, comparison_rows, matrix, summary
+from pgcheck.render.tables import COMPARISON, LEGEND, case_message, case_rows, columns, comparison_rows, matrix, summary
 from pgcheck.runs.report import Report
 
 
 def markdown(report: Report, messages: Mapping[str, str] | None = None) -> str:
     """The report as GitHub-flavoured Markdown."""
-    shown, across = matrix(report), columns(report)
     lines = [f"# pgcheck: {report.suite or 'report'}", "", summary(report), ""]
-    for message in failure_messages(report, messages).values():
+    for message in (*failure_messages(report, messages).values(), *map(case_message, report.failed_cases)):
         lines += ["```text", message, "```", ""]
-    lines += ["## Verdict matrix", "", LEGEND.replace("    ", "; "), ""]
+    if report.cases:
+        lines += _cases(report)
+    if report.estimators or not report.cases:
+        lines += _matrix(report)
+    return "\n".join(lines)
+
+
+def _cases(report: Report) -> list[str]:
+    lines = ["## Cases", "", "Each sentence, what is held of it, and the exact number that decides it.", ""]
+    lines += ["| sentence | it is | number | it would hold if | because |", "|---|---|--:|---|---|"]
+    for c in case_rows(report):
+        held = f"**{c.truth}, {c.status}!**" if c.contradicts else c.truth
+        number_of = f"{c.number}<br>`{c.of}`" + (f"<br>{c.beside}" if c.beside else "")
+        says = f"{c.says}<br>`{c.name}` ({c.source})"
+        lines.append("| " + " | ".join(_cell(x) for x in (says, held, number_of, c.relation, c.because)) + " |")
+    return [*lines, ""]
+
+
+def _cell(text: str) -> str:
+    """A bar would end the cell."""
+    return text.replace("|", "\\|")
+
+
+def _matrix(report: Report) -> list[str]:
+    shown, across = matrix(report), columns(report)
+    lines = ["## Verdict matrix", "", LEGEND.replace("    ", "; "), ""]
     lines.append("| estimator | " + " | ".join(str(i + 1) for i in range(len(across))) + " |")
     lines.append("|---|" + ":-:|" * len(across))
     for e in report.estimators:
@@ -43,7 +67,7 @@ def markdown(report: Report, messages: Mapping[str, str] | None = None) -> str:
                 values = (m.rel, m.scale, m.cosine, m.off_axis, m.total_variance, m.mse, m.snr)
                 lines.append(f"| `{m.problem}` | {m.finding} | " + " | ".join(number(x) for x in values) + " |")
         lines.append("")
-    return "\n".join(lines)
+    return lines
 
 
 def _claim_words(kind: str, conditions: list[str], reason: str) -> str:

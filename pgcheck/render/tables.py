@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 import pandas as pd
 
 from pgcheck.render.messages import BIAS_CHECKS, number
-from pgcheck.runs.report import MeasurementRow, ProblemRow, Report, VerdictRow
+from pgcheck.runs.report import CaseRow, MeasurementRow, ProblemRow, Report, VerdictRow
 from pgcheck.verdicts.verdict import Status
 
 SYMBOL = {"unbiased": "=", "proportional": "∝", "biased": "≠", "none": "·"}
@@ -96,14 +97,82 @@ def _cell(m: MeasurementRow | None, reason: str, wrong: VerdictRow | None) -> Ce
 
 
 def summary(report: Report) -> str:
-    """One line: how many verdicts, how many of each status."""
-    count = report.count()
-    parts = [f"{count[s]} {s}" for s in (Status.PASS, Status.FAIL, Status.INCONCLUSIVE)]
-    pairs = len(report.measurements)
-    return (
-        f"{len(report.verdicts)} verdicts: {', '.join(parts)}. {pairs} exact measurements of {len(report.estimators)} "
-        f"estimators on {len(report.problems)} problems; {len(report.not_asked)} pairs not asked."
+    """One line: how many verdicts and cases, how many of each status."""
+    lines = []
+    if report.verdicts or not report.cases:
+        pairs = len(report.measurements)
+        lines.append(
+            f"{len(report.verdicts)} verdicts: {_by_status(report.count())}. {pairs} exact measurements of"
+            f" {len(report.estimators)} estimators on {len(report.problems)} problems; {len(report.not_asked)} pairs not"
+            " asked."
+        )
+    if report.cases:
+        lines.append(f"{len(report.cases)} cases: {_by_status(Counter(c.status for c in report.cases))}.")
+    return " ".join(lines)
+
+
+def _by_status(count: Counter[Status]) -> str:
+    return ", ".join(f"{count[s]} {s}" for s in (Status.PASS, Status.FAIL, Status.INCONCLUSIVE))
+
+
+@dataclass(frozen=True)
+class CaseText:
+    """A case in words, for a line of a table."""
+
+    name: str
+    says: str
+    source: str
+    truth: str
+    number: str
+    of: str  # what the number is of, as a call
+    relation: str
+    status: str
+    contradicts: bool
+    because: str
+    beside: str
+
+
+def case_rows(report: Report) -> list[CaseText]:
+    """The cases of the report, in its order."""
+    return [_case_text(c) for c in report.cases]
+
+
+def _case_text(c: CaseRow) -> CaseText:
+    words = [x if not _is_number(x) and name != "group_size" else f"{name}={x}" for name, x in c.subject.items()]
+    return CaseText(
+        name=c.name,
+        says=c.says,
+        source=c.source,
+        truth=c.truth,
+        number=number(c.value),
+        of=f"{c.quantity}({', '.join(words)})",
+        relation=c.relation,
+        status=c.status.value,
+        contradicts=c.status is not Status.PASS,
+        because=c.because,
+        beside=", ".join(f"{name} {number(x)}" for name, x in c.beside.items()),
     )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return text.startswith("[")
+    return True
+
+
+def case_message(c: CaseRow) -> str:
+    """Everything a reader needs about a case that did not pass."""
+    text = _case_text(c)
+    rows = [
+        ("says", c.says),
+        ("held", f"{c.truth}: {c.because}"),
+        ("number", f"{text.of} = {number(c.value)}" + (f" ({text.beside})" if text.beside else "")),
+        ("holds if", c.relation + (f", on all of {c.asked}" if c.asked > 1 else "")),
+        ("found", c.reason),
+    ]
+    return f"case {c.name} is {c.status}.\n" + "\n".join(f"  {name:<9} {x}" for name, x in rows)
 
 
 COMPARISON = ("estimator", "found", "rel", "scale", "cosine", "off_axis", "tr Cov", "× least", "MSE", "SNR")

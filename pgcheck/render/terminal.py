@@ -9,7 +9,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pgcheck.render.tables import COMPARISON, LEGEND, Cell, Column, columns, comparison_rows, matrix, summary
+from pgcheck.render.tables import (
+    COMPARISON,
+    LEGEND,
+    Cell,
+    Column,
+    case_message,
+    case_rows,
+    columns,
+    comparison_rows,
+    matrix,
+    summary,
+)
 from pgcheck.runs.report import Report
 
 _STYLE = {"unbiased": "green", "proportional": "cyan", "biased": "yellow", "none": "dim"}
@@ -29,7 +40,16 @@ def _span(name: str, group: list[Column], console: Console) -> int:
 
 
 def print_matrix(report: Report, console: Console) -> None:
-    """The verdict matrix: an estimator a line, a symbol for each problem, grouped by family."""
+    """The verdict matrix, if anything was measured, then the cases, if there are any, and the summary."""
+    if report.estimators or not report.cases:
+        _print_matrix(report, console)
+    if report.cases:
+        _print_cases(report, console)
+    console.print(summary(report))
+
+
+def _print_matrix(report: Report, console: Console) -> None:
+    """An estimator a line, a symbol for each problem, grouped by family."""
     shown = matrix(report)
     families = [(name, list(group)) for name, group in groupby(columns(report), key=lambda c: c.family)]
     width = max((len(e.name) for e in report.estimators), default=0)
@@ -52,7 +72,22 @@ def print_matrix(report: Report, console: Console) -> None:
         short = [column.name.partition("/")[2] for column in group]
         console.print(Text(f"{name}: {', '.join(short)}", style="dim"))
     console.print()
-    console.print(summary(report))
+
+
+def _print_cases(report: Report, console: Console) -> None:
+    """A sentence a line: what is held of it, the number that decides it, and when the sentence would hold."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("case", "it is", "number", "holds if", ""):
+        table.add_column(name, justify="right" if name == "number" else "left", no_wrap=True)
+    for c in case_rows(report):
+        held = Text(c.truth, style="green" if c.truth == "right" else "yellow")
+        status = Text(c.status, style="bold red" if c.contradicts else "dim")
+        table.add_row(Text(c.name), held, c.number, Text(c.relation), status)
+    console.print(table)
+    console.print()
+    for row in report.failed_cases:
+        console.print(Text(case_message(row)))
+        console.print()
 
 
 def _style(cell: Cell) -> str:

@@ -117,6 +117,26 @@ class NotAskedRow(_Row):
     reason: str
 
 
+class CaseRow(_Row):
+    """A sentence, the number that decides it and the verdict; see `pgcheck.runs.cases`."""
+
+    name: str
+    says: str
+    source: str
+    truth: Literal["right", "wrong"]
+    quantity: str
+    subject: dict[str, str]  # arguments of the quantity: of several combinations, the one that says most against it
+    asked: int  # number of combinations
+    relation: str  # the sentence holds if the number does this
+    value: float | None = None
+    beside: dict[str, float] = {}  # other numbers that belong next to it
+    holds: bool | None = None  # None: could not be decided
+    number: str | None = None  # what the number is known to be
+    status: Status
+    because: str
+    reason: str = ""  # why it is not PASS
+
+
 class Report(_Row):
     """Everything a run found."""
 
@@ -128,6 +148,7 @@ class Report(_Row):
     measurements: list[MeasurementRow]
     verdicts: list[VerdictRow]
     not_asked: list[NotAskedRow]
+    cases: list[CaseRow] = []
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
@@ -141,11 +162,16 @@ class Report(_Row):
         return [v for v in self.verdicts if v.status is not Status.PASS]
 
     @property
+    def failed_cases(self) -> list[CaseRow]:
+        """Cases that are not PASS, in the order of the run."""
+        return [c for c in self.cases if c.status is not Status.PASS]
+
+    @property
     def exit_code(self) -> int:
         """0: every verdict agrees with its claim; 1: one failed or is inconclusive; 5: nothing was checked."""
-        if not self.verdicts:
+        if not self.verdicts and not self.cases:
             return 5
-        return 1 if self.failures else 0
+        return 1 if self.failures or self.failed_cases else 0
 
     def cell(self, estimator: str, problem: str) -> MeasurementRow | None:
         """The measurement of that pair, if it was taken."""

@@ -21,7 +21,8 @@ from pgcheck.errors import BudgetError, NotFiniteError, UsageError
 from pgcheck.estimators.base import Estimator
 from pgcheck.problem import Problem
 from pgcheck.runs import report as rows
-from pgcheck.runs.report import Report
+from pgcheck.runs.cases import Case, judge_case
+from pgcheck.runs.report import CaseRow, Report
 from pgcheck.verdicts.checks import find_check, registered_checks
 from pgcheck.verdicts.checks.bias import claims_on, judge_claims
 from pgcheck.verdicts.verdict import RTOL, Finding, Measurement, NotAsked, Status, Verdict, measure
@@ -67,6 +68,7 @@ def run(
     suite: str = "",
     checks: Sequence[str] | None = None,
     expectations: Sequence[Expectation] = (),
+    cases: Sequence[Case] = (),
     budget: int = DEFAULT_BUDGET,
     rtol: float = RTOL,
     progress: Progress | None = None,
@@ -76,6 +78,7 @@ def run(
     Args:
         checks: names of checks to run; default, all of them.
         expectations: findings expected on single problems, on top of the claims.
+        cases: sentences to decide, each by a number of its own.
         budget: most batches for one estimator on one problem.
 
     Raises:
@@ -121,7 +124,17 @@ def run(
         measurements=[rows.measurement_row(m) for m in found.values()],
         verdicts=[rows.verdict_row(v) for v in verdicts if v.check in wanted or _always_shown(v)],
         not_asked=[rows.not_asked_row(n) for n in not_asked],
+        cases=_judged(cases, progress),
     )
+
+
+def _judged(cases: Sequence[Case], progress: Progress | None) -> list[CaseRow]:
+    judged = []
+    for done, case in enumerate(cases):
+        if progress is not None:
+            progress("cases", done, len(cases))
+        judged.append(judge_case(case))
+    return judged
 
 
 def _too_small(e: Estimator) -> str:

@@ -14,6 +14,11 @@
     problem = "off-policy/contextual-drifted"
     finding = "unbiased"
 
+    [[case]]                                         # optional: a sentence and the number that decides it
+    name = "…"                                       # see `pgcheck.runs.cases`
+
+A suite has estimators and problems, or cases, or both.
+
 Guarantee: an unknown key, a misspelt name or a wrong type is one error that names the file, the field and the mend.
 """
 
@@ -25,7 +30,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pgcheck.engines.exact import DEFAULT_BUDGET
 from pgcheck.engines.moments import Progress
@@ -33,6 +38,7 @@ from pgcheck.errors import SuiteError, UnknownNameError, UsageError
 from pgcheck.estimators.base import Estimator, registered_estimators
 from pgcheck.estimators.lookup import as_estimator
 from pgcheck.problem import Problem, find_problem, registered_problems
+from pgcheck.runs.cases import Case, check_case
 from pgcheck.runs.report import Report
 from pgcheck.runs.runner import Expectation, run
 from pgcheck.verdicts.checks import find_check
@@ -53,13 +59,21 @@ class Suite(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str = Field(min_length=1)
     about: str = ""
-    estimators: Literal["all"] | list[str]
-    problems: list[str] = Field(min_length=1)
+    estimators: Literal["all"] | list[str] = []
+    problems: list[str] = []
     own_problems: list[str] | None = None
     thetas: int = Field(default=1, ge=1, le=8)
     checks: list[str] | None = None
     budget: int = Field(default=DEFAULT_BUDGET, ge=1)
     expect: list[ExpectRow] = []
+    case: list[Case] = []
+
+    @model_validator(mode="after")
+    def _has_something_to_ask(self) -> Suite:
+        if bool(self.estimators) != bool(self.problems) or not (self.estimators or self.case):
+            lacking = "problems" if self.estimators else "estimators"
+            raise ValueError(f"field '{lacking}': none; a suite has estimators and problems, or cases")
+        return self
 
     def resolve_estimators(self) -> list[Estimator]:
         """The estimators, in the order of the file."""
@@ -80,6 +94,10 @@ class Suite(BaseModel):
         self, *, estimators: list[Estimator] | None = None, budget: int | None = None, progress: Progress | None = None
     ) -> Report:
         """Run it, with other estimators in place of its own if given."""
+        if estimators is not None and not self.problems and not self.own_problems:
+            raise UsageError(
+                f"suite '{self.name}' has cases only, and no problems to judge another estimator on; run core."
+            )
         chosen = self.resolve_estimators() if estimators is None else estimators
         names = {e.name for e in chosen}
         return run(
@@ -88,6 +106,7 @@ class Suite(BaseModel):
             suite=self.name,
             checks=self.checks,
             expectations=[Expectation(x.estimator, x.problem, x.finding) for x in self.expect if x.estimator in names],
+            cases=self.case if estimators is None else (),
             budget=self.budget if budget is None else budget,
             progress=progress,
         )
@@ -156,11 +175,13 @@ def read_suite(path: Path) -> Suite:
 def _first_fault(error: ValidationError) -> str:
     # a misspelt field is unknown and, under its right name, missing: the first says more
     first = min(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
-    in_expect = len(first["loc"]) > 2 and first["loc"][0] == "expect"
-    entry = f"[[expect]] number {int(first['loc'][1]) + 1}, " if in_expect else ""
-    field = str(first["loc"][2 if in_expect else 0])
+    if not first["loc"]:
+        return f"{first['msg'].removeprefix('Value error, ')}."
+    in_entry = len(first["loc"]) > 2 and first["loc"][0] in ("expect", "case")
+    entry = f"[[{first['loc'][0]}]] number {int(first['loc'][1]) + 1}, " if in_entry else ""
+    field = str(first["loc"][2 if in_entry else 0])
     if first["type"] == "extra_forbidden":
-        known = ExpectRow.model_fields if in_expect else Suite.model_fields
+        known = ExpectRow.model_fields if in_entry else Suite.model_fields
         return entry + str(UnknownNameError("field", field, known, hint=f"Fields: {', '.join(known)}."))
     if first["type"] == "missing":
         return f"{entry}field '{field}' is missing."
@@ -173,6 +194,7 @@ def _check_names(path: Path, suite: Suite) -> None:
         estimators = {e.name for e in suite.resolve_estimators()}
         problems = {p.name for p in suite.resolve_problems()}
         suite.resolve_problems(own=True)
+        _check_cases(suite.case)
         for name in suite.checks or ():
             find_check(name)
         for x in suite.expect:
@@ -182,3 +204,14 @@ def _check_names(path: Path, suite: Suite) -> None:
                 raise UnknownNameError("problem", x.problem, problems, hint="[[expect]] names the suite's own.")
     except UsageError as error:
         raise SuiteError(f"{path}: {error}") from None
+
+
+def _check_cases(cases: list[Case]) -> None:
+    names = [case.name for case in cases]
+    for case in cases:
+        if names.count(case.name) > 1:
+            raise UsageError(f"case '{case.name}' is there twice; give one of them another name.")
+        try:
+            check_case(case)
+        except UsageError as error:
+            raise UsageError(f"case '{case.name}': {error}") from None
