@@ -412,7 +412,9 @@ def alone_is_no_signal(batch: Batch) -> Tensor:
 @broken("reinforce", "unbiased", couples="group", min_group_size=2)
 def duplicates_counted_once(batch: Batch) -> Tensor:
     """Equal rollouts of a group are counted once: probable ones lose weight."""
-    same = (batch.action.unsqueeze(-2) == batch.action.unsqueeze(-3)) & (batch.state.unsqueeze(-2) == batch.state.unsqueeze(-3))
+    same = (batch.action.unsqueeze(-2) == batch.action.unsqueeze(-3)) & (
+        batch.state.unsqueeze(-2) == batch.state.unsqueeze(-3)
+    )
     copies = (same.all(-1).to(batch.reward.dtype) * batch.same_group).sum(-1)
     return per_row(batch.episode_return / copies, batch)
 
@@ -446,14 +448,14 @@ def divided_by_accumulation_twice(batch: Batch) -> Tensor:
     return -(J[:half].sum() + J[half:].sum()) / steps
 
 
-@broken("reinforce", "unbiased", "row_order", couples="batch", loss=True)
+@broken("reinforce", "unbiased", couples="batch", loss=True)
 def micro_batch_means_summed(batch: Batch) -> Tensor:
     """The means of the micro-batches are added up and not divided by their number."""
     J, half = batch.episode_return * (batch.logp * batch.mask).sum(-1), (batch.rows + 1) // 2
     return -(J[:half].mean() + J[half:].mean())
 
 
-@broken("batch_mean", "proportional", "row_order")
+@broken("batch_mean", "proportional")
 def mean_over_the_micro_batch(batch: Batch) -> Tensor:
     """The mean that is subtracted runs over a micro-batch: each holds a larger share of its own return."""
     R, same = batch.episode_return, first_half(batch)
@@ -462,7 +464,7 @@ def mean_over_the_micro_batch(batch: Batch) -> Tensor:
 
 @broken("reinforce", "unbiased", loss=True)
 def divided_by_own_length(batch: Batch) -> Tensor:
-    """The mean log-probability of a row times its summed return: short rows weigh more."""
+    """The mean over each row's tokens (mean log-probability times summed return): short rows weigh more."""
     return -((batch.episode_return[:, None] * batch.logp * batch.mask).sum(-1) / batch.length).mean()
 
 
@@ -703,7 +705,7 @@ def clip_bound_is_epsilon_itself(batch: Batch) -> Tensor:
     return -token_mean_of(ratio * standardised(batch) * batch.logp, batch)
 
 
-@broken("cispo", "same_as", "row_order", loss=True)
+@broken("cispo", "same_as", loss=True)
 def micro_batch_means_averaged(batch: Batch) -> Tensor:
     """Token means of micro-batches are averaged: the mean of means is not the mean over the batch."""
     x = token_ratio(batch).detach().clamp(max=1.1) * standardised(batch) * batch.logp * batch.mask

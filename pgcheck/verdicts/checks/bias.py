@@ -120,7 +120,7 @@ def check_weights_average_to_one(estimator: Estimator, problem: Problem) -> Verd
     return Verdict(estimator.name, "weights_average_to_one", problem.name, status, measured, RTOL)
 
 
-@check("bias")
+@check("bias", asked="of estimators that declare what they are the same_as")
 def check_same_as(estimator: Estimator, problem: Problem) -> Verdict | None:
     """Every batch gives the estimate of the estimator that it is an implementation of (asked where `same_as` is declared).
 
@@ -129,9 +129,14 @@ def check_same_as(estimator: Estimator, problem: Problem) -> Verdict | None:
     does. Equal batch by batch is more than equal on average.
     Why it matters: a published estimator that is known to be biased cannot be told from a broken copy of it by its bias.
     Most mistakes around a clip show only off-policy, and only on one side of it.
-    Example: torch.max for torch.min in GRPO; a ratio clamped under autograd in CISPO; torch.std, which divides by G − 1.
+    Example: a ratio that is not detached where the estimator multiplies log π by it; torch.max for torch.min in PPO.
+        def loss(batch):
+            ratio = ((batch.logp - batch.behavior_logp) * batch.mask).exp()
+            return -(ratio * batch.discount_weight * batch.reward_to_go * batch.logp * batch.mask).sum(-1).mean()
+        estimator = pgcheck.from_loss(loss, same_as="token_is")
     What to do: compare term by term with the formula (`pgcheck explain grpo`); a difference that is meant is another
-    estimator: leave `same_as` out."""
+    estimator: leave `same_as` out.
+    References: PPO, arXiv 1707.06347, equation 7; MiniMax-M1, arXiv 2506.13585, equations 4–5."""
     if estimator.same_as is None:
         return None
     other = find_estimator(estimator.same_as)
