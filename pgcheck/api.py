@@ -11,7 +11,7 @@ import pandas as pd
 from pgcheck.engines.exact import DEFAULT_BUDGET, exact_moments
 from pgcheck.engines.moments import Moments, Progress
 from pgcheck.errors import BiasError, CheckFailed, UnknownNameError, UsageError
-from pgcheck.estimators.base import Claim, Estimator, proportional, unbiased
+from pgcheck.estimators.base import Claim, Estimator, find_estimator, proportional, unbiased
 from pgcheck.estimators.lookup import AnyEstimator, as_estimator, command_name
 from pgcheck.problem import Problem, registered_problems
 from pgcheck.render.messages import BIAS_CHECKS, failure_message
@@ -68,9 +68,10 @@ def as_claim(claim: str | Claim) -> Claim:
 
 def check_estimator(
     estimator: AnyEstimator,
-    problems: AnyProblem | Sequence[AnyProblem] = "core",
+    problems: AnyProblem | Sequence[AnyProblem] | None = None,
     *,
     claim: str | Claim | None = None,
+    same_as: str | None = None,
     checks: Sequence[str] | None = None,
     budget: int = DEFAULT_BUDGET,
     rtol: float = RTOL,
@@ -81,8 +82,10 @@ def check_estimator(
     Args:
         estimator: a loss `batch -> scalar`, an `Estimator`, or the name of one.
         problems: `"core"` (every on-policy problem at two θ), `"off-policy"`, `"all"`, an id, a pattern, a `Problem`, or
-            several of those.
+            several of those. Default: `"core"`; with `same_as`, `"all"`.
         claim: what to judge instead of the estimator's own claims; a plain loss claims `"unbiased"`.
+        same_as: name of the estimator that it implements: it must give the same estimate from every batch, and without
+            `claim` it claims what that one claims.
         checks: names of checks; default, all.
         budget: most batches enumerated on one problem.
         progress: called with (what, done, total); default, a bar on stderr after two seconds, if that is a terminal.
@@ -94,14 +97,17 @@ def check_estimator(
     Raises:
         BiasError: E ĝ contradicts the claim.
         CheckFailed: any other check failed, or nothing could be checked.
-        UsageError: the estimator or a problem cannot be used.
+        UsageError: the estimator or a problem cannot be used; no estimator of the name `same_as`.
     """
     if not 0.0 < rtol < 1.0:
         raise UsageError(f"rtol: {rtol!r}; it must lie between 0 and 1.")
     e = as_estimator(estimator)
+    if same_as is not None:
+        other = find_estimator(same_as)
+        e = replace(e, same_as=other.name, claims=other.claims)
     if claim is not None:
         e = replace(e, claims=(as_claim(claim),))
-    chosen = as_problems(problems)
+    chosen = as_problems(("core" if same_as is None else "all") if problems is None else problems)
     with ProgressBar() as bar:
         report = run([e], chosen, suite="check", checks=checks, budget=budget, rtol=rtol, progress=progress or bar)
     judged = any(v.check in BIAS_CHECKS for v in report.verdicts)

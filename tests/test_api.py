@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import random
@@ -198,6 +199,36 @@ def test_a_claim_of_bias_is_a_claim() -> None:
     assert pgcheck.check_estimator("grpo", SOUND_PROBLEM, claim=pgcheck.biased("std")).exit_code == 0
     with pytest.raises(pgcheck.BiasError, match="claims to be biased, but no bias was found"):
         pgcheck.check_estimator("reinforce", SOUND_PROBLEM, claim=pgcheck.biased("it is not"))
+
+
+def ppo_like(batch: Batch, *, pessimistic: Callable[..., Tensor]) -> Tensor:
+    """GRPO's loss, written with the maximum of two losses (or with another choice between them)."""
+    same = (batch.group[:, None] == batch.group[None, :]).to(batch.reward.dtype)
+    R, n = batch.episode_return, same.sum(1)
+    mean = same @ R / n
+    std = ((R[None, :] - mean[:, None]) ** 2 * same).sum(1).div(n).sqrt()
+    adv = ((R - mean) / (std + 1e-6))[:, None]
+    ratio = (batch.logp - batch.behavior_logp).exp()
+    loss = pessimistic(-adv * ratio, -adv * ratio.clamp(0.8, 1.2))
+    return ((loss * batch.mask).sum(-1) / batch.length).mean()
+
+
+def test_an_implementation_is_held_to_what_it_implements() -> None:
+    """On off-policy problems too; its claims are those of the published one, bias and all."""
+    right, wrong = (functools.partial(ppo_like, pessimistic=f) for f in (torch.maximum, torch.minimum))
+    where = ["dialogue/two-turn", "off-policy/dialogue-stale"]
+    report = pgcheck.check_estimator(right, where, same_as="grpo")
+    assert {v.problem for v in report.verdicts if v.check == "same_as"} == set(where)
+    assert [v.check for v in report.verdicts if v.check in ("unbiased", "biased")] == ["biased", "biased"]
+    with pytest.raises(pgcheck.CheckFailed) as caught:
+        pgcheck.check_estimator(wrong, where, same_as="grpo")
+    assert {(v.check, v.problem) for v in caught.value.report.failures} == {("same_as", "off-policy/dialogue-stale")}
+
+
+def test_the_name_of_what_it_implements_is_looked_up() -> None:
+    with pytest.raises(pgcheck.UsageError, match=r"unknown estimator 'grop'\. Did you mean 'grpo'"):
+        pgcheck.check_estimator(reinforce, same_as="grop")
+    pgcheck.check_estimator(reinforce, SOUND_PROBLEM, same_as="rloo", claim="unbiased", checks=["unbiased"])
 
 
 def test_some_checks() -> None:

@@ -126,3 +126,10 @@ def gradient_map(table: Trajectories, *, logits: bool) -> Tensor:
         return torch.eye(K * A, dtype=torch.float64)
     blocks = torch.eye(A, dtype=pi.dtype) - pi.unsqueeze(-1).expand(K, A, A)
     return torch.block_diag(*blocks)
+
+
+def estimates(estimator: Estimator, batch: Batch, table: Trajectories) -> Tensor:
+    """ĝ of every batch `[M, B, T]` drawn from `table`, in logit space, `[M, K·A]`."""
+    logits, cells = estimator.leaf == "logits", table.contexts * table.actions
+    x = scattered(coefficients_of(estimator, batch), cells_of(batch, table.actions, logits=logits), cells)
+    return x @ gradient_map(table, logits=logits).T

@@ -115,6 +115,7 @@ class Estimator:
         leaf: `"logits"` if the coefficients are `[..., B, T, A]`, weights on every action's logit.
         shift_invariant: ĝ does not move when the same constant is added to every row's return.
         on_policy_limit: name of the estimator it equals, row by row, when the batch is on-policy.
+        same_as: name of the estimator whose implementation it is: the same estimate from every batch.
         weight: the importance weight of each row `[..., B]`, if it has one; E_behavior[w] = 1 is then checked.
     """
 
@@ -131,6 +132,7 @@ class Estimator:
     leaf: Leaf = "logp"
     shift_invariant: bool = False
     on_policy_limit: str | None = None
+    same_as: str | None = None
     weight: Callable[[Batch], Tensor] | None = None
 
     def __post_init__(self) -> None:

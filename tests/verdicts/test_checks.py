@@ -32,6 +32,7 @@ TRIPPED: dict[str, tuple[str, str]] = {
     "biased": ("mended", "mdp/two-state-0.9"),
     "finite": ("nan_where_all_agree", "degenerate/all-equal"),
     "weights_average_to_one": ("ratio_inverted", "off-policy/dialogue-stale"),
+    "same_as": ("max_for_min", "off-policy/dialogue-stale"),
     "inputs_unchanged": ("rewards_centred_in_place", "dialogue/two-turn"),
     "deterministic": ("dropout_left_on", "dialogue/two-turn"),
     "stateless": ("running_baseline", "dialogue/two-turn"),
@@ -58,6 +59,7 @@ def pair(name: str) -> tuple[Estimator, Estimator]:
         sound,
         shift_invariant=entry.estimator.shift_invariant,
         on_policy_limit=entry.estimator.on_policy_limit,
+        same_as=entry.estimator.same_as,
         claims=sound.claims if name != "critic_not_detached" else entry.sound.claims,
     )
 
@@ -149,6 +151,7 @@ NOT_APPLICABLE: list[tuple[str, Estimator, Problem]] = [
     ("reward_shift", find_estimator("reinforce"), find_problem("dialogue/two-turn")),  # not declared
     ("reward_shift", find_estimator("leave_one_out"), find_problem("degenerate/group-of-one")),  # no baseline there
     ("on_policy_limit", find_estimator("reinforce"), find_problem("off-policy/dialogue-stale")),  # not declared
+    ("same_as", find_estimator("reinforce"), find_problem("off-policy/dialogue-stale")),  # not declared
 ]
 
 

@@ -1,4 +1,5 @@
-"""Claims about E ĝ, judged on moments: `unbiased`, `proportional`, `biased`; and the finiteness of every coefficient.
+"""Claims about ĝ: about its mean, judged on moments (`unbiased`, `proportional`, `biased`); that it is another's
+(`same_as`); and the finiteness of every coefficient.
 
 A claim holds over a set of problems: `unbiased` and `proportional` on every problem that meets its conditions, `biased`
 on at least one (every bias vanishes somewhere). Both directions are tested: an entry that claims bias fails if none is
@@ -10,10 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from pgcheck.estimators.base import Claim, Estimator
+from pgcheck.engines.coefficients import estimates
+from pgcheck.engines.enumeration import Batches
+from pgcheck.estimators.base import Claim, Estimator, find_estimator
 from pgcheck.problem import Problem
-from pgcheck.verdicts.checks.base import add_check, check
+from pgcheck.verdicts.checks.base import PROBES, add_check, check, compared
 from pgcheck.verdicts.verdict import RTOL, Measurement, Status, Verdict
+
+SAME = 1e-5  # of the largest: below, two implementations of one formula may differ by their ε
 
 add_check(
     "unbiased",
@@ -113,6 +118,36 @@ def check_weights_average_to_one(estimator: Estimator, problem: Problem) -> Verd
     measured = abs(float((chance * w).sum()) - 1.0)
     status = Status.PASS if measured <= RTOL else Status.FAIL
     return Verdict(estimator.name, "weights_average_to_one", problem.name, status, measured, RTOL)
+
+
+@check("bias", asked="of estimators that declare what they are the same_as")
+def check_same_as(estimator: Estimator, problem: Problem) -> Verdict | None:
+    """Every batch gives the estimate of the estimator that it is an implementation of (asked where `same_as` is declared).
+
+    What it does: draws random batches of the problem, off-policy ones included, computes ĝ in logit space from the
+    coefficients of both, and compares them to 1e-5 of the largest: an ε of 1e-6 in a divisor does not show, one of 1e-4
+    does. Equal batch by batch is more than equal on average.
+    Why it matters: a published estimator that is known to be biased cannot be told from a broken copy of it by its bias.
+    Most mistakes around a clip show only off-policy, and only on one side of it.
+    Example: a ratio that is not detached where the estimator multiplies log π by it; torch.max for torch.min in PPO.
+        def loss(batch):
+            ratio = ((batch.logp - batch.behavior_logp) * batch.mask).exp()
+            return -(ratio * batch.discount_weight * batch.reward_to_go * batch.logp * batch.mask).sum(-1).mean()
+        estimator = pgcheck.from_loss(loss, same_as="token_is")
+    What to do: compare term by term with the formula (`pgcheck explain grpo`); a difference that is meant is another
+    estimator: leave `same_as` out.
+    References: PPO, arXiv 1707.06347, equation 7; MiniMax-M1, arXiv 2506.13585, equations 4–5."""
+    if estimator.same_as is None:
+        return None
+    other = find_estimator(estimator.same_as)
+    if not other.fits(problem):
+        return None
+    table = problem.trajectories_with(tuple(dict.fromkeys((*estimator.needs, *other.needs))))
+    index = Batches(table, problem.sizes).random(PROBES, seed=7)
+    logits = "logits" in (estimator.leaf, other.leaf)
+    batch = table.batch(index, problem.group_labels, logits=logits)
+    found, expected = (estimates(e, batch, table) for e in (estimator, other))
+    return compared("same_as", estimator, problem, found, expected, allowed=SAME)
 
 
 def claims_on(estimator: Estimator, problem: Problem) -> list[Claim]:
