@@ -128,8 +128,8 @@ def gradient_map(table: Trajectories, *, logits: bool) -> Tensor:
     return torch.block_diag(*blocks)
 
 
-def estimates(estimator: Estimator, batch: Batch, table: Trajectories) -> Tensor:
-    """ĝ of every batch `[M, B, T]` drawn from `table`, in logit space, `[M, K·A]`."""
+def estimates(estimator: Estimator, table: Trajectories, index: Tensor, labels: Tensor) -> Tensor:
+    """ĝ in logit space of the batches `index` `[M, B]` in groups `labels` `[B]`, `[M, K·A]`."""
     logits, cells = estimator.leaf == "logits", table.contexts * table.actions
-    x = scattered(coefficients_of(estimator, batch), cells_of(batch, table.actions, logits=logits), cells)
-    return x @ gradient_map(table, logits=logits).T
+    c = coefficients_of(estimator, table.batch(index, labels, logits=logits))
+    return scattered(c, cells_of(table, index, logits=logits), cells) @ gradient_map(table, logits=logits).T
