@@ -26,7 +26,6 @@ from pgcheck.estimators.base import (
     Claim,
     Estimator,
     broken_support,
-    discounted,
     full_support,
     off_policy,
     on_policy,
@@ -41,14 +40,6 @@ EXAMPLES = 200
 BATCHES = 300_000  # evaluated in all; a loss that only runs in a loop counts 300 for each
 NAME = "random/counterexample"
 
-_BOUNDS: dict[str, dict[str, Any]] = {
-    on_policy.name: {"off_policy": False},
-    off_policy.name: {"off_policy": True},
-    full_support.name: {"full_support": True},
-    broken_support.name: {"full_support": False},
-    undiscounted.name: {"discounts": (1.0,)},
-    discounted.name: {"discounts": tuple(x for x in strategies.DISCOUNTS if x < 1)},
-}
 # Small ones first, each with a share of the examples: what fails there is found at once, and is near its smallest already.
 _BOXES: tuple[tuple[float, dict[str, Any]], ...] = (
     (0.2, {"max_actions": 2, "max_states": 1, "max_horizon": 1}),
@@ -87,37 +78,24 @@ def search(
     for claim in estimator.claims:
         if claim.kind == "biased" or (like and not any(claim.applies(p) for p in like)):
             continue
-        found.append(_search(estimator, claim, _bounds(claim, like), examples, rtol))
+        found.append(_search(estimator, claim, _bounds(estimator, claim, like), examples, rtol))
         if found[-1].smallest is not None:
             break
     return found
 
 
-def _bounds(claim: Claim, like: Sequence[Problem]) -> dict[str, Any]:
+def _bounds(estimator: Estimator, claim: Claim, like: Sequence[Problem]) -> dict[str, Any]:
     """Of `strategies.problems`."""
-    shared = [
-        c
-        for c in (on_policy, off_policy, full_support, broken_support, undiscounted)
-        if like and all(map(c.holds, like))
-    ]
-    bounds: dict[str, Any] = {}
-    for condition in (*shared, *claim.conditions):
-        bounds |= _BOUNDS.get(condition.name, {})
-    return bounds
+    kinds = (on_policy, off_policy, full_support, broken_support, undiscounted)
+    shared = tuple(c for c in kinds if like and all(map(c.holds, like)))
+    return strategies.bounds_for(estimator, replace(claim, conditions=shared + claim.conditions))
 
 
 def _search(estimator: Estimator, claim: Claim, bounds: dict[str, Any], examples: int, rtol: float) -> Searched:
     judge = _Judge(replace(estimator, claims=(claim,)), rtol)
     smallest: Problem | None = None
     for share, box in _BOXES:
-        problems = strategies.problems(
-            min_group_size=estimator.min_group_size,
-            min_rows=1 if estimator.couples == "trajectory" else 2,
-            max_batches=BATCHES // 500,
-            name=NAME,
-            **box,
-            **bounds,
-        )
+        problems = strategies.problems(max_batches=BATCHES // 500, name=NAME, **(box | bounds))
         settings = hypothesis.settings(_SETTINGS, max_examples=max(1, round(share * examples)))
         with random_state_kept(), one_thread(), contextlib.suppress(NoSuchExample):
             smallest = hypothesis.find(problems, judge.fails, settings=settings, random=Random(0))

@@ -36,6 +36,7 @@ from pgcheck.estimators import aggregation as agg
 from pgcheck.estimators import ratios
 from pgcheck.estimators.base import (
     COUPLES,
+    Claim,
     Condition,
     Couples,
     Estimator,
@@ -166,6 +167,7 @@ class Bounds:
     max_actions: int = 3
     max_horizon: int = 3
     max_starts: int = 2
+    min_starts: int = 1
     max_rollouts: int = 12
     min_horizon: int = 1
     reward: RewardKind = "dense"
@@ -177,15 +179,22 @@ class Bounds:
     random_moves: bool | None = None
 
     def __post_init__(self) -> None:
-        if 2**self.shortest > self.max_rollouts or self.shortest > self.max_horizon:
+        if 2**self.shortest > self.room or self.shortest > self.max_horizon:
             raise UsageError(
                 f"max_rollouts, max_horizon: {self.max_rollouts}, {self.max_horizon}; no room for {self.shortest} steps."
             )
+        if self.min_starts > min(self.max_starts, self.max_states):
+            raise UsageError(f"min_starts: {self.min_starts}; max_starts and max_states leave fewer.")
 
     @property
     def shortest(self) -> int:
         """Fewest positions that have room for what is asked."""
         return max(self.min_horizon, 2 if self.observation or self.terminal else 1)
+
+    @property
+    def room(self) -> int:
+        """Most rollouts of one start."""
+        return self.max_rollouts // self.min_starts
 
     @property
     def layers(self) -> int:
@@ -201,9 +210,9 @@ class Bounds:
 def _mdp(draw: st.DrawFn, b: Bounds) -> _Drawn:
     # What there is. A number that others leave no room for is cut, not drawn from a smaller range: see the module.
     A, H = draw(st.integers(2, b.max_actions)), draw(st.integers(b.shortest, b.max_horizon))
-    A = min(A, math.floor(b.max_rollouts ** (1 / b.shortest) + 1e-9))
-    H = min(H, math.floor(math.log(b.max_rollouts, A) + 1e-9))
-    starts = min(draw(st.integers(1, b.max_starts)), b.max_states, b.max_rollouts // A**H)
+    A = min(A, math.floor(b.room ** (1 / b.shortest) + 1e-9))
+    H = min(H, math.floor(math.log(b.room, A) + 1e-9))
+    starts = min(draw(st.integers(b.min_starts, b.max_starts)), b.max_states, b.max_rollouts // A**H)
     widths = [max(draw(st.integers(1, b.max_states)), 1 if t else starts) for t in range(b.layers)][:H]
     layer = [t for t, width in enumerate(widths) for _ in range(width)]
     looks = draw(st.integers(1 if b.observation else 0, 0 if b.observation is False else _LOOKS)) if H > 1 else 0
@@ -445,6 +454,37 @@ _BEHAVIORS: dict[bool | None, tuple[BehaviorKind, ...]] = {
     True: ("stale", "drifted", "temperature"),
     False: ("truncated",),
 }
+
+
+# Keywords of `problems` by the name of the condition they meet, or make likely ("unequal lengths").
+_MEET: dict[str, dict[str, Any]] = {
+    "on-policy": {"off_policy": False},
+    "off-policy": {"off_policy": True},
+    "full support": {"full_support": True},
+    "broken support": {"full_support": False},
+    "γ = 1": {"discounts": (1.0,)},
+    "γ < 1": {"discounts": tuple(x for x in DISCOUNTS if x < 1)},
+    "one start": {"max_starts": 1},
+    "several starts": {"min_starts": 2, "max_states": 3},
+    "0/1 returns": {"reward": "outcome", "rewards": (0.0, 1.0), "discounts": (1.0,)},
+    "equal lengths": {"observation": False, "terminal": False},
+    "unequal lengths": {"terminal": True, "max_horizon": 3},
+}
+
+
+def bounds_for(estimator: Estimator, claim: Claim | None = None) -> dict[str, Any]:
+    """Keywords of `problems` for those that an estimator can be asked on, and that meet the conditions of a claim.
+
+    A condition of your own is unknown here: draw, and see whether `claim.applies(problem)`.
+    """
+    bounds: dict[str, Any] = {
+        "min_group_size": estimator.min_group_size,
+        "min_rows": 1 if estimator.couples == "trajectory" else 2,
+        "max_rows": max(4, estimator.min_group_size),
+    }
+    for condition in claim.conditions if claim else ():
+        bounds |= _MEET.get(condition.name, {})
+    return bounds
 
 
 @st.composite

@@ -191,7 +191,9 @@ def test_the_smallest_problem_on_which_the_batch_mean_is_biased() -> None:
 
 def test_the_smallest_problem_on_which_a_missing_weight_is_a_bias() -> None:
     """γ^t can be missed from the second step on, so two steps and γ < 1 are needed, and a reward in a second step."""
-    problem = smallest(strategies.problems(off_policy=False, max_states=2), is_biased("reward_to_go_undiscounted_weight"))
+    problem = smallest(
+        strategies.problems(off_policy=False, max_states=2), is_biased("reward_to_go_undiscounted_weight")
+    )
     env = problem.env
     assert isinstance(env, pgcheck.TabularMDP)
     assert (env.states, env.actions, env.horizon, problem.rows) == (1, 2, 2, 1)
