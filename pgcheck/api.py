@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
@@ -16,11 +17,11 @@ from pgcheck.estimators.lookup import AnyEstimator, as_estimator, command_name
 from pgcheck.problem import Problem, registered_problems
 from pgcheck.render.messages import BIAS_CHECKS, failure_message
 from pgcheck.render.progress import ProgressBar
-from pgcheck.runs.report import Report
+from pgcheck.runs.report import Report, not_asked_row, verdict_row
 from pgcheck.runs.runner import refuse_duplicates, run
 from pgcheck.runs.suite import problems_matching
 from pgcheck.verdicts.diagnose import diagnose, find_swap
-from pgcheck.verdicts.verdict import RTOL, measure
+from pgcheck.verdicts.verdict import RTOL, NotAsked, Status, Verdict, measure
 
 AnyProblem = Problem | str
 Engine = Literal["exact"]
@@ -75,6 +76,7 @@ def check_estimator(
     checks: Sequence[str] | None = None,
     budget: int = DEFAULT_BUDGET,
     rtol: float = RTOL,
+    search: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Judge an estimator's claims, exactly, and everything else a correct loss has.
@@ -90,9 +92,11 @@ def check_estimator(
         budget: most batches enumerated on one problem.
         progress: called with (what, done, total); default, a bar on stderr after two seconds, if that is a terminal.
         rtol: tolerance relative to max(‖∇J‖, √E‖ĝ‖²).
+        search: hunt for a counterexample among random problems as well, of the same kind as `problems` (on-policy if those
+            are); the smallest ends the message, as code. A few seconds; the same problems every time.
 
     Returns:
-        The report, if every check passed.
+        The report, if every check passed. A search is a verdict of it with problem "", which says how many problems it saw.
 
     Raises:
         BiasError: E ĝ contradicts the claim.
@@ -110,13 +114,20 @@ def check_estimator(
     chosen = as_problems(("core" if same_as is None else "all") if problems is None else problems)
     with ProgressBar() as bar:
         report = run([e], chosen, suite="check", checks=checks, budget=budget, rtol=rtol, progress=progress or bar)
+    named, words = report, ""
+    smallest: list[Problem] = []
+    if search and report.measurements and any(c.kind in (checks or BIAS_CHECKS) for c in e.claims):
+        asked = "" if claim is None else f'"{claim}"' if isinstance(claim, str) else "claim"
+        command = command_name(estimator)
+        report, smallest, words = _searched(report, e, chosen, rtol=rtol, command=command, claim=asked)
     judged = any(v.check in BIAS_CHECKS for v in report.verdicts)
     nothing = not report.verdicts or (checks is None and not judged and not report.failures)
     if report.exit_code == 0 and not nothing:
         return report
     if nothing:
         raise CheckFailed(nothing_checked(e, chosen), report=report)
-    message = explain_failure(e, chosen, report, command=command_name(estimator))
+    shown = named if named.failures else report  # a random problem is explained where no named one fails
+    message = explain_failure(e, [*chosen, *smallest], shown, command=command_name(estimator)) + words
     kind = BiasError if any(v.check in BIAS_CHECKS for v in report.failures) else CheckFailed
     raise kind(message, report=report)
 
@@ -128,6 +139,40 @@ def nothing_checked(estimator: Estimator, problems: Sequence[Problem]) -> str:
         f" {estimator.min_group_size})"
     )
     return f"{estimator.name}: nothing was checked: {why if problems else 'no problem was given'}."
+
+
+def _searched(
+    report: Report, e: Estimator, problems: Sequence[Problem], *, rtol: float, command: str, claim: str
+) -> tuple[Report, list[Problem], str]:
+    """The report with what a search found added to it, the counterexample, and the words for a failure message."""
+    from pgcheck.render.code import check_code
+    from pgcheck.search import search as hunt
+
+    verdicts, not_asked = [], []
+    for found in hunt(e, problems, rtol=rtol):
+        if found.smallest is not None:
+            more = run([e], [found.smallest], suite="check", rtol=rtol)
+            code = textwrap.indent(check_code(found.smallest, estimator=command, claim=claim), "    ")
+            words = f"The smallest of {found.problems} random problems that contradicts the claim:\n\n{code}"
+            return _joined(report, more), [found.smallest], "\n\n" + words
+        if found.problems:
+            reason = f"no counterexample among {found.problems} random problems"
+            verdicts.append(Verdict(e.name, found.claim.kind, "", Status.PASS, found.worst, rtol, reason=reason))
+        else:
+            not_asked.append(NotAsked(e.name, "", "search: no random problem met the claim's conditions"))
+    if not any(c.kind != "biased" for c in e.claims):
+        not_asked.append(NotAsked(e.name, "", "search: one problem does not refute a claim of bias"))
+    more = report.model_copy(
+        update={"problems": [], "measurements": [], "verdicts": list(map(verdict_row, verdicts)),
+                "not_asked": list(map(not_asked_row, not_asked))}
+    )  # fmt: skip
+    return _joined(report, more), [], ""
+
+
+def _joined(report: Report, more: Report) -> Report:
+    """The rows of both."""
+    tables = ("problems", "measurements", "verdicts", "not_asked")
+    return report.model_copy(update={name: [*getattr(report, name), *getattr(more, name)] for name in tables})
 
 
 def explain_failure(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from pgcheck.problem import registered_problems
+from pgcheck.render.code import estimator_code
 from pgcheck.runs.report import MeasurementRow, Report, VerdictRow
 from pgcheck.verdicts.checks import find_check
 from pgcheck.verdicts.diagnose import Diagnosis, Swap
@@ -147,7 +149,10 @@ def _bias_part(
         rows.append(("mend", mend_of(swap)))
     against = diagnosis.subject if diagnosis and diagnosis.kind == "identity" else "reward_to_go"
     against = "reward_to_go" if against == "the gradient" else against
-    rows.append(("next", f"pgcheck compare {command} '{against}' --problem {worst.problem}"))
+    if worst.problem.partition("@")[0] in registered_problems():
+        rows.append(("next", f"pgcheck compare {command} '{against}' --problem {worst.problem}"))
+    else:  # the command line knows only the named ones
+        rows.append(("next", f'pgcheck.compare(["{against}", {estimator_code(command)}], problem)'))
     if any(f.check == "unbiased" for f in failed) and _only_scale(report, estimator):
         rows.append(("note", "the direction is right everywhere; if the factor is meant, claim proportional()"))
     return f"{estimator} is not {worst.check}: {len(failed)} of {len(asked)} problems contradict the claim.\n" + _lines(
