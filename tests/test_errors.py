@@ -25,6 +25,7 @@ import functools
 import inspect
 import io
 import os
+import re
 import shlex
 import sys
 import tempfile
@@ -222,7 +223,7 @@ case("the wrong shape", '''
 pgcheck.moments(pgcheck.from_coefficients(lambda batch: batch.episode_return, name="of_rows"), "dialogue/two-turn")
 ''')  # fmt: skip
 case("raise an exception of their own", '''
-pgcheck.moments(pgcheck.from_coefficients(lambda batch: batch.reward @ batch.logp, name="product"), "dialogue/two-turn")
+pgcheck.moments(pgcheck.from_coefficients(lambda batch: batch.rewards, name="rewards"), "dialogue/two-turn")
 ''')  # fmt: skip
 case("look at more than they declare", '''
 def centred(batch):
@@ -651,9 +652,6 @@ $ pgcheck compare mine:typo
 case("a budget that is too small", '''
 $ pgcheck compare cispo --budget 10
 ''')  # fmt: skip
-case("a budget that is no number", '''
-$ pgcheck compare cispo --budget many
-''')  # fmt: skip
 case("a file of an unknown kind", '''
 $ pgcheck compare grpo --out table.xlsx
 ''')  # fmt: skip
@@ -662,12 +660,6 @@ $ pgcheck run small.toml --out mine.py
 ''')  # fmt: skip
 case("a suite with a typo", '''
 $ pgcheck run typo.toml
-''')  # fmt: skip
-case("a format", '''
-$ pgcheck run small.toml --format pdf
-''')  # fmt: skip
-case("a command", '''
-$ pgcheck comparee grpo
 ''')  # fmt: skip
 case("an adapter that cannot be asked", '''
 problem = pgcheck.Problem(mdp(discount=0), [[0., 1.], [0., 0.]])
@@ -777,6 +769,7 @@ def run_case(c: Case) -> Outcome:
             Path(name).write_text(text, encoding="utf-8")
         text, ended_well = (_command if c.code.startswith("$") else _statements)(c)
         text = text.replace(str(Path(folder).resolve()), "FOLDER").replace(folder, "FOLDER")
+        text = re.sub(r"\b\de-1[4-9]\b", "0", text)  # rounding, which is the machine's
     sys.path[:] = path
     for name in {"mine", "fails"} & (set(sys.modules) - modules):
         del sys.modules[name]

@@ -34,8 +34,8 @@ def evaluated(estimator: Estimator, batch: Batch) -> Any:
             f"estimator '{estimator.name}' reads batch.logits, which is there for estimators made with leaf=\"logits\"."
         ) from None
     except Exception as error:
-        what = f"estimator '{estimator.name}' raises {in_words(error)}"
-        raise EstimatorError(f"{what}; on batches of shape {list(batch.reward.shape)}, [..., B, T].") from error
+        where = f"on batches [..., B, T] = {list(batch.reward.shape)}"
+        raise EstimatorError(f"estimator '{estimator.name}' raises {where}: {in_words(error)}") from error
 
 
 def coefficients_of(estimator: Estimator, batch: Batch) -> Tensor:

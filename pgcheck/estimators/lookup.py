@@ -97,7 +97,7 @@ def imported(path: str) -> Estimator:
         raise
     except Exception as error:
         raise UsageError(
-            f"estimator '{path}': importing '{module_name}' failed: {in_words(error)}. It is looked for in the"
+            f"estimator '{path}': importing '{module_name}' failed: {in_words(error).rstrip('.')}. It is looked for in the"
             " current directory and among the installed packages."
         ) from error
     for part in attribute.split("."):
