@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.4) -> str:
     """“ Did you mean …?” with the most similar of the known names; nothing if none is similar."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=cutoff)
     return f" Did you mean '{near[0]}'?" if near else ""
 
 

@@ -501,7 +501,7 @@ def test_no_error_at_the_probe_is_swallowed() -> None:
         return reinforce(batch)
 
     assert pgcheck.check_estimator(three_rows_only, "mdp/two-state").exit_code == 0
-    with pytest.raises(pgcheck.EstimatorError, match="'three_rows_only' raises at .*: NotImplementedError$"):
+    with pytest.raises(pgcheck.EstimatorError, match=r"'three_rows_only' raises at .*: NotImplementedError$"):
         pgcheck.check_estimator(three_rows_only, SOUND_PROBLEM)
 
 

@@ -222,6 +222,9 @@ pgcheck.moments(pgcheck.from_coefficients(lambda batch: 1.0, name="one"), "dialo
 case("the wrong shape", '''
 pgcheck.moments(pgcheck.from_coefficients(lambda batch: batch.episode_return, name="of_rows"), "dialogue/two-turn")
 ''')  # fmt: skip
+case("complex numbers", '''
+pgcheck.moments(pgcheck.from_coefficients(lambda batch: 1j * batch.mask, name="phases"), "dialogue/two-turn")
+''')  # fmt: skip
 case("raise an exception of their own", '''
 pgcheck.moments(pgcheck.from_coefficients(lambda batch: batch.rewards, name="rewards"), "dialogue/two-turn")
 ''')  # fmt: skip
@@ -310,6 +313,30 @@ pgcheck.check_estimator("grpo", claim="unbaised")
 ''')  # fmt: skip
 case("a tolerance", '''
 pgcheck.check_estimator("grpo", rtol=2)
+''')  # fmt: skip
+case("a tolerance that is no number", '''
+pgcheck.check_estimator("grpo", rtol="1e-9")
+''')  # fmt: skip
+case("a budget", '''
+pgcheck.moments("grpo", "bandit/two-arm", budget=0)
+''')  # fmt: skip
+case("checks that are no list", '''
+pgcheck.check_estimator("grpo", checks="unbiased")
+''')  # fmt: skip
+case("problems that are no problems", '''
+pgcheck.check_estimator("grpo", 3)
+''')  # fmt: skip
+case("estimators that are no list", '''
+pgcheck.compare("grpo", "bandit/two-arm")
+''')  # fmt: skip
+case("claims that are no claims", '''
+pgcheck.from_loss(lambda batch: batch.logp.sum(), claims=("unbiased",))
+''')  # fmt: skip
+case("a scale that is no number", '''
+pgcheck.testing.assert_proportional("batch_mean", "bandit/two-arm", scale="half")
+''')  # fmt: skip
+case("another θ", '''
+pgcheck.as_problems("bandit/two-arm")[0].at(-1)
 ''')  # fmt: skip
 case("an engine", '''
 pgcheck.moments("grpo", "dialogue/two-turn", engine="monte_carlo")
@@ -415,6 +442,12 @@ pgcheck.Problem(mdp(), [[0., 1.], [0., 0.]]).gradient("finite_differences")
 ''')  # fmt: skip
 case("a module without inputs", '''
 pgcheck.ModulePolicy(torch.nn.Linear(2, 2))
+''')  # fmt: skip
+case("a module that raises", '''
+class Broken(torch.nn.Module):
+    def forward(self, x):
+        raise ValueError("expected token ids")
+pgcheck.Problem(mdp(), Broken())
 ''')  # fmt: skip
 case("a linear policy", '''
 pgcheck.LinearPolicy([[1., 0.]], [[0., 1.]])

@@ -55,6 +55,8 @@ def coefficients_of(estimator: Estimator, batch: Batch) -> Tensor:
             f"estimator '{estimator.name}' returned coefficients of shape {list(c.shape)}, expected {list(expected)}, one for"
             " each position of the batch."
         )
+    if c.is_complex():
+        raise EstimatorError(f"estimator '{estimator.name}' returned complex coefficients; they must be real.")
     mask = batch.mask if estimator.leaf == "logp" else batch.mask.unsqueeze(-1)
     if bool(torch.isfinite(c.sum())):  # then every term is
         return c * mask

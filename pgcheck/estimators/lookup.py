@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,17 @@ def _named(name: str) -> Estimator:
     from pgcheck.estimators.broken import BROKEN
 
     return BROKEN[name].estimator if name in BROKEN else find_estimator(name)
+
+
+def as_estimators(estimators: Sequence[AnyEstimator]) -> list[Estimator]:
+    """Several, in their order.
+
+    Raises:
+        UsageError: not a list, or an empty one.
+    """
+    if isinstance(estimators, str) or not isinstance(estimators, Sequence) or not estimators:
+        raise UsageError(f"estimators: {estimators!r}; expected a list of losses, estimators or names.")
+    return [as_estimator(e) for e in estimators]
 
 
 def command_name(estimator: AnyEstimator) -> str:
