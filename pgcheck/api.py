@@ -13,7 +13,7 @@ from pgcheck.engines.exact import DEFAULT_BUDGET, exact_moments
 from pgcheck.engines.moments import Moments, Progress
 from pgcheck.errors import BiasError, CheckFailed, UnknownNameError, UsageError
 from pgcheck.estimators.base import Claim, Estimator, find_estimator, proportional, unbiased
-from pgcheck.estimators.lookup import AnyEstimator, as_estimator, command_name
+from pgcheck.estimators.lookup import AnyEstimator, as_estimator, as_estimators, command_name
 from pgcheck.problem import Problem, registered_problems
 from pgcheck.render.messages import BIAS_CHECKS, failure_message
 from pgcheck.render.progress import ProgressBar
@@ -37,6 +37,8 @@ def as_problems(problems: AnyProblem | Sequence[AnyProblem]) -> list[Problem]:
     """
     if isinstance(problems, Problem):
         return [problems]
+    if not isinstance(problems, str | Sequence):
+        raise UsageError(f"problems: {problems!r}; expected a set, an id, a pattern, a Problem, or a list of those.")
     if not isinstance(problems, str):
         return [p for entry in problems for p in as_problems(entry)]
     off = [name for name in registered_problems() if name.startswith("off-policy/")]
@@ -103,7 +105,7 @@ def check_estimator(
         CheckFailed: any other check failed, or nothing could be checked.
         UsageError: the estimator or a problem cannot be used; no estimator of the name `same_as`.
     """
-    if not 0.0 < rtol < 1.0:
+    if not (isinstance(rtol, (int, float)) and 0.0 < rtol < 1.0):
         raise UsageError(f"rtol: {rtol!r}; it must lie between 0 and 1.")
     e = as_estimator(estimator)
     if same_as is not None:
@@ -231,7 +233,7 @@ def compare(
         UsageError: two estimators of one name, or two problems.
     """
     rows = []
-    chosen = [as_estimator(e) for e in estimators]
+    chosen = as_estimators(estimators)
     names = ("estimator", "problem", "finding", "rel", "scale", "cosine", "off_axis", "bias")
     on = as_problems(problems)
     refuse_duplicates(chosen, on)

@@ -96,7 +96,7 @@ class Batch:
         source = vars(self).get("_source")
         if source is None or name not in _COLUMNS:
             known = [] if name.startswith("_") else [x for x in (*dir(type(self)), *_COLUMNS) if not x.startswith("_")]
-            raise AttributeError(f"'Batch' has no attribute '{name}'.{nearest(name, known)}")
+            raise AttributeError(f"'Batch' has no attribute '{name}'.{nearest(name, known, cutoff=0.6)}")
         vars(self)[name] = (value := gathered_rows(getattr(source.table, name), source.rows))
         return value
 

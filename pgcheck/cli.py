@@ -208,10 +208,11 @@ def compare(
     """Compare bias and variance of estimators on the same batches, exactly."""
     from pgcheck import api
     from pgcheck.engines.exact import DEFAULT_BUDGET
+    from pgcheck.errors import UsageError
     from pgcheck.render.progress import ProgressBar
 
     if out is not None and out.suffix not in _WRITERS:
-        raise typer.BadParameter(f"{out.name}: the ending must be one of {', '.join(_WRITERS)}", param_hint="--out")
+        raise UsageError(f"out: {out.name}; its ending must be one of {', '.join(_WRITERS)}.")
     with ProgressBar() as progress:
         table = api.compare(
             estimators, problem or ["dialogue/two-turn"], budget=budget or DEFAULT_BUDGET, progress=progress

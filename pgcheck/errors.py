@@ -27,16 +27,15 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.4) -> str:
     """“ Did you mean …?” with the most similar of the known names; nothing if none is similar."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
+    near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=cutoff)
     return f" Did you mean '{near[0]}'?" if near else ""
 
 
 def in_words(error: BaseException) -> str:
     """“Type: message” of an exception of somebody else's."""
-    said = str(error).rstrip(".")
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 class PgcheckError(Exception):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -60,7 +60,8 @@ class Problem:
             raise ProblemError(f"env: {type(self.env).__name__}; expected a TabularMDP or Paths.")
         self._check_sampling()
         if isinstance(self.env, TabularMDP):
-            contexts = list(range(self.env.states)) if self.contexts is None else list(self.contexts)
+            given = range(self.env.states) if self.contexts is None else self.contexts
+            contexts = list(given) if isinstance(given, Iterable) else []
             right = all(isinstance(k, int) and k >= 0 for k in contexts) and len(contexts) == self.env.states
             if not right:
                 raise ProblemError(
@@ -288,6 +289,8 @@ class Problem:
 
         A bias that vanishes at one θ by luck does not vanish at the next. The behaviour and reference policies stay.
         """
+        if not (draw == 0 or is_count(draw)):
+            raise ProblemError(f"draw: {draw!r}; it must be an integer of at least 0.")
         if draw == 0:
             return self
         policy = _copy_policy(self.policy)

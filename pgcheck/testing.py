@@ -21,12 +21,12 @@ from pgcheck.engines.exact import DEFAULT_BUDGET
 from pgcheck.engines.purity import KINDS
 from pgcheck.errors import BiasError, CheckFailed, UsageError
 from pgcheck.estimators.base import Claim, Estimator, proportional, unbiased
-from pgcheck.estimators.lookup import AnyEstimator, as_estimator, command_name
+from pgcheck.estimators.lookup import AnyEstimator, as_estimator, as_estimators, command_name
 from pgcheck.problem import Problem
 from pgcheck.render.messages import BIAS_CHECKS
 from pgcheck.runs.report import Report
-from pgcheck.runs.runner import refuse_duplicates, run
-from pgcheck.verdicts.checks import Check, find_check, registered_checks
+from pgcheck.runs.runner import refuse_duplicates, run, wanted_checks
+from pgcheck.verdicts.checks import Check, find_check
 from pgcheck.verdicts.verdict import RTOL, Status
 
 ExpectedFailures = Mapping[str, str] | Callable[[Any], Mapping[str, str]]
@@ -85,9 +85,8 @@ def parametrize_with_checks(
         raise UsageError(
             "pgcheck.testing.parametrize_with_checks needs pytest; install it: pip install 'pgcheck[pytest]'."
         ) from None
-    if isinstance(estimators, str) or not isinstance(estimators, Sequence):
-        raise UsageError(f"estimators: {estimators!r}; expected a list of losses, estimators or names.")
-    names = [find_check(name).name for name in (registered_checks() if checks is None else checks)]
+    as_estimators(estimators)  # refuses what is no list
+    names = wanted_checks(checks)
     judge = _Judge(as_problems(problems), names, None if claim is None else as_claim(claim), budget, rtol)
     made = [judge.add(given) for given in estimators]
     refuse_duplicates(made, judge.problems)

@@ -145,8 +145,8 @@ def as_table(name: str, x: Any, *, dtype: torch.dtype = torch.float64) -> Tensor
     """
     try:
         return torch.as_tensor(x, dtype=dtype).detach().clone()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ProblemError(f"{name}: cannot be read as an array of numbers: {reprlib.repr(x)} ({error}).") from None
+    except (TypeError, ValueError, RuntimeError):
+        raise ProblemError(f"{name}: cannot be read as an array of numbers: {reprlib.repr(x)}.") from None
 
 
 def check_distribution(name: str, row: Tensor) -> None:

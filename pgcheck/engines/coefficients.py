@@ -34,8 +34,8 @@ def evaluated(estimator: Estimator, batch: Batch) -> Any:
             f"estimator '{estimator.name}' reads batch.logits, which is there for estimators made with leaf=\"logits\"."
         ) from None
     except Exception as error:
-        what = f"estimator '{estimator.name}' raises {in_words(error)}"
-        raise EstimatorError(f"{what}; on batches of shape {list(batch.reward.shape)}, [..., B, T].") from error
+        where = f"on batches [..., B, T] = {list(batch.reward.shape)}"
+        raise EstimatorError(f"estimator '{estimator.name}' raises {where}: {in_words(error)}") from error
 
 
 def coefficients_of(estimator: Estimator, batch: Batch) -> Tensor:
@@ -55,6 +55,8 @@ def coefficients_of(estimator: Estimator, batch: Batch) -> Tensor:
             f"estimator '{estimator.name}' returned coefficients of shape {list(c.shape)}, expected {list(expected)}, one for"
             " each position of the batch."
         )
+    if c.is_complex():
+        raise EstimatorError(f"estimator '{estimator.name}' returned complex coefficients; they must be real.")
     mask = batch.mask if estimator.leaf == "logp" else batch.mask.unsqueeze(-1)
     if bool(torch.isfinite(c.sum())):  # then every term is
         return c * mask

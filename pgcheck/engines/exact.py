@@ -31,11 +31,11 @@ from pgcheck.engines.enumeration import Batches
 from pgcheck.engines.lumped import lump, lumped_sums
 from pgcheck.engines.moments import Moments, Progress, Sums, covariance_from
 from pgcheck.engines.threads import one_thread
-from pgcheck.errors import BudgetError, NotFiniteError, names_problem
+from pgcheck.errors import BudgetError, NotFiniteError, UsageError, names_problem
 from pgcheck.estimators.base import Couples, Estimator
 from pgcheck.estimators.from_loss import LossCoefficients
 from pgcheck.problem import Problem
-from pgcheck.trajectories import SideTable, Trajectories
+from pgcheck.trajectories import SideTable, Trajectories, is_count
 
 DEFAULT_BUDGET = 5_000_000
 LOOP_COST = 300  # one batch in a Python loop costs about this many vectorised ones
@@ -72,6 +72,8 @@ def exact_moments(
         BudgetError: naming the number of batches, the budget and the nearest sampling plan that fits.
         EstimatorError: a declaration that does not hold, or coefficients that are not finite.
     """
+    if not is_count(budget):
+        raise UsageError(f"budget: {budget!r}; it must be an integer of at least 1.")
     plans: dict[_Plan, list[int]] = {}
     parts: dict[int, dict[int, Sums]] = {}
     for i, e in enumerate(estimators):

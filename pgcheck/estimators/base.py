@@ -18,7 +18,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from pgcheck.batch import Batch
-from pgcheck.errors import EstimatorError, UnknownNameError
+from pgcheck.errors import EstimatorError, UnknownNameError, UsageError
 from pgcheck.problem import Problem
 from pgcheck.trajectories import SideTable
 
@@ -86,7 +86,13 @@ def unbiased(*conditions: Condition) -> Claim:
 def proportional(
     scale: float | Callable[[Problem], float] | None = None, *conditions: Condition, reason: str = ""
 ) -> Claim:
-    """E ĝ = κ ∇J with κ = `scale`; without it, for some κ > 0."""
+    """E ĝ = κ ∇J with κ = `scale`; without it, for some κ > 0.
+
+    Raises:
+        UsageError: a scale that is neither a number nor a function of the problem.
+    """
+    if not (scale is None or callable(scale) or isinstance(scale, (int, float))):
+        raise UsageError(f"scale: {scale!r}; expected a number, or a function of the problem.")
     return Claim("proportional", conditions, scale, reason)
 
 
@@ -140,6 +146,8 @@ class Estimator:
             raise EstimatorError(f"couples: {self.couples!r} is not one of {', '.join(COUPLES)}.")
         if self.leaf not in ("logp", "logits"):
             raise EstimatorError(f"leaf: {self.leaf!r} is not one of logp, logits.")
+        if not isinstance(self.claims, tuple) or not all(isinstance(claim, Claim) for claim in self.claims):
+            raise EstimatorError(f"claims: {self.claims!r}; expected a tuple of claims, such as (pgcheck.unbiased(),).")
         if self.min_group_size == 0:
             object.__setattr__(self, "min_group_size", 1 if self.couples == "trajectory" else 2)
 

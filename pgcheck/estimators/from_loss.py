@@ -176,15 +176,15 @@ class LossCoefficients:
             except (PgcheckError, LogitsNotAsked):
                 raise
             except Exception as error:
-                what = f"loss '{self.name}' raises {in_words(error)}{self._line_of(error)}"
-                raise EstimatorError(f"{what}; on a batch [B, T] = {list(batch.reward.shape[1:])}.") from error
+                where = f"{self._line_of(error)} on a batch [B, T] = {list(batch.reward.shape[1:])}"
+                raise EstimatorError(f"loss '{self.name}' raises{where}: {in_words(error)}") from error
         return self._gradient(torch.stack(losses), leaf)
 
     def _line_of(self, error: Exception) -> str:
         """Where in the loss's own file it was raised, if that can be known."""
         own = getattr(getattr(self.loss, "__code__", None), "co_filename", None)
         lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == own]
-        return f", at {Path(own).name}:{lines[-1]}" if own and lines else ""
+        return f" at {Path(own).name}:{lines[-1]}," if own and lines else ""
 
     def _gradient(self, losses: Tensor, leaf: Tensor) -> Tensor:
         if not losses.requires_grad and self.lane == "loop":

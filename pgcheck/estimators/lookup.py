@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,17 @@ def _named(name: str) -> Estimator:
     return BROKEN[name].estimator if name in BROKEN else find_estimator(name)
 
 
+def as_estimators(estimators: Sequence[AnyEstimator]) -> list[Estimator]:
+    """Several, in their order.
+
+    Raises:
+        UsageError: not a list, or an empty one.
+    """
+    if isinstance(estimators, str) or not isinstance(estimators, Sequence) or not estimators:
+        raise UsageError(f"estimators: {estimators!r}; expected a list of losses, estimators or names.")
+    return [as_estimator(e) for e in estimators]
+
+
 def command_name(estimator: AnyEstimator) -> str:
     """How the command line names it: a registered name, or `module:function` for code of the user's."""
     if isinstance(estimator, str):
@@ -97,7 +108,7 @@ def imported(path: str) -> Estimator:
         raise
     except Exception as error:
         raise UsageError(
-            f"estimator '{path}': importing '{module_name}' failed: {in_words(error)}. It is looked for in the"
+            f"estimator '{path}': importing '{module_name}' failed: {in_words(error).rstrip('.')}. It is looked for in the"
             " current directory and among the installed packages."
         ) from error
     for part in attribute.split("."):

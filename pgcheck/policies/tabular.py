@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pgcheck.errors import ProblemError
+from pgcheck.errors import ProblemError, in_words
 from pgcheck.trajectories import as_table
 
 Policy = Callable[[], Tensor]
@@ -42,7 +42,7 @@ class ModulePolicy(nn.Module):
             inputs = torch.eye(contexts, dtype=torch.float64)
         self.module = copy.deepcopy(module).to(torch.float64)  # the caller's own stays as it is
         self.inputs: Tensor
-        self.register_buffer("inputs", torch.as_tensor(inputs, dtype=torch.float64))
+        self.register_buffer("inputs", as_table("inputs", inputs))
 
     def forward(self) -> Tensor:
         logits: Tensor = self.module(self.inputs)
@@ -53,8 +53,7 @@ class LinearPolicy(ModulePolicy):
     """Logits z = features · weight: `features` `[K, F]`, `weight` `[F, A]`, the parameters."""
 
     def __init__(self, features: Any, weight: Any) -> None:
-        weight = torch.as_tensor(weight, dtype=torch.float64)
-        features = torch.as_tensor(features, dtype=torch.float64)
+        weight, features = as_table("weight", weight), as_table("features", features)
         if features.dim() != 2 or weight.dim() != 2 or features.shape[1] != weight.shape[0]:
             raise ProblemError(
                 f"features, weight: shapes {list(features.shape)} and {list(weight.shape)}, expected [K, F] and [F, A]."
@@ -77,7 +76,10 @@ def as_policy(policy: Any, contexts: int) -> nn.Module:
         built = ModulePolicy(policy, contexts=contexts)
     else:
         built = SoftmaxTable(policy)
-    logits = built().detach()
+    try:
+        logits = built().detach()
+    except Exception as error:
+        raise ProblemError(f"policy: calling it raises {in_words(error)}.") from error
     if logits.dim() != 2:
         raise ProblemError(f"policy_logits: shape {list(logits.shape)}, expected [K, A].")
     if not bool(torch.isfinite(logits).all()):

@@ -9,6 +9,7 @@ Guarantee: every page of a kind has the same parts, in the same order (`PARTS`),
 from __future__ import annotations
 
 import inspect
+import re
 import textwrap
 from collections.abc import Callable, Sequence
 
@@ -31,7 +32,8 @@ PARTS = {
     "problem": ("What it is", "What it is for", "Example", "Numbers"),
 }  # fmt: skip
 
-EXAMPLES = ("dialogue/two-turn", "mdp/two-state-0.9", "off-policy/dialogue-stale")  # cheap ones, and unlike each other
+# Cheap, and unlike each other: every mistake that moves E ĝ shows on one of them.
+EXAMPLES = ("bandit/contextual", "dialogue/two-turn-action-clock", "off-policy/dialogue-stale")
 
 
 def explain(name: str) -> str:
@@ -78,15 +80,12 @@ def _listed(rows: Sequence[tuple[str, str]]) -> str:
     return "\n".join(lines)
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as they need to be: the first three are words, the others numbers."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            x.ljust(w) if i < 3 else x.rjust(w) for i, (x, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
+def _table(rows: Sequence[Sequence[str]], *, words: int = 2) -> str:
+    """Columns as wide as they need to be: the first `words` of them to the left, numbers to the right."""
+    full = [[*row, *[""] * (max(map(len, rows)) - len(row))] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*full, strict=True)]
+    pad = [str.ljust] * words + [str.rjust] * (len(widths) - words)
+    return "\n".join("  ".join(p(x, w) for p, x, w in zip(pad, row, widths, strict=True)).rstrip() for row in full)
 
 
 # -- checks: the docstring is the page
@@ -165,7 +164,7 @@ def _estimator_parts(e: Estimator, name: str) -> tuple[str, dict[str, str]]:
         what.append(("on-policy", f"it is {e.on_policy_limit}, row by row"))
     others = [other for other in _yardsticks(e) if other.name != e.name]
     names = " ".join(command_name(x.name) if x is not e else command_name(name) for x in [e, *others])
-    example = f"$ pgcheck compare {names} \\\n    --problem {' --problem '.join(EXAMPLES)}"
+    example = f"$ pgcheck compare {names}" + "".join(f" \\\n    --problem {p}" for p in EXAMPLES)
     return about, {
         "What it is": _listed(what),
         "Claims": _listed([_claim_line(c) for c in e.claims]) if e.claims else "none",
@@ -210,8 +209,8 @@ def _what_to_do(e: Estimator) -> str:
     if "biased" in _kinds(e):
         return (
             "Where off_axis is 0, a learning rate mends it. Where it is not, either E ĝ is what you mean to follow, or take"
-            f" what the claim names out of the coefficients. `{on_policy.name}` is unbiased on-policy and looks at no more than"
-            f" this does; `{off_policy.name}` is unbiased off-policy."
+            f" what the claim names out of the coefficients. `{on_policy.name}` is unbiased on-policy and looks at no more"
+            f" than this does; `{off_policy.name}` is unbiased off-policy."
         )
     if "proportional" in _kinds(e):
         return f"Divide by κ, or take the own row out of what is subtracted: `{on_policy.name}` is unbiased."
@@ -220,9 +219,10 @@ def _what_to_do(e: Estimator) -> str:
 
 def _numbers_of(*estimators: Estimator) -> str:
     """What was measured on the example problems, as lines."""
-    problems = [find_problem(name) for name in EXAMPLES]
-    rows = [(p.name, e.name, *_measured(e, p)) for p in problems for e in estimators]
-    return _table([("problem", "estimator", *_COLUMNS), *rows])
+    rows = []
+    for p in map(find_problem, EXAMPLES):
+        rows += [(p.name,), *((f"  {e.name}", *_measured(e, p)) for e in estimators)]
+    return _table([("", *_COLUMNS), *rows])
 
 
 _COLUMNS = ("finding", "rel", "scale", "off_axis", "tr Cov")
@@ -246,6 +246,7 @@ def _mistake_parts(mistake: Broken) -> tuple[str, dict[str, str]]:
     e, sound = mistake.estimator, mistake.sound
     fn = e.coefficients
     source = inspect.getsource(getattr(fn, "loss", fn))
+    source = re.sub(r'    """.*?"""\n', "", source[source.index("def ") :], count=1, flags=re.DOTALL)  # it is the lead
     checks = [find_check(name) for name in mistake.caught_by]
     moves = (
         "It moves E ĝ, so that something else is learned."
@@ -262,7 +263,7 @@ def _mistake_parts(mistake: Broken) -> tuple[str, dict[str, str]]:
             ]
         ),
         "Why it matters": _filled(" ".join([moves, *matters])),
-        "Example": source[source.index("def ") :].rstrip() + "\n\n" + _numbers_of(e, sound),
+        "Example": f"{source.rstrip()}\n\n{_numbers_of(e, sound)}",
         "What to do": _filled(todo),
         "References": _filled(sound.reference),
     }
@@ -344,7 +345,7 @@ def _problem_parts(p: Problem) -> tuple[str, dict[str, str]]:
         "nothing of what the named problems show"
     ]
     sampler = "the policy itself" if p.on_policy else "another policy"
-    example = f"$ pgcheck compare {' '.join(_COMPARED)} --problem {p.name}"
+    example = f"$ pgcheck compare {' '.join(_COMPARED)} \\\n    --problem {p.name}"
     rows = [(e.name, _claimed(e, p), *_measured(e, p)) for e in map(find_estimator, _COMPARED)]
     numbers = [
         ("rollouts", f"N = {len(t)} of up to {t.paths.steps} positions, {len(t.paths.start_probability)} start(s)"),
@@ -360,6 +361,6 @@ def _problem_parts(p: Problem) -> tuple[str, dict[str, str]]:
     return "", {
         "What it is": _filled(p.about),
         "What it is for": _listed([*(("shows", s) for s in shows), *(("hides", h) for h in hides)]),
-        "Example": f"{example}\n\n{_table([('estimator', 'claims', *_COLUMNS), *rows])}",
+        "Example": f"{example}\n\n{_table([('', 'claims', *_COLUMNS), *rows], words=3)}",
         "Numbers": _listed(numbers),
     }

@@ -60,6 +60,17 @@ def refuse_duplicates(estimators: Sequence[Estimator], problems: Sequence[Proble
             raise UsageError(f"{what}: '{min(twice)}' is given twice; give one of them another name.")
 
 
+def wanted_checks(checks: Sequence[str] | None) -> list[str]:
+    """The names asked for; None: every check.
+
+    Raises:
+        UsageError: a name for a list of names, or one that is unknown.
+    """
+    if isinstance(checks, str):
+        raise UsageError(f"checks: {checks!r}; expected a list of names, [{checks!r}].")
+    return [find_check(name).name for name in (registered_checks() if checks is None else checks)]
+
+
 @one_thread()
 def run(
     estimators: Sequence[Estimator],
@@ -86,7 +97,7 @@ def run(
         EstimatorError: coefficients of the wrong shape, no gradient, or a wrong `couples`.
     """
     refuse_duplicates(estimators, problems)
-    wanted = {find_check(name).name for name in (registered_checks() if checks is None else checks)}
+    wanted = set(wanted_checks(checks))
     verdicts: list[Verdict] = []
     not_asked: list[NotAsked] = []
     clean = []

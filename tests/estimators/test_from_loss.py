@@ -357,7 +357,7 @@ def test_an_exception_in_the_loss_names_loss_line_and_shape(leading: tuple[int, 
     def loss(batch: Batch) -> Tensor:
         return batch.logp @ batch.logp
 
-    words = r"loss 'loss' raises RuntimeError: .*, at test_from_loss\.py:\d+; on a batch \[B, T\] = \[4, 3\]"
+    words = r"loss 'loss' raises at test_from_loss\.py:\d+, on a batch \[B, T\] = \[4, 3\]: RuntimeError: mat1"
     with pytest.raises(EstimatorError, match=words):
         lane_of(loss, random_batch(*leading))
 
@@ -371,7 +371,9 @@ def test_an_exception_of_the_users_own_is_the_cause() -> None:
     def loss(batch: Batch) -> Tensor:
         raise OwnError("mine")
 
-    with pytest.raises(EstimatorError, match="on 'custom/problem': loss 'loss' raises OwnError: mine") as caught:
+    with pytest.raises(
+        EstimatorError, match=r"on 'custom/problem': loss 'loss' raises at .*: OwnError: mine"
+    ) as caught:
         exact_moments([from_loss(loss)], walk(group_size=2))
     assert isinstance(caught.value.__cause__, OwnError)
 

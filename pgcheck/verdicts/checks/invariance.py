@@ -145,9 +145,10 @@ def check_group_labels(estimator: Estimator, problem: Problem) -> Verdict | None
     Why it matters: real ids are hashes or dataset indices.
     Example: ids taken as positions of a table.
         def loss(batch):
-            member = (batch.group[:, None] == torch.arange(len(batch.group))).to(batch.reward)  # [B, ids]
-            mean = member @ (member.T @ batch.episode_return / member.sum(0).clamp(min=1))
-            return -((batch.episode_return - mean)[:, None] * batch.logp * batch.mask).sum(-1).mean()
+            r, ids = batch.episode_return, torch.arange(len(batch.group))
+            member = (batch.group[:, None] == ids).to(r)  # [B, ids]
+            mean = member @ (member.T @ r / member.sum(0).clamp(min=1))
+            return -((r - mean)[:, None] * batch.logp * batch.mask).sum(-1).mean()
     What to do: compare ids for equality (`batch.same_group`).
     References: verl's `uid`, a random string for each prompt."""
     batch = gather(estimator, problem, probe_index(estimator, problem))
@@ -201,7 +202,9 @@ def check_on_policy_limit(estimator: Estimator, problem: Problem) -> Verdict | N
         def coefficients(batch):
             ratio = ((batch.logp - batch.behavior_logp) * batch.mask).exp().clamp(max=0.2)
             return ratio * batch.discount_weight * batch.reward_to_go * batch.mask / batch.rows
-        estimator = pgcheck.from_coefficients(coefficients, couples="trajectory", on_policy_limit="reward_to_go")
+        estimator = pgcheck.from_coefficients(
+            coefficients, couples="trajectory", on_policy_limit="reward_to_go"
+        )
     What to do: check the sign of the log-ratio and what its clip bounds are relative to.
     References: PPO, arXiv 1707.06347, section 3; MiniMax-M1, arXiv 2506.13585, equations 4–5."""
     if estimator.on_policy_limit is None:
