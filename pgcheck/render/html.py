@@ -45,7 +45,7 @@ def html(report: Report, messages: Mapping[str, str] | None = None) -> str:
         "measurements": rows,
         "times_least": {(r["estimator"], r["problem"]): _number_or_none(r["times_least"]) for r in pairs},
         "overview_rows": {
-            name: {key: _number_or_none(row[key]) for key in ("worst_rel", "times_least")}
+            name: {key: _number_or_none(row[key]) for key in ("asked", "biased", "worst_rel", "times_least")}
             for name, row in overview(report).iterrows()
         },
         "checks": _checks(report),

@@ -97,7 +97,7 @@ if (controls) {
       row = down ? row[down > 0 ? "nextElementSibling" : "previousElementSibling"] : row;
       column += right;
       if (!row?.cells[column]) return;
-    } while (row.hidden || !row.cells[column].querySelector("a"));
+    } while (row.hidden || row.cells[column].hidden || !row.cells[column].querySelector("a"));
     row.cells[column].querySelector("a").focus();
   };
 }
