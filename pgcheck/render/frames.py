@@ -102,10 +102,12 @@ def _flat(rows: Sequence[BaseModel]) -> pd.DataFrame:
 
 
 def _row(row: BaseModel) -> dict[str, Any]:
-    """Its plain fields; short lists are joined, lists of lists and of rows left out."""
+    """Its plain fields; short lists and mappings are joined, lists of lists and of rows left out."""
     out: dict[str, Any] = {}
     for name, value in row.model_dump(mode="json").items():
-        if not isinstance(value, list):
+        if isinstance(value, dict):
+            out[name] = "; ".join(f"{key}={x}" for key, x in value.items())
+        elif not isinstance(value, list):
             out[name] = value
         elif all(isinstance(x, (int, str)) for x in value):
             out[name] = "+".join(map(str, value))

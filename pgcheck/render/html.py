@@ -14,7 +14,7 @@ from markupsafe import Markup, escape
 
 from pgcheck.render.frames import measurements, overview
 from pgcheck.render.messages import failure_messages, first_sentence, number
-from pgcheck.render.tables import COMPARISON, cells, columns, comparison_rows, matrix, summary
+from pgcheck.render.tables import COMPARISON, case_message, case_rows, cells, columns, comparison_rows, matrix, summary
 from pgcheck.runs.report import Report
 from pgcheck.verdicts.checks import registered_checks
 
@@ -45,11 +45,12 @@ def html(report: Report, messages: Mapping[str, str] | None = None) -> str:
         "measurements": rows,
         "times_least": {(r["estimator"], r["problem"]): _number_or_none(r["times_least"]) for r in pairs},
         "overview_rows": {
-            name: {key: _number_or_none(row[key]) for key in ("worst_rel", "times_least")}
+            name: {key: _number_or_none(row[key]) for key in ("asked", "biased", "worst_rel", "times_least")}
             for name, row in overview(report).iterrows()
         },
         "checks": _checks(report),
-        "cases": getattr(report, "cases", []),
+        "cases": case_rows(report),
+        "failed_cases": [{"name": c.name, "part": _parts(case_message(c))[0]} for c in report.failed_cases],
         **(_figures(report, table) if pairs else {"sheets": {}, "figures": {}, "overview": None}),
     }
     return _environment().get_template("report.html").render(page)
@@ -104,15 +105,15 @@ class Part:
 
 
 def _parts(message: str) -> list[Part]:
-    """Paragraphs of "headline, then lines of a term and a text"; other lines go on with what stands before them."""
+    """Paragraphs of "headline, then `  term      text` lines"; other lines go on with what stands before them."""
     parts = []
     for paragraph in message.split("\n\n"):
         first, *lines = paragraph.split("\n")
         rows: list[tuple[str, str]] = []
         for line in lines:
-            term = re.fullmatch(r"  (\S+) +(\S.*)", line)
+            term = re.fullmatch(r"  (?=\S)(.{9}) (.+)", line)
             if term:
-                rows.append((term[1], term[2]))
+                rows.append((term[1].strip(), term[2]))
             elif rows:
                 rows[-1] = (rows[-1][0], f"{rows[-1][1]} {line.strip()}")
             else:

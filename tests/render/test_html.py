@@ -149,13 +149,19 @@ def test_filter_and_matrix_order(text: str, tmp_path: Path) -> None:
       const problem = matrix.tHead.querySelector("[data-name='mdp/pessimal']");
       problem.querySelector("button").click();
       out.order = [...matrix.tBodies[0].rows].map((r) => r.cells[problem.cellIndex].className);
+      all("tbody td:not([hidden]) a", matrix)[0].focus();
+      const press = (key) => document.activeElement.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+      const place = () => { const td = document.activeElement.closest("td"); return [td.parentNode.rowIndex, td.cellIndex]; };
+      out.places = [place(), ...["ArrowRight", "ArrowDown", "ArrowUp"].map((key) => (press(key), place()))];
       return JSON.stringify(out);
     })()"""
     out = json.loads(in_browser(text, script, tmp_path, hash_="#filter=optimal%20baseline"))
     assert out["filtered"] == ["baselined(optimal_constant)"]
     assert out["sections"] == 1
     assert out["said"].startswith(f"1 of {len(rich_report().estimators)}")
-    assert out["columns"] == ["estimator", "mdp/pessimal", "worst rel", "times least"]
+    assert out["columns"] == ["estimator", "mdp/pessimal", "biased", "worst rel", "times least"]
+    # only the column of mdp/pessimal is shown: to the right of it there is no cell to go to
+    assert out["places"] == [[2, 4], [2, 4], [4, 4], [2, 4]]
     contradicting = ["proportional contradicts", "none contradicts"]
     assert out["order"] == contradicting + ["biased"] + ["proportional"] * 2 + ["unbiased"] * 3
 
@@ -165,7 +171,7 @@ def test_csv_of_a_table(text: str, tmp_path: Path) -> None:
     script = "JSON.stringify([csv(matrix), csv(document.getElementById('numbers-5'))])"
     first, second = (list(csv.reader(io.StringIO(x))) for x in json.loads(in_browser(text, script, tmp_path)))
     report = rich_report()
-    assert first[0] == ["estimator", *(c.name for c in columns(report)), "worst rel", "times least"]
+    assert first[0] == ["estimator", *(c.name for c in columns(report)), "biased", "worst rel", "times least"]
     assert [row[0] for row in first[1:]] == [" ".join(e.name.split()) for e in report.estimators]
     own = [m for m in report.measurements if m.estimator == report.estimators[4].name]
     assert [row[:3] for row in second[1:]] == [[m.problem, m.finding, number(m.rel)] for m in own]

@@ -35,6 +35,8 @@ function csv(table) {
   return lines.map((row) => [...row.cells].map(field).join(",") + "\n").join("");
 }
 
+const said = (text, words) => words.toLowerCase().split(/\s+/).every((word) => text.toLowerCase().includes(word));
+
 function download(table) {
   const link = document.createElement("a");
   link.href = URL.createObjectURL(new Blob([csv(table)], { type: "text/csv" }));
@@ -61,6 +63,13 @@ for (const button of all("button[data-csv]")) {
   button.onclick = () => download(document.getElementById(button.dataset.csv));
 }
 
+for (const input of all("input[data-filter]")) {
+  input.parentNode.hidden = false;
+  input.oninput = () => {
+    for (const row of document.getElementById(input.dataset.filter).tBodies[0].rows) row.hidden = !said(row.textContent, input.value);
+  };
+}
+
 const matrix = document.getElementById("matrix");
 const controls = document.getElementById("controls");
 function filter() {
@@ -68,8 +77,7 @@ function filter() {
   let shown = 0;
   for (const row of matrix.tBodies[0].rows) {
     const section = document.getElementById(row.dataset.section);
-    const text = `${row.cells[0].textContent} ${section.querySelector(".said").textContent}`.toLowerCase();
-    const hit = words.toLowerCase().split(/\s+/).every((word) => text.includes(word));
+    const hit = said(`${row.cells[0].textContent} ${section.querySelector(".said").textContent}`, words);
     row.hidden = section.hidden = !hit || (claim && !section.dataset.claims.split(" ").includes(claim));
     shown += !row.hidden;
   }
@@ -97,7 +105,7 @@ if (controls) {
       row = down ? row[down > 0 ? "nextElementSibling" : "previousElementSibling"] : row;
       column += right;
       if (!row?.cells[column]) return;
-    } while (row.hidden || !row.cells[column].querySelector("a"));
+    } while (row.hidden || row.cells[column].hidden || !row.cells[column].querySelector("a"));
     row.cells[column].querySelector("a").focus();
   };
 }
