@@ -17,7 +17,7 @@ from pgcheck.estimators.lookup import AnyEstimator, as_estimator, as_estimators,
 from pgcheck.problem import Problem, registered_problems
 from pgcheck.render.messages import BIAS_CHECKS, failure_message
 from pgcheck.render.progress import ProgressBar
-from pgcheck.runs.report import Report, not_asked_row, verdict_row
+from pgcheck.runs.report import Report, measurement_of, not_asked_row, verdict_row
 from pgcheck.runs.runner import refuse_duplicates, run
 from pgcheck.runs.suite import problems_matching
 from pgcheck.verdicts.diagnose import diagnose, find_swap
@@ -181,12 +181,12 @@ def explain_failure(
     estimator: Estimator, problems: Sequence[Problem], report: Report, command: str | None = None
 ) -> str:
     """The failure message of one estimator, with a cause found by trying."""
-    measured = {m.problem for m in report.measurements if m.estimator == estimator.name}
+    measured = {m.problem: m for m in report.measurements if m.estimator == estimator.name}
     failed = {v.problem for v in report.failures if v.estimator == estimator.name and v.check in BIAS_CHECKS}
     found = swap = None
-    if failed & measured:
+    if failed & set(measured):
         pairs = [p for p in problems if p.name in measured]
-        numbers = [measure(estimator, p, exact_moments([estimator], p)[0]) for p in pairs]
+        numbers = [measurement_of(measured[p.name], p) for p in pairs]
         found, swap = diagnose(estimator, pairs, numbers), find_swap(estimator, pairs, numbers)
     return failure_message(report, estimator.name, diagnosis=found, swap=swap, command=command)
 

@@ -7,9 +7,11 @@ same platform; NaN and infinities are null.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from typing import Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from pgcheck.estimators.base import Claim, Estimator
@@ -239,6 +241,16 @@ def measurement_row(m: Measurement) -> MeasurementRow:
         expected=as_list(m.expected),
         by_step=[StepRow(along=finite_or_none(s.along), gap=finite_or_none(s.gap)) for s in m.by_step],
     )
+
+
+def measurement_of(row: MeasurementRow, problem: Problem) -> Measurement:
+    """The measurement that `row` was made from, on the `problem` it names; without what each position contributes."""
+    maybe = ("rel", "scale", "cosine", "off_axis", "bias", "size", "total_variance", "mse", "snr")
+    numbers: dict[str, Any] = {name: math.nan if (x := getattr(row, name)) is None else x for name in maybe}
+    same = ("estimator", "problem", "finding", "batches", "enumerated", "lane", "worst_step")
+    numbers |= {name: getattr(row, name) for name in same}
+    expected, truth = torch.tensor(row.expected, dtype=torch.float64), problem.gradient()
+    return Measurement(**numbers, gradient_norm=float(truth.norm()), rows=problem.rows, expected=expected, truth=truth)
 
 
 def verdict_row(v: Verdict) -> VerdictRow:
