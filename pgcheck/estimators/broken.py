@@ -287,13 +287,16 @@ def sum_of_others_over_group_size(batch: Batch) -> Tensor:
     return per_row(R - (group_sum(R, batch) - R) / (others(batch) + 1.0), batch)
 
 
-@broken("leave_one_out", "unbiased")
+@broken("batch_mean(group)", "proportional")
 def divided_by_std(batch: Batch) -> Tensor:
-    """The leave-one-out advantage is divided by the standard deviation of the group, the own return included."""
-    R, n = batch.episode_return, others(batch) + 1.0
-    mean = group_sum(R, batch) / n
-    spread = ((R.unsqueeze(-2) - mean.unsqueeze(-1)) ** 2 * batch.same_group).sum(-1) / n
-    return per_row((R - mean) * n / (n - 1.0) / (spread.sqrt() + 1e-3), batch)
+    """The group's mean is taken away, and its standard deviation divided by, the own return in both."""
+    return per_row(advantages.standardised_return("group")(batch).squeeze(-1), batch)
+
+
+@broken("batch_mean", "proportional")
+def divided_by_std_of_the_batch(batch: Batch) -> Tensor:
+    """The batch's mean is taken away, and its standard deviation divided by, the own return in both."""
+    return per_row(advantages.standardised_return("batch")(batch).squeeze(-1), batch)
 
 
 @broken("leave_one_out", "unbiased")

@@ -45,9 +45,10 @@ def cause_of(diagnosis: Diagnosis) -> str:
         where = f"on {n - len(diagnosis.except_on)} of {n} problems compared, not on {', '.join(diagnosis.except_on)}"
     else:
         where = f"on all {diagnosis.problems} problems compared"
+    this_is = "this is" if diagnosis.gap == 0 else f"this is, to {100 * diagnosis.gap:.2g}%,"
     mistake = f": {diagnosis.mistake.rstrip('.')}" if diagnosis.mistake else ""
     if not diagnosis.factor:
-        return f"in expectation this is {name}, {where}{mistake}"
+        return f"in expectation {this_is} {name}, {where}{mistake}"
     hints = {
         "−1": "the sign is flipped: a loss is minimised, coefficients ascend",
         "B": "summed over rows where the mean is meant",
@@ -55,12 +56,15 @@ def cause_of(diagnosis: Diagnosis) -> str:
         "1/T": "averaged over the width of the padded tensor",
         "(B−1)/B": "the own return is in the mean over the batch that is subtracted from it",
         "(G−1)/G": "the own return is in the mean over the group that is subtracted from it",
+        "√((B−1)/B)": "the standard deviation over the batch is divided by B − 1, not by B",
+        "√((G−1)/G)": "the standard deviation over the group is divided by G − 1, not by G",
     }
     known = diagnosis.factor in hints
     factor = diagnosis.factor if known or "/" in diagnosis.factor else number(float(diagnosis.factor))
     if mistake:
-        return f"in expectation this is {factor} × {name}, {where}{mistake}"
-    return f"in expectation this is {factor} × {name}, {where}: {hints.get(diagnosis.factor, 'a constant factor')}"
+        hint = f"; {hints[diagnosis.factor]}" if known else ""
+        return f"in expectation {this_is} {factor} × {name}, {where}{mistake}{hint}"
+    return f"in expectation {this_is} {factor} × {name}, {where}: {hints.get(diagnosis.factor, 'a constant factor')}"
 
 
 def mend_of(swap: Swap) -> str:
