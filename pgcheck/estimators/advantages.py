@@ -350,9 +350,8 @@ def _choose(n: Tensor, r: int) -> Tensor:
 def expected_maximum(k: int, *, over_others: bool = False) -> Advantage:
     """k · mean over the (k−1)-subsets I of the other rows of the group of max(R_i, max_I R); k ≥ 2.
 
-    E[advantage S] summed over the rows is G ∇E max of k: each k rows contribute their maximum times the sum of their S,
-    and row i is in C(G−1, k−1) of the C(G, k) sets, C(G−1, k−1)/C(G, k) = k/G. `over_others` subtracts max_I R, which
-    does not depend on row i. Fewer than k − 1 others: 0.
+    ∇E max of k = E[max · Σ S over the k rows] = k E[max S_i] by symmetry, and the mean over I uses every set that row i
+    is in. `over_others` subtracts max_I R, which does not depend on row i. With fewer than k − 1 others: 0.
     """
 
     def advantage(batch: Batch) -> Tensor:

@@ -926,6 +926,17 @@ def test_the_claimed_weight_is_that_of_the_paper(sizes: tuple[int, ...]) -> None
     assert difficulty(problem) < expected
 
 
+@pytest.mark.parametrize(("sure", "terms"), [(-800.0, 4.0), (800.0, 1.0)])
+def test_factors_of_a_prompt_that_is_never_or_always_solved(sure: float, terms: float) -> None:
+    """p = 0 or 1 to the last bit: κ is its limit, not 0/0."""
+    problem = bandit([1.0, 0.0], [sure, 0.0], group_size=4)
+    assert problem.value() in (0.0, 1.0)
+    # of the mixed groups, only those with one success (or one failure) of four: 4 · √(1/4 · 3/4)
+    assert difficulty(problem) == pytest.approx(math.sqrt(3.0), rel=1e-5)
+    (claim,) = (c for c in find_estimator("maxrl").claims if c.applies(problem))
+    assert claim.scale_on(problem) == pytest.approx(terms)  # Σ_{j<4} (1 − p)^j
+
+
 @pytest.mark.parametrize("name", ["grpo", "cispo(notes)", "cispo", "dapo", "gspo"])
 def test_all_that_divide_by_the_std_have_that_weight(name: str) -> None:
     problem = two_tokens(groups=2, group_size=2)

@@ -96,7 +96,7 @@ add(
     claims=(unbiased(on_policy), biased("states are visited as the old policy does", off_policy)),
     formula="Σ_t γ^t Σ_a π(a|k_t) Q^π(s_t, a) ∇log π(a|k_t)",
     reference="mean actor-critic: Asadi et al., arXiv 1709.00503; expected policy gradients: arXiv 1706.05374",
-    about="Only the visited states are left to vary. The least variance if no context recurs in a row; else seldom not.",
+    about="The score has no sampled action: least variance if no context recurs within a row, and nearly always else.",
     needs=(AllActionValues(),),
     leaf="logits",
 )

@@ -25,24 +25,26 @@ DR_GRPO_LENGTH = 4  # of every row, whatever its own
 
 
 def difficulty(problem: Problem) -> float:
-    """E[q̂(1 − q̂)/(√(q̂(1 − q̂)) + ε)] / (p(1 − p) T), q̂ ~ Bin(G, p)/G, ε = 1e-6.
+    """E[σ²/(σ + ε)] / (p(1 − p) T), σ² = q̂(1 − q̂), q̂ ~ Bin(G, p)/G, ε = 1e-6: w_G(p)/T of Davis & Recht, with the ε.
 
-    w_G(p)/T of Davis & Recht, arXiv 2510.13651, with ε: the group-standardised advantage is (1 − q̂)/(σ + ε) on success
-    and −q̂/(σ + ε) on failure, σ² = q̂(1 − q̂), and E[S | success] = ∇p/p, E[S | failure] = −∇p/(1 − p).
+    The advantage is (1 − q̂)/(σ + ε) on success and −q̂/(σ + ε) on failure; E[S | success] = ∇p/p and E[S | failure] =
+    −∇p/(1 − p). The mean over G rows is q̂(1 − q̂)/(σ + ε) · ∇p/(p(1 − p)).
     """
     p, T = problem.value(), problem.trajectories.paths.mask[0].sum().item()
 
     def of_group(G: int) -> float:
-        spread = [n / G * (1 - n / G) for n in range(G + 1)]
-        return sum(
-            math.comb(G, n) * p**n * (1 - p) ** (G - n) * v / (math.sqrt(v) + 1e-6) for n, v in enumerate(spread)
-        )
+        total = 0.0
+        for n in range(1, G):  # unanimous groups have σ = 0
+            variance = n / G * (1 - n / G)
+            chance = math.comb(G, n) * p ** (n - 1) * (1 - p) ** (G - n - 1)  # of n successes, over p(1 − p)
+            total += chance * variance / (math.sqrt(variance) + 1e-6)
+        return total
 
-    return mean_over_rows(problem, of_group) / (p * (1 - p) * T)
+    return mean_over_rows(problem, of_group) / T
 
 
 def own_share_over_constant(problem: Problem) -> float:
-    """Σ_g (G_g − 1)/B / 4, which is (G − 1)/(4G) for equal groups."""
+    """(G − 1)/(4G): the own share of the group mean over the constant length; Σ_g (G_g − 1)/(4B) for unequal groups."""
     return own_share_of_groups(problem) / DR_GRPO_LENGTH
 
 

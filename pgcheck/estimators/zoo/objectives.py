@@ -15,27 +15,30 @@ PASS_K = 2
 
 
 def slope_of_pass_at_k(problem: Problem) -> float:
-    """k(1 − p)^{k−1} = d(1 − (1 − p)^k)/dp, k = 2."""
+    """k(1 − p)^{k−1}, k = 2: the derivative of pass@k = 1 − (1 − p)^k."""
     return float(PASS_K * (1 - problem.value()) ** (PASS_K - 1))
 
 
 def slope_of_likelihood(problem: Problem) -> float:
-    """(1 − (1 − p)^G)/p, the derivative of the first G terms of log p = −Σ_j (1 − p)^j / j.
+    """(1 − (1 − p)^G)/p: the derivative of the first G terms of log p = −Σ_j (1 − p)^j / j.
 
     E[Σ_i r_i S_i / K; K ≥ 1] = P(K ≥ 1) E[S | success] and E[S | success] = ∇p/p.
     """
-    p = problem.value()
-    return mean_over_rows(problem, lambda G: (1 - (1 - p) ** G) / p)
+    return mean_over_rows(problem, lambda G: _terms_of_likelihood(problem.value(), G))
 
 
 def slope_of_likelihood_short_of_one(problem: Problem) -> float:
-    """(1 − (1 − p)^{G−1})/p, one term of log p less.
+    """(1 − (1 − p)^{G−1})/p: the derivative of the first G − 1 terms of log p, one less.
 
-    The control variate −Σ S/G is missing where nobody succeeds, which costs (1 − p)^{G−1} ∇p; a group in which nobody
-    succeeds and all share in being best gives that away in the same way.
+    Centered, the control variate −Σ S/G is missing where nobody succeeds; with all G as the best, a group of failures
+    adds E[S; all fail]. Either costs P(all fail) ∇p/(1 − p) = (1 − p)^{G−1} ∇p.
     """
-    p = problem.value()
-    return mean_over_rows(problem, lambda G: (1 - (1 - p) ** (G - 1)) / p)
+    return mean_over_rows(problem, lambda G: _terms_of_likelihood(problem.value(), G - 1))
+
+
+def _terms_of_likelihood(p: float, n: int) -> float:
+    """(1 − (1 − p)^n)/p = Σ_{j<n} (1 − p)^j, which p = 0 does not break."""
+    return sum((1 - p) ** j for j in range(n))
 
 
 add(
