@@ -7,8 +7,9 @@ To add one, append three lines to its section below:
     ''')
 
 The code is run as it stands, in a folder of its own, with `pgcheck`, `torch`, `mdp(**changes)`, `rollouts(**changes)`,
-`suite(toml)` and `without(package)` at hand; it must end in an error. Code that starts with `$` is a command line; it must
-end with exit code 2 (or the one given as `code=`) and say why on stderr. Then write the document anew and read the diff:
+`suite(toml)`, `number(quantity, **arguments)` and `without(package)` at hand; it must end in an error. Code that starts with
+`$` is a command line; it must end with exit code 2 (or `exit_code=`) and say why on stderr. Then write the document anew and
+read the diff:
 
     PGCHECK_UPDATE_SNAPSHOTS=1 python -m pytest tests/test_errors.py
 
@@ -41,6 +42,9 @@ import torch
 
 import pgcheck
 from pgcheck import errors
+from pgcheck.estimators.lookup import as_estimator
+from pgcheck.problem import find_problem
+from pgcheck.verdicts.quantities import find_quantity
 
 ROOT = Path(__file__).parent.parent
 DOCUMENT = Path(__file__).parent / "snapshots" / "errors.md"
@@ -48,10 +52,8 @@ UPDATE = "PGCHECK_UPDATE_SNAPSHOTS"
 TREE = {name for name, x in vars(errors).items() if inspect.isclass(x) and issubclass(x, errors.PgcheckError)}
 
 UNREACHED = {
-    (
-        "pgcheck/truth.py",
-        "TruthError",
-    ): "two derivations of ∇J disagree: a defect of pgcheck that no input is known to show",
+    ("pgcheck/bench.py", "PgcheckError"): "a rival of the benchmark disagrees: a defect of pgcheck",
+    ("pgcheck/truth.py", "TruthError"): "two derivations of ∇J disagree: a defect of pgcheck",
 }
 
 
@@ -606,6 +608,228 @@ finding = "biased"
 """)
 ''')  # fmt: skip
 
+case = section("Sentences of a suite")
+
+case("a quantity", '''
+suite("""
+name = "mine"
+[[case]]
+name = "a-sentence"
+says = "REINFORCE is unbiased."
+source = "folklore"
+truth = "right"
+because = "The score has mean zero."
+quantity = "biass"
+problem = "bandit/two-arm"
+estimator = "reinforce"
+equals = 0
+""")
+''')  # fmt: skip
+case("an argument", '''
+suite("""
+name = "mine"
+[[case]]
+name = "a-sentence"
+says = "REINFORCE is unbiased."
+source = "folklore"
+truth = "right"
+because = "The score has mean zero."
+quantity = "bias"
+problems = "bandit/two-arm"
+estimator = "reinforce"
+equals = 0
+""")
+''')  # fmt: skip
+case("an argument that is missing", '''
+suite("""
+name = "mine"
+[[case]]
+name = "a-sentence"
+says = "REINFORCE is unbiased."
+source = "folklore"
+truth = "right"
+because = "The score has mean zero."
+quantity = "bias"
+problem = "bandit/two-arm"
+equals = 0
+""")
+''')  # fmt: skip
+case("a problem", '''
+suite("""
+name = "mine"
+[[case]]
+name = "a-sentence"
+says = "REINFORCE is unbiased."
+source = "folklore"
+truth = "right"
+because = "The score has mean zero."
+quantity = "bias"
+problem = "bandits/*"
+estimator = "reinforce"
+equals = 0
+""")
+''')  # fmt: skip
+case("a problem that is no name", '''
+suite("""
+name = "mine"
+[[case]]
+name = "a-sentence"
+says = "REINFORCE is unbiased."
+source = "folklore"
+truth = "right"
+because = "The score has mean zero."
+quantity = "bias"
+problem = 3
+estimator = "reinforce"
+equals = 0
+""")
+''')  # fmt: skip
+case("an empty list", '''
+suite("""
+name = "mine"
+[[case]]
+name = "a-sentence"
+says = "REINFORCE is unbiased."
+source = "folklore"
+truth = "right"
+because = "The score has mean zero."
+quantity = "bias"
+problem = "bandit/two-arm"
+estimator = []
+equals = 0
+""")
+''')  # fmt: skip
+case("an argument of the wrong kind", '''
+suite("""
+name = "mine"
+[[case]]
+name = "a-sentence"
+says = "REINFORCE is unbiased."
+source = "folklore"
+truth = "right"
+because = "The score has mean zero."
+quantity = "component"
+problem = "bandit/two-arm"
+estimator = "reinforce"
+action = "left"
+equals = 0
+""")
+''')  # fmt: skip
+case("groups too small for the estimator", '''
+suite("""
+name = "mine"
+[[case]]
+name = "a-sentence"
+says = "REINFORCE is unbiased."
+source = "folklore"
+truth = "right"
+because = "The score has mean zero."
+quantity = "bias"
+problem = "degenerate/group-of-one"
+estimator = "leave_one_out"
+equals = 0
+""")
+''')  # fmt: skip
+case("a formula", '''
+suite("""
+name = "mine"
+[[case]]
+name = "a-sentence"
+says = "REINFORCE is unbiased."
+source = "folklore"
+truth = "right"
+because = "The score has mean zero."
+quantity = "scale"
+problem = "bandit/two-arm"
+estimator = "batch_mean"
+equals = "(N-1)/N"
+""")
+''')  # fmt: skip
+case("nothing that decides it", '''
+suite("""
+name = "mine"
+[[case]]
+name = "a-sentence"
+says = "REINFORCE is unbiased."
+source = "folklore"
+truth = "right"
+because = "The score has mean zero."
+quantity = "bias"
+problem = "bandit/two-arm"
+estimator = "reinforce"
+""")
+''')  # fmt: skip
+case("two of one name", '''
+sentence = """
+[[case]]
+name = "a-sentence"
+says = "REINFORCE is unbiased."
+source = "folklore"
+truth = "right"
+because = "The score has mean zero."
+quantity = "bias"
+problem = "bandit/two-arm"
+estimator = "reinforce"
+equals = 0
+"""
+suite('name = "mine"' + 2 * sentence)
+''')  # fmt: skip
+case("a suite of sentences for an estimator", '''
+$ pgcheck run notes --estimator mine:loss
+''')  # fmt: skip
+case("weights on logits where coefficients of log π are asked", '''
+purity = pgcheck.from_loss(lambda batch: (batch.logits.softmax(-1) ** 2).sum(), leaf="logits", name="purity")
+number("batchwise_gap", estimator=purity, against="reinforce", problem="bandit/two-arm")
+''')  # fmt: skip
+case("group sizes that do not fit the starts", '''
+number("off_axis_of_fixed_prompts", estimator="leave_one_out", problem="mdp/two-state", sizes=[2, 2, 2])
+''')  # fmt: skip
+case("a surrogate", '''
+number("surrogate_gap", estimator="token_is", problem="off-policy/two-state-drifted", surrogate="clipped")
+''')  # fmt: skip
+case("a loss whose parts are asked for", '''
+mine = pgcheck.from_loss(lambda batch: -(batch.episode_return[:, None] * batch.logp).sum(-1).mean(), name="mine")
+number("surrogate_gap", estimator=mine, problem="off-policy/two-state-drifted", surrogate="ratio")
+''')  # fmt: skip
+case("coupled rows where single rollouts are asked for", '''
+number("approximate_variance", estimator="leave_one_out", problem="mdp/two-state", approximation="none")
+''')  # fmt: skip
+case("an approximation", '''
+number("approximate_variance", estimator="reinforce", problem="mdp/two-state", approximation="no cross")
+''')  # fmt: skip
+case("a part of the variance", '''
+number("variance_share", estimator="reinforce", problem="mdp/two-state", part="reward")
+''')  # fmt: skip
+case("a part of the variance, compared", '''
+number("variance_part_change", estimator="reinforce", against="reward_to_go", problem="mdp/two-state", part="reward")
+''')  # fmt: skip
+case("a recursion without an environment", '''
+number("chi_square_recursion", problem=pgcheck.Problem(rollouts(), [[0., 1.]]))
+''')  # fmt: skip
+
+case = section("Strategies and benchmarks")
+
+case("no room for a rollout", '''
+from hypothesis import find
+from pgcheck.strategies import mdps
+find(mdps(max_rollouts=1), lambda env: True)
+''')  # fmt: skip
+case("no room for the starts", '''
+from hypothesis import find
+from pgcheck.strategies import mdps
+find(mdps(min_starts=3, max_starts=2), lambda env: True)
+''')  # fmt: skip
+case("no sampling plan", '''
+from hypothesis import find
+from pgcheck.strategies import problems
+find(problems(min_rows=5, max_rows=4), lambda problem: True)
+''')  # fmt: skip
+case("a rival that is not installed", '''
+from pgcheck.bench import jax_rival
+with without("jax"):
+    jax_rival(None, "reinforce")
+''')  # fmt: skip
+
 case = section("In a test suite")
 
 case("a check that is expected to fail, misspelt", '''
@@ -749,6 +973,12 @@ def suite(text: str) -> None:
     load_suite("mine.toml")
 
 
+def number(quantity: str, *, problem: Any, **arguments: Any) -> None:
+    """The number of a sentence, its names looked up as in a suite."""
+    found = {name: as_estimator(x) if name in ("estimator", "against") else x for name, x in arguments.items()}
+    find_quantity(quantity)(**found, problem=find_problem(problem) if isinstance(problem, str) else problem)
+
+
 @contextlib.contextmanager
 def without(package: str) -> Iterator[None]:
     """As if the package were not installed."""
@@ -810,7 +1040,8 @@ def run_case(c: Case) -> Outcome:
 
 
 def _statements(c: Case) -> tuple[str, bool]:
-    names = {"pgcheck": pgcheck, "torch": torch, "mdp": mdp, "rollouts": rollouts, "suite": suite, "without": without}
+    helpers = {"mdp": mdp, "rollouts": rollouts, "suite": suite, "number": number, "without": without}
+    names = helpers | {"pgcheck": pgcheck, "torch": torch}
     try:
         exec(compile(c.code, "example.py", "exec"), names | {"__name__": "example"})
     except errors.PgcheckError as error:

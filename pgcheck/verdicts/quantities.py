@@ -169,6 +169,7 @@ def scale_against(*, estimator: Estimator, against: Estimator, problem: Problem)
 @quantity
 def batchwise_gap(*, estimator: Estimator, against: Estimator, problem: Problem, factor: float = 1.0) -> Number:
     """max over every batch of ‖ĝ − factor · ĝ'‖ / max over every batch of ‖ĝ'‖: 0 if they agree batch by batch."""
+    _refuse_logits(estimator, against)
     table = problem.trajectories_with((*estimator.needs, *against.needs))
     batches = Batches(table, problem.sizes)
     to_gradient = gradient_map(table, logits=False)
@@ -182,12 +183,17 @@ def batchwise_gap(*, estimator: Estimator, against: Estimator, problem: Problem,
     return gap / size
 
 
+def _refuse_logits(*estimators: Estimator) -> None:
+    for e in estimators:
+        if e.leaf != "logp":
+            raise UsageError(
+                f"estimator '{e.name}': puts weight on logits; this quantity takes coefficients of log π only."
+            )
+
+
 def _gradients(e: Estimator, context: Tensor, action: Tensor, c: Tensor, to_gradient: Tensor, actions: int) -> Tensor:
     """ĝ of every batch, `[M, K·A]`."""
-    if e.leaf != "logp":
-        raise UsageError(
-            f"estimator '{e.name}': puts weight on logits; this quantity takes coefficients of log π only."
-        )
+    _refuse_logits(e)
     cell = (context.clamp(min=0) * actions + action.clamp(min=0)).flatten(1)
     sums = torch.zeros(len(c), len(to_gradient), dtype=torch.float64).scatter_add_(1, cell, c.flatten(1))
     return sums @ to_gradient.T

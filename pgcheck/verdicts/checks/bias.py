@@ -132,7 +132,8 @@ def check_same_as(estimator: Estimator, problem: Problem) -> Verdict | None:
     Example: a ratio that is not detached where the estimator multiplies log π by it; torch.max for torch.min in PPO.
         def loss(batch):
             ratio = ((batch.logp - batch.behavior_logp) * batch.mask).exp()
-            return -(ratio * batch.discount_weight * batch.reward_to_go * batch.logp * batch.mask).sum(-1).mean()
+            weight = ratio * batch.discount_weight * batch.reward_to_go
+            return -(weight * batch.logp * batch.mask).sum(-1).mean()
         estimator = pgcheck.from_loss(loss, same_as="token_is")
     What to do: compare term by term with the formula (`pgcheck explain grpo`); a difference that is meant is another
     estimator: leave `same_as` out.
