@@ -250,10 +250,6 @@ class Problem:
 
     @cached_property
     def _gradient_by_step(self) -> Tensor:
-        return self._gradient_by_step
-
-    @cached_property
-    def _gradient_by_step(self) -> Tensor:
         return truth.gradient_by_step(self.trajectories)
 
     def logit_jacobian(self) -> Tensor:
