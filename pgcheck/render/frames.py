@@ -25,7 +25,7 @@ def frames(report: Report) -> dict[str, pd.DataFrame]:
         "problems": _flat(report.problems),
         "estimators": _flat(report.estimators),
         "not_asked": _flat(report.not_asked),
-        "cases": _flat(getattr(report, "cases", [])),
+        "cases": _flat(report.cases),
     }
     return {name: table for name, table in tables.items() if len(table)}
 

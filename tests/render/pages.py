@@ -9,14 +9,16 @@ from functools import cache
 from html import escape, unescape
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pgcheck.estimators.base import from_coefficients, unbiased
 from pgcheck.estimators.lookup import as_estimator
 from pgcheck.problem import find_problem
-from pgcheck.runs.report import Report
+from pgcheck.runs.report import CaseRow, Report
 from pgcheck.runs.runner import run
+from pgcheck.verdicts.verdict import Status
 
 # an off-policy problem (no claim), one without a direction, groups of one (not asked), one whose optimum has no variance
 PROBLEMS = (
@@ -42,6 +44,36 @@ def rich_report() -> Report:
 def lone_report() -> Report:
     """One estimator, one problem of one step: nobody to compare with, nothing to split by position."""
     return run([as_estimator("reinforce")], [find_problem("bandit/two-arm")], suite="lone")
+
+
+def sentence(name: str, *, status: Status, says: str = "κ < 1 & κ > 0.", value: float | None = 0.75) -> CaseRow:
+    return CaseRow(
+        name=name,
+        says=says,
+        source="a lecture",
+        truth="right",
+        quantity="scale",
+        subject={"estimator": "batch_mean", "problem": "mdp/two-state"},
+        asked=2,
+        relation="< 1",
+        value=value,
+        beside={"bias": 0.25},
+        holds=status is Status.PASS,
+        status=status,
+        because="The own return is in the mean.",
+        reason="" if status is Status.PASS else "the sentence does not hold",
+    )
+
+
+@cache
+def case_report() -> Report:
+    """Sentences only: nothing was measured."""
+    nothing: dict[str, Any] = {"problems": [], "estimators": [], "measurements": [], "verdicts": [], "not_asked": []}
+    cases = [
+        sentence("good", status=Status.PASS),
+        sentence("bad", status=Status.FAIL, says='<i>"x", y</i>', value=None),
+    ]
+    return Report(suite="notes", version="0", cases=cases, **nothing)
 
 
 VOID = {"meta", "input", "br", "wbr", "path", "use", "rect", "line"}

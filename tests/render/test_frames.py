@@ -15,7 +15,7 @@ from pgcheck.render.files import write_report
 from pgcheck.render.frames import csv as as_csv
 from pgcheck.render.frames import frames, measurements, overview
 from pgcheck.runs.report import MeasurementRow
-from tests.render.pages import lone_report, rich_report
+from tests.render.pages import case_report, lone_report, rich_report
 
 
 def read(text: str) -> list[dict[str, str]]:
@@ -93,6 +93,15 @@ def test_overview() -> None:
     assert row["off_axis"] == median(m.off_axis for m in own if m.off_axis is not None)
     assert made.loc["grpo", "worst"] == "biased"
     assert pd.isna(made.loc["nan", "worst"])
+
+
+def test_cases_have_a_table() -> None:
+    """Arguments and numbers beside as name=value."""
+    good, bad = read(as_csv(frames(case_report())["cases"]))
+    assert (good["name"], good["subject"], good["beside"]) == (
+        "good", "estimator=batch_mean; problem=mdp/two-state", "bias=0.25",
+    )  # fmt: skip
+    assert (number(good["value"]), number(bad["value"]), bad["status"]) == (0.75, None, "FAIL")
 
 
 def test_a_name_in_a_table_is_one_field() -> None:

@@ -16,7 +16,7 @@ from pgcheck.render.html import comparison_html, html
 from pgcheck.render.messages import number
 from pgcheck.render.tables import COMPARISON, columns
 from pgcheck.runs.report import Report
-from tests.render.pages import HOSTILE, Page, in_browser, lone_report, rich_report
+from tests.render.pages import HOSTILE, Page, case_report, in_browser, lone_report, rich_report
 
 
 def comparison() -> pd.DataFrame:
@@ -40,6 +40,7 @@ def empty_report() -> Report:
 
 def pages() -> dict[str, str]:
     made = {"rich": html(rich_report()), "lone": html(lone_report()), "empty": html(empty_report())}
+    made["cases"] = html(case_report())
     return made | {"comparison": comparison_html(comparison())}
 
 
@@ -117,6 +118,31 @@ def test_the_matrix_has_one_cell_for_each_pair(page: Page) -> None:
     assert contradicting == {HOSTILE, "nan"}
 
 
+def test_sentences() -> None:
+    """Each with what is held of it and its number; one that is not decided as held comes first of all, with the reason."""
+    text = html(case_report())
+    page = Page(text)
+    good, bad = page.find("tr", id="case-good"), page.find("tr", id="case-bad")
+    for part in (
+        "κ < 1 & κ > 0.",
+        "right",
+        "0.75",
+        "scale(batch_mean, mdp/two-state)",
+        "< 1",
+        "own return",
+        "a lecture",
+    ):
+        assert part in good[0].text
+    assert "FAIL" in bad[0].text
+    assert "FAIL" not in good[0].text
+    (failure,) = page.find("section", class_="failure")
+    assert '<i>"x", y</i>' in failure.text
+    assert "the sentence does not hold" in failure.text
+    assert text.index('id="failures"') < text.index('id="cases-table"')
+    assert not page.find("table", id="matrix")
+    assert "1 of 2 sentences" in page.find("p", class_="verdict bad")[0].text
+
+
 # -- the script
 
 
@@ -183,6 +209,19 @@ def test_the_page_does_not_scroll_sideways(text: str, tmp_path: Path, width: int
     script = """(() => { for (const d of all("details")) d.open = true;
       return `${innerWidth} ${document.documentElement.scrollWidth}`; })()"""
     assert in_browser(text, script, tmp_path, width=width) == f"{width} {width}"
+
+
+def test_words_find_sentences(tmp_path: Path) -> None:
+    script = """(() => {
+      const input = document.querySelector("input[data-filter]");
+      input.value = "OWN kappa".replace("kappa", "κ"); input.oninput();
+      const table = document.getElementById("cases-table");
+      return JSON.stringify([[...table.tBodies[0].rows].map((r) => getComputedStyle(r).display), csv(table)]);
+    })()"""
+    displayed, text = json.loads(in_browser(html(case_report()), script, tmp_path, width=390))
+    assert displayed == ["block", "none"]  # cards, on a phone
+    rows = list(csv.reader(io.StringIO(text)))
+    assert [row[0] for row in rows] == ["sentence", "κ < 1 & κ > 0.", '<i>"x", y</i>']
 
 
 def test_comparison_page_sorts(tmp_path: Path) -> None:
