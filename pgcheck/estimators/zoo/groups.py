@@ -28,17 +28,19 @@ def difficulty(problem: Problem) -> float:
     """E[q̂(1 − q̂)/(√(q̂(1 − q̂)) + ε)] / (p(1 − p) T), q̂ ~ Bin(G, p)/G, ε = 1e-6.
 
     w_G(p)/T of Davis & Recht, arXiv 2510.13651, with ε: the group-standardised advantage is (1 − q̂)/(σ + ε) on success
-    and −q̂/(σ + ε) on failure, σ² = q̂(1 − q̂), and E[S | success] = ∇p/p, E[S | failure] = −∇p/(1 − p).
+    and −q̂/(σ + ε) on failure, σ² = q̂(1 − q̂), and E[S | success] = ∇p/p, E[S | failure] = −∇p/(1 − p). Unanimous groups
+    add nothing, so p(1 − p) cancels term by term, and a prompt that nobody or everybody solves has its limit.
     """
     p, T = problem.value(), problem.trajectories.paths.mask[0].sum().item()
 
     def of_group(G: int) -> float:
-        spread = [n / G * (1 - n / G) for n in range(G + 1)]
+        spread = {n: n / G * (1 - n / G) for n in range(1, G)}
         return sum(
-            math.comb(G, n) * p**n * (1 - p) ** (G - n) * v / (math.sqrt(v) + 1e-6) for n, v in enumerate(spread)
+            math.comb(G, n) * p ** (n - 1) * (1 - p) ** (G - n - 1) * v / (math.sqrt(v) + 1e-6)
+            for n, v in spread.items()
         )
 
-    return mean_over_rows(problem, of_group) / (p * (1 - p) * T)
+    return mean_over_rows(problem, of_group) / T
 
 
 def own_share_over_constant(problem: Problem) -> float:

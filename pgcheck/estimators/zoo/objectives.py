@@ -20,22 +20,22 @@ def slope_of_pass_at_k(problem: Problem) -> float:
 
 
 def slope_of_likelihood(problem: Problem) -> float:
-    """(1 − (1 − p)^G)/p, the derivative of the first G terms of log p = −Σ_j (1 − p)^j / j.
+    """(1 − (1 − p)^G)/p = Σ_{j<G} (1 − p)^j, the derivative of the first G terms of log p = −Σ_j (1 − p)^j / j.
 
     E[Σ_i r_i S_i / K; K ≥ 1] = P(K ≥ 1) E[S | success] and E[S | success] = ∇p/p.
     """
     p = problem.value()
-    return mean_over_rows(problem, lambda G: (1 - (1 - p) ** G) / p)
+    return mean_over_rows(problem, lambda G: sum((1 - p) ** j for j in range(G)))
 
 
 def slope_of_likelihood_short_of_one(problem: Problem) -> float:
-    """(1 − (1 − p)^{G−1})/p, one term of log p less.
+    """(1 − (1 − p)^{G−1})/p = Σ_{j<G−1} (1 − p)^j, one term of log p less.
 
     The control variate −Σ S/G is missing where nobody succeeds, which costs (1 − p)^{G−1} ∇p; a group in which nobody
     succeeds and all share in being best gives that away in the same way.
     """
     p = problem.value()
-    return mean_over_rows(problem, lambda G: (1 - (1 - p) ** (G - 1)) / p)
+    return mean_over_rows(problem, lambda G: sum((1 - p) ** j for j in range(G - 1)))
 
 
 add(
