@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -59,7 +60,9 @@ def test_sound_ones_have_none() -> None:
     assert 0 <= found.worst < 1e-12
 
 
-@pytest.mark.parametrize("name", ["reinforce", "per_decision_is", "batch_mean(group)", "gigpo_step(leave_one_out)"])
+@pytest.mark.parametrize(
+    "name", ["reinforce", "per_decision_is", "batch_mean(group)", "grpo", "gigpo_step(leave_one_out)"]
+)
 def test_no_claim_of_the_zoo_is_refuted(name: str) -> None:
     for found in search(find_estimator(name), examples=FEW):
         assert found.smallest is None
@@ -67,7 +70,7 @@ def test_no_claim_of_the_zoo_is_refuted(name: str) -> None:
 
 
 def test_a_claim_of_bias_is_not_searched() -> None:
-    assert search(find_estimator("grpo")) == []
+    assert search(find_estimator("baselined(next_state)")) == []
 
 
 def test_a_function_of_coefficients_that_are_not_finite() -> None:
@@ -133,7 +136,7 @@ def test_a_blind_spot_of_the_named_problems_is_found() -> None:
     with pytest.raises(pgcheck.BiasError) as caught:
         pgcheck.check_estimator(blind_spot, search=True)
     message = str(caught.value)
-    assert "blind_spot is not unbiased: 1 of 33 problems" in message
+    assert re.search(r"blind_spot is not unbiased: 1 of \d+ problems", message)
     assert "random/counterexample" in message
     assert "reward=[[0, -2]]" in message
     report = caught.value.report
