@@ -121,7 +121,7 @@ def check_estimator(
     if search and report.measurements and any(c.kind in (checks or BIAS_CHECKS) for c in e.claims):
         asked = "" if claim is None else f'"{claim}"' if isinstance(claim, str) else "claim"
         command = command_name(estimator)
-        report, smallest, words = _searched(report, e, chosen, rtol=rtol, command=command, claim=asked)
+        report, smallest, words = _searched(report, e, chosen, checks=checks, rtol=rtol, command=command, claim=asked)
     judged = any(v.check in BIAS_CHECKS for v in report.verdicts)
     nothing = not report.verdicts or (checks is None and not judged and not report.failures)
     if report.exit_code == 0 and not nothing:
@@ -144,31 +144,38 @@ def nothing_checked(estimator: Estimator, problems: Sequence[Problem]) -> str:
 
 
 def _searched(
-    report: Report, e: Estimator, problems: Sequence[Problem], *, rtol: float, command: str, claim: str
+    report: Report,
+    e: Estimator,
+    problems: Sequence[Problem],
+    *,
+    checks: Sequence[str] | None,
+    rtol: float,
+    command: str,
+    claim: str,
 ) -> tuple[Report, list[Problem], str]:
     """The report with what a search found added to it, the counterexample, and the words for a failure message."""
     from pgcheck.render.code import check_code
     from pgcheck.search import search as hunt
 
-    verdicts, not_asked = [], []
+    verdicts, not_asked, words = [], [], ""
+    smallest: list[Problem] = []
     for found in hunt(e, problems, rtol=rtol):
         if found.smallest is not None:
-            more = run([e], [found.smallest], suite="check", rtol=rtol)
+            smallest.append(found.smallest)
             code = textwrap.indent(check_code(found.smallest, estimator=command, claim=claim), "    ")
-            words = f"The smallest of {found.problems} random problems that contradicts the claim:\n\n{code}"
-            return _joined(report, more), [found.smallest], "\n\n" + words
-        if found.problems:
+            words = f"\n\nThe smallest of {found.problems} random problems on which it fails:\n\n{code}"
+        elif found.problems:
             reason = f"no counterexample among {found.problems} random problems"
             verdicts.append(Verdict(e.name, found.claim.kind, "", Status.PASS, found.worst, rtol, reason=reason))
         else:
             not_asked.append(NotAsked(e.name, "", "search: no random problem met the claim's conditions"))
-    if not any(c.kind != "biased" for c in e.claims):
+    if all(c.kind == "biased" for c in e.claims):
         not_asked.append(NotAsked(e.name, "", "search: one problem does not refute a claim of bias"))
-    more = report.model_copy(
-        update={"problems": [], "measurements": [], "verdicts": list(map(verdict_row, verdicts)),
-                "not_asked": list(map(not_asked_row, not_asked))}
-    )  # fmt: skip
-    return _joined(report, more), [], ""
+    rows = {"verdicts": list(map(verdict_row, verdicts)), "not_asked": list(map(not_asked_row, not_asked))}
+    report = _joined(report, report.model_copy(update={"problems": [], "measurements": [], **rows}))
+    if smallest:
+        report = _joined(report, run([e], smallest, suite="check", checks=checks, rtol=rtol))
+    return report, smallest, words
 
 
 def _joined(report: Report, more: Report) -> Report:

@@ -40,6 +40,7 @@ from pgcheck.estimators.base import (
     Condition,
     Couples,
     Estimator,
+    fixed_length,
     from_coefficients,
     full_support,
     on_policy,
@@ -541,8 +542,6 @@ def baselines(*, states: int = 4, steps: int = 3) -> st.SearchStrategy[Baseline]
     )
     return constants | tables
 
-
-fixed_length = Condition("equal lengths", lambda p: p.fixed_length)
 
 Scale = Callable[[Problem], float]
 

@@ -91,15 +91,19 @@ class Everything:
     chance: Floats  # [M]
     rows: NDArray[np.int64]  # [M, B], rollouts
     score: Floats  # [N, T, K·A], ∇log π of each position, 0 where nobody acts
+    place: Floats  # [N, T, K], 1 at the context of each position, 0 where nobody acts
 
     def estimates(self, coefficients: Tensor) -> Floats:
-        """ĝ of each batch, `[M, K·A]`."""
-        return np.einsum("mbt,mbtx->mx", coefficients.numpy(), self.score[self.rows])
+        """ĝ of each batch, `[M, K·A]`, from c `[M, B, T]`, or from weights on the logits `[M, B, T, A]`."""
+        c = coefficients.numpy()
+        if c.ndim == 3:
+            return np.einsum("mbt,mbtx->mx", c, self.score[self.rows])
+        return np.einsum("mbta,mbtk->mka", c, self.place[self.rows]).reshape(len(c), -1)
 
     def of(self, estimator: Estimator) -> Floats:
         """ĝ of each batch, `[M, K·A]`."""
-        c = estimator.coefficients(self.batch)
-        return self.estimates(torch.where(self.batch.mask > 0, c, 0.0))
+        c, mask = estimator.coefficients(self.batch), self.batch.mask > 0
+        return self.estimates(torch.where(mask if c.dim() == mask.dim() else mask.unsqueeze(-1), c, 0.0))
 
     def mean(self, x: Floats) -> Floats:
         """E x over batches, of `[M, ...]`."""
@@ -127,7 +131,14 @@ def everything(problem: Problem, sizes: Sequence[int] | None = None, needs: Sequ
     assert math.isclose(math.fsum(chance), 1.0, abs_tol=1e-12)
     labels = torch.tensor([g for g, size in enumerate(sizes) for _ in range(size)])
     index = torch.tensor(rows)
-    return Everything(table.batch(index, labels), np.array(chance), index.numpy(), scores(problem, needs))
+    context = table.paths.context.unsqueeze(-1) == torch.arange(len(problem.logits))
+    return Everything(
+        table.batch(index, labels, logits=True),
+        np.array(chance),
+        index.numpy(),
+        scores(problem, needs),
+        context.numpy().astype(float),
+    )
 
 
 def scores(problem: Problem, needs: Sequence[SideTable] = ()) -> Floats:

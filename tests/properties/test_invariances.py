@@ -17,7 +17,7 @@ from pgcheck.estimators.lookup import FILLED_BY  # noqa: F401  (fills the regist
 
 ZOO = [e for e in registered_estimators().values() if e.leaf == "logp"]
 each = pytest.mark.parametrize("estimator", ZOO, ids=[e.name for e in ZOO])
-few = settings(max_examples=6)
+few = settings(max_examples=4)
 
 
 def drawn(data: st.DataObject, estimator: Estimator, **bounds: object) -> tuple[Problem, Batch]:

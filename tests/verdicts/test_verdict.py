@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from pgcheck.engines.exact import exact_moments
 from pgcheck.engines.moments import Moments
-from pgcheck.estimators.base import Estimator, biased, from_coefficients, proportional, unbiased
+from pgcheck.envs.tabular import TabularMDP
+from pgcheck.estimators.base import Estimator, biased, find_estimator, from_coefficients, proportional, unbiased
 from pgcheck.estimators.lookup import FILLED_BY  # noqa: F401  (fills the registries)
 from pgcheck.problem import Problem, find_problem
 from pgcheck.verdicts.checks.bias import judge_claims
@@ -325,3 +327,25 @@ def test_not_a_number_fails_every_claim_of_equality(bad: float, claim: str, name
 def test_what_has_no_number_is_null() -> None:
     assert [finite_or_none(x) for x in (1.5, 0.0, NAN, math.inf, -math.inf)] == [1.5, 0.0, None, None, None]
     assert as_list(torch.tensor([[1, 2], [3, 4]])) == [[1.0, 2.0], [3.0, 4.0]]
+
+
+@pytest.mark.parametrize("name", ["leave_one_out", "batch_mean", "grpo", "reinforce"])
+def test_rounding_is_not_judged_against_rounding(name: str) -> None:
+    """Both arms pay 1: ∇J is 0 up to 1e-16, and centered coefficients are 0 on every batch."""
+    stay = [[[1.0], [1.0]]]
+    problem = Problem(TabularMDP(stay, [[1.0, 1.0]], [1.0], horizon=1), [[0.0, 1.2]], group_size=2)
+    e = find_estimator(name)
+    m = measure(e, problem, exact_moments([e], problem)[0])
+    assert m.finding == "unbiased"
+    assert m.distance(1.0) <= RTOL
+    assert m.distance(0.5) <= RTOL
+
+
+def test_a_small_bias_is_still_judged() -> None:
+    """Rewards of 1e-6: the batch mean of two rows is half of ∇J there, as anywhere."""
+    stay = [[[1.0], [1.0]]]
+    problem = Problem(TabularMDP(stay, [[1e-6, 0.0]], [1.0], horizon=1), [[0.0, 1.2]], group_size=2)
+    e = find_estimator("batch_mean")
+    m = measure(e, problem, exact_moments([e], problem)[0])
+    assert m.finding == "proportional"
+    assert m.scale == pytest.approx(0.5, rel=1e-12)
