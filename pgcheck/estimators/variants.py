@@ -74,23 +74,6 @@ def _pairwise(batch: Batch) -> Tensor:
 pairwise_differences = Estimator("pairwise_differences", _pairwise, "group", reads=("return",))
 
 
-def _length_mean(batch: Batch) -> Tensor:
-    """Σ_j |o_j| R_j / Σ_j |o_j| over the group, own row included."""
-    same, lengths = batch.same_group, batch.length
-    total = (same @ (lengths * batch.episode_return).unsqueeze(-1)).squeeze(-1)
-    return total / (same @ lengths.unsqueeze(-1)).squeeze(-1)
-
-
-length_weighted_mean = Estimator("length_weighted_mean", compose(adv.return_minus(_length_mean)), "group")
-
-
-def _truncated(batch: Batch, advantage: Tensor) -> Tensor:
-    """min(w, 1.2), one number a row."""
-    return torch.clamp(ratios.trajectory_weight(batch), max=1.2).unsqueeze(-1)
-
-
-truncated_weight = Estimator("truncated_weight", compose(adv.episode_return, ratio=_truncated), "trajectory")
-
 group_of_one = Estimator("group_of_one", compose(_standardised), "group", min_group_size=1)
 
 
