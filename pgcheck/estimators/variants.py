@@ -2,7 +2,7 @@
 
     pgcheck compare grpo pgcheck.estimators.variants:grpo_ddof_1 --problem notes/three-arm
 
-* ε in the denominator of GRPO: 0, 1e-6 (the zoo), 1e-4 (TRL, verl); ddof 0 or 1.
+* ε in the denominator of GRPO: 0, 1e-6 (the zoo, verl), 1e-4 (TRL); ddof 0 or 1.
 * what a clip bound of CISPO means: 1 + ε_high (MiniMax-M1, verl), or the bound itself (TRL).
 * over what a token mean runs: the batch, or each micro-batch of an accumulated step.
 * what a KL penalty estimates when its estimate of the KL is used as a loss (Tang & Munos, arXiv 2506.09477).
@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from pgcheck.batch import Batch
