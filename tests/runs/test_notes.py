@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import functools
+import io
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from pgcheck.errors import SuiteError, UsageError
 from pgcheck.estimators.base import from_coefficients
 from pgcheck.problem import registered_problems
 from pgcheck.render.markdown import markdown
 from pgcheck.render.tables import case_message, case_rows, summary
+from pgcheck.render.terminal import print_matrix
 from pgcheck.runs.cases import RELATIONS, Case, Subject, decide, formula, numbers_of, subjects
 from pgcheck.runs.report import CaseRow, Report
 from pgcheck.runs.suite import Suite, load_suite
@@ -259,6 +262,23 @@ def test_cases_beside_estimators(tmp_path: Path) -> None:
     assert "verdicts" in summary(report)
     assert "1 cases" in summary(report)
     assert "## Verdict matrix" in markdown(report)
+
+
+def test_a_terminal_shows_a_sentence_a_line(tmp_path: Path) -> None:
+    for truth, status in (("wrong", "PASS"), ("right", "FAIL")):
+        out = io.StringIO()
+        print_matrix(run(tmp_path, ONE.replace('"wrong"', f'"{truth}"')), Console(file=out, width=100))
+        (line,) = [x for x in out.getvalue().splitlines() if x.startswith("batch-mean")]
+        assert line.split() == ["batch-mean", truth, "0.6667", "=", "1", status]
+        assert ("the sentence does not hold" in out.getvalue()) == (status == "FAIL")
+        assert "E ĝ is" not in out.getvalue()  # nothing was measured, so there is no matrix
+
+
+def test_a_page_shows_the_number_and_what_it_is_of(tmp_path: Path) -> None:
+    page = markdown(run(tmp_path))
+    (line,) = [x for x in page.splitlines() if "`batch-mean`" in x]
+    assert "| wrong | 0.6667<br>`scale(batch_mean, mdp/two-state)`<br>says most against it of 2 | = 1 |" in line
+    assert "Verdict matrix" not in page
 
 
 def test_case_rows_are_calls() -> None:
