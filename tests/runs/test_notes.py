@@ -325,6 +325,13 @@ BAD = {
     "a number that does not parse": (ONE + 'number = "two thirds"\n', ["formula 'two thirds'"]),
     "an empty list": (ONE.replace('"batch_mean"', "[]"), ["estimator: an empty list"]),
     "an empty list of sizes": (ONE + "group_size = []\n", ["group_size: an empty list"]),
+    "groups of groups": (ONE + "groups = [[1, 2]]\n", ["groups: [1, 2]", "integer"]),
+    "sizes of sizes": (ONE + "group_size = [[[1, 2]]]\n", ["group_size: [1, 2]", "integer"]),
+    "a table for a number": (
+        ONE.replace('"scale"', '"batchwise_gap"') + 'against = "batch_mean"\nfactor = {}\n',
+        ["formula {}"],
+    ),
+    "an endless number": (ONE.replace("= 1\n", "= inf\n"), ["formula 'inf'", "it is inf"]),
     "a group size of nothing": (ONE + "group_size = 0\n", ["group_size: 0"]),
     "a group that is too small": (
         ONE.replace('"batch_mean"', '"leave_one_out"') + "groups = 3\ngroup_size = 1\n",
@@ -399,9 +406,27 @@ def test_formulas(text: float | str, expected: float) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "B B", "B.real", "[1]", "lambda: 1", "abs(1)", "True", "'1'", "sqrt(-1)", "10**10**10", "~1", "sqrt(1, 2)"],
+    [
+        "",
+        "B B",
+        "B.real",
+        "[1]",
+        "lambda: 1",
+        "abs(1)",
+        "True",
+        "'1'",
+        "sqrt(-1)",
+        "10**10**10",
+        "~1",
+        "sqrt(1, 2)",
+        "(-8)**0.5",
+        "1e999",
+        math.inf,
+        math.nan,
+        True,
+    ],
 )
-def test_what_is_no_formula(text: str) -> None:
+def test_what_is_no_formula(text: Any) -> None:
     with pytest.raises(UsageError, match="formula"):
         formula(text, {"B": 4.0})
 
