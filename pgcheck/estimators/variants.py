@@ -2,7 +2,7 @@
 
     pgcheck compare grpo pgcheck.estimators.variants:grpo_ddof_1 --problem notes/three-arm
 
-* ε in the denominator of GRPO: 0, 1e-6 (the zoo), 1e-4 (TRL, verl); ddof 0 or 1.
+* ε in the denominator of GRPO: 0, 1e-6 (the zoo, verl), 1e-4 (TRL); ddof 0 or 1.
 * what a clip bound of CISPO means: 1 + ε_high (MiniMax-M1, verl), or the bound itself (TRL).
 * over what a token mean runs: the batch, or each micro-batch of an accumulated step.
 * what a KL penalty estimates when its estimate of the KL is used as a loss (Tang & Munos, arXiv 2506.09477).
@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from pgcheck.batch import Batch
@@ -73,23 +72,6 @@ def _pairwise(batch: Batch) -> Tensor:
 
 pairwise_differences = Estimator("pairwise_differences", _pairwise, "group", reads=("return",))
 
-
-def _length_mean(batch: Batch) -> Tensor:
-    """Σ_j |o_j| R_j / Σ_j |o_j| over the group, own row included."""
-    same, lengths = batch.same_group, batch.length
-    total = (same @ (lengths * batch.episode_return).unsqueeze(-1)).squeeze(-1)
-    return total / (same @ lengths.unsqueeze(-1)).squeeze(-1)
-
-
-length_weighted_mean = Estimator("length_weighted_mean", compose(adv.return_minus(_length_mean)), "group")
-
-
-def _truncated(batch: Batch, advantage: Tensor) -> Tensor:
-    """min(w, 1.2), one number a row."""
-    return torch.clamp(ratios.trajectory_weight(batch), max=1.2).unsqueeze(-1)
-
-
-truncated_weight = Estimator("truncated_weight", compose(adv.episode_return, ratio=_truncated), "trajectory")
 
 group_of_one = Estimator("group_of_one", compose(_standardised), "group", min_group_size=1)
 

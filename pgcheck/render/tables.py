@@ -129,7 +129,7 @@ class CaseText:
     status: str
     contradicts: bool
     because: str
-    beside: str
+    beside: str  # numbers that belong next to it, and of how many it is the worst
 
 
 def case_rows(report: Report) -> list[CaseText]:
@@ -139,6 +139,7 @@ def case_rows(report: Report) -> list[CaseText]:
 
 def _case_text(c: CaseRow) -> CaseText:
     words = [x if not _is_number(x) and name != "group_size" else f"{name}={x}" for name, x in c.subject.items()]
+    among = [f"says most against it of {c.asked}"] if c.asked > 1 and c.value is not None else []
     return CaseText(
         name=c.name,
         says=c.says,
@@ -150,7 +151,7 @@ def _case_text(c: CaseRow) -> CaseText:
         status=c.status.value,
         contradicts=c.status is not Status.PASS,
         because=c.because,
-        beside=", ".join(f"{name} {number(x)}" for name, x in c.beside.items()),
+        beside=", ".join([*(f"{name} {number(x)}" for name, x in c.beside.items()), *among]),
     )
 
 

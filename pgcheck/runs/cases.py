@@ -94,10 +94,10 @@ def formula(text: Amount, letters: Mapping[str, float]) -> float:
     """The number that `text` says: + − * / **, brackets, sqrt, exp, log and the letters given.
 
     Raises:
-        UsageError: it does not parse, has another letter in it, or has no value.
+        UsageError: it does not parse, has another letter in it, or has no finite real value.
     """
-    if not isinstance(text, str):
-        return float(text)
+    if isinstance(text, bool) or not isinstance(text, (int, float, str)):
+        raise UsageError(f"formula {text!r}: expected a number or a formula.")
 
     def value(node: ast.AST) -> float:
         if isinstance(node, ast.Expression):
@@ -116,7 +116,10 @@ def formula(text: Amount, letters: Mapping[str, float]) -> float:
         raise ValueError(f"'{ast.unparse(node)}' is not understood")
 
     try:
-        return value(ast.parse(text.strip(), mode="eval"))
+        out = value(ast.parse(text.strip(), mode="eval")) if isinstance(text, str) else float(text)
+        if isinstance(out, complex) or not math.isfinite(out):
+            raise ValueError(f"it is {out}")
+        return out
     except (SyntaxError, ValueError, ArithmeticError) as error:
         why = "it does not parse" if isinstance(error, SyntaxError) else str(error)
         allowed = ", ".join([*letters, *_FUNCTIONS])
@@ -152,6 +155,7 @@ class Subject:
 
 @functools.cache
 def _problem(name: str, groups: int | None, group_size: int | tuple[int, ...] | None) -> Problem:
+    """The named problem, with batches of another shape if one is given; the same object each time."""
     problem = find_problem(name)
     if groups is None and group_size is None:
         return problem
@@ -216,13 +220,16 @@ def _values(x: Any, kind: type) -> list[Any]:
 
 
 def _subject(quantity: Quantity, named: Mapping[str, Any]) -> Subject:
-    shape = named.get("group_size")
+    groups, shape = named.get("groups"), named.get("group_size")
     size = tuple(shape) if isinstance(shape, list) else shape
+    for name, x in (("groups", groups), *(("group_size", n) for n in (size if isinstance(size, tuple) else (size,)))):
+        if x is not None and type(x) is not int:
+            raise UsageError(f"{name}: {x!r}; expected a positive integer.")
     resolved: dict[str, Any] = {}
     kinds = quantity.parameters
     for name, x in named.items():
         if name in kinds and kinds[name] is Problem:
-            resolved[name] = _problem(x, named.get("groups"), size)
+            resolved[name] = _problem(x, groups, size)
     subject = Subject({k: x for k, x in named.items() if x is not None}, resolved)
     for name, x in named.items():
         kind = kinds.get(name)

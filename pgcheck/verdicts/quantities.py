@@ -30,7 +30,7 @@ from pgcheck.estimators.base import Estimator
 from pgcheck.estimators.zoo import Composition, compose
 from pgcheck.problem import Problem
 from pgcheck.side import OptimalBaselines, score
-from pgcheck.verdicts.verdict import Measurement, measure
+from pgcheck.verdicts.verdict import RTOL, Measurement, measure
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,18 @@ def _moments(estimator: Estimator, problem: Problem) -> Moments:
 
 def _measured(estimator: Estimator, problem: Problem) -> Measurement:
     return measure(estimator, problem, _moments(estimator, problem))
+
+
+def _variance(estimator: Estimator, problem: Problem) -> float:
+    """tr Cov ĝ, 0 if it is 0 but for rounding: what is divided by it must not become a number."""
+    m = _moments(estimator, problem)
+    return m.total_variance if m.total_variance > 1e-12 * m.second_moment else 0.0
+
+
+def _squared_bias(estimator: Estimator, problem: Problem) -> float:
+    """‖E ĝ − ∇J‖², 0 if it is 0 but for rounding."""
+    m = _measured(estimator, problem)
+    return 0.0 if m.finding == "unbiased" else m.bias**2
 
 
 # -- what E ĝ is
@@ -205,6 +217,8 @@ def bias_exponent(*, estimator: Estimator, problem: Problem, rows: int, more_row
     first, second = (
         _measured(estimator, problem.with_sampling(groups=1, group_size=b)).off_axis for b in (rows, more_rows)
     )
+    if min(first, second) < RTOL:
+        raise UsageError(f"estimator '{estimator.name}': has no error of direction on '{problem.name}' to follow.")
     value = -math.log(second / first) / math.log(more_rows / rows)
     return Found(value, {f"off_axis at {rows}": first, f"off_axis at {more_rows}": second})
 
@@ -343,16 +357,14 @@ def total_variance(*, estimator: Estimator, problem: Problem) -> Number:
 @quantity
 def variance_ratio(*, estimator: Estimator, against: Estimator, problem: Problem) -> Number:
     """tr Cov ĝ / tr Cov ĝ' on the same problem."""
-    a, b = _moments(estimator, problem).total_variance, _moments(against, problem).total_variance
+    a, b = _variance(estimator, problem), _variance(against, problem)
     return Found(a / b, {"variance": a, "the other's": b})
 
 
 @quantity
 def mse_ratio(*, estimator: Estimator, against: Estimator, problem: Problem, batches: int = 1) -> Number:
     """(‖bias‖² + tr Cov/n) / (the same of the other), after averaging n batches."""
-    a, b = (
-        m.bias**2 + m.total_variance / batches for m in (_measured(estimator, problem), _measured(against, problem))
-    )
+    a, b = (_squared_bias(e, problem) + _variance(e, problem) / batches for e in (estimator, against))
     return Found(a / b, {"MSE": a, "the other's": b})
 
 
@@ -360,8 +372,8 @@ def mse_ratio(*, estimator: Estimator, against: Estimator, problem: Problem, bat
 def break_even(*, estimator: Estimator, against: Estimator, problem: Problem) -> Number:
     """N* = (Var' − Var) / (‖bias‖² − ‖bias'‖²): with fewer batches than N*, `estimator`, more biased and quieter, has the
     lower MSE."""
-    a, b = _measured(estimator, problem), _measured(against, problem)
-    return (b.total_variance - a.total_variance) / (a.bias**2 - b.bias**2)
+    louder = _variance(against, problem) - _variance(estimator, problem)
+    return louder / (_squared_bias(estimator, problem) - _squared_bias(against, problem))
 
 
 @dataclass(frozen=True)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import functools
+import io
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from pgcheck.errors import SuiteError, UsageError
 from pgcheck.estimators.base import from_coefficients
 from pgcheck.problem import registered_problems
 from pgcheck.render.markdown import markdown
 from pgcheck.render.tables import case_message, case_rows, summary
+from pgcheck.render.terminal import print_matrix
 from pgcheck.runs.cases import RELATIONS, Case, Subject, decide, formula, numbers_of, subjects
 from pgcheck.runs.report import CaseRow, Report
 from pgcheck.runs.suite import Suite, load_suite
@@ -228,20 +231,21 @@ def test_what_is_too_large_decides_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("old", "new"),
+    "asked",
     [
-        ('"scale"', '"component"\ncontext = 9'),  # there is no such context
-        ('"scale"', '"variance_ratio"\nagainst = "pgcheck.estimators.variants:group_of_one"\ngroup_size = 1'),  # by 0
-        ('"scale"', '"variance_share"\npart = "all"'),  # of coupled rows
+        '"component"\ncontext = 9',  # there is no such context
+        '"variance_ratio"\nagainst = "baselined(optimal_constant)"',  # over 0
+        '"break_even"\nagainst = "batch_mean"',  # over 0
+        '"bias_exponent"\nrows = 2\nmore_rows = 4',  # of a direction that is right
+        '"variance_share"\npart = "all"',  # of coupled rows
     ],
 )
-def test_what_goes_wrong_on_the_way_decides_nothing(old: str, new: str, tmp_path: Path) -> None:
-    text = ONE.replace('["mdp/two-state", "bandit/two-arm"]', '"mdp/two-state"').replace(old, new)
-    for estimator in ("batch_mean(group)", "pgcheck.estimators.variants:group_of_one")[new.count("group_of_one") :]:
-        report = run(tmp_path, text.replace("batch_mean", estimator))
-        assert report.exit_code == 1
-        assert report.cases[0].status is Status.INCONCLUSIVE
-        assert report.cases[0].reason
+def test_what_goes_wrong_on_the_way_decides_nothing(asked: str, tmp_path: Path) -> None:
+    text = ONE.replace('["mdp/two-state", "bandit/two-arm"]', '"bandit/two-arm"').replace('"scale"', asked)
+    report = run(tmp_path, text)
+    assert report.exit_code == 1
+    assert report.cases[0].status is Status.INCONCLUSIVE
+    assert report.cases[0].reason
 
 
 def test_other_estimators_are_not_spoken_of(tmp_path: Path) -> None:
@@ -258,6 +262,23 @@ def test_cases_beside_estimators(tmp_path: Path) -> None:
     assert "verdicts" in summary(report)
     assert "1 cases" in summary(report)
     assert "## Verdict matrix" in markdown(report)
+
+
+def test_a_terminal_shows_a_sentence_a_line(tmp_path: Path) -> None:
+    for truth, status in (("wrong", "PASS"), ("right", "FAIL")):
+        out = io.StringIO()
+        print_matrix(run(tmp_path, ONE.replace('"wrong"', f'"{truth}"')), Console(file=out, width=100))
+        (line,) = [x for x in out.getvalue().splitlines() if x.startswith("batch-mean")]
+        assert line.split() == ["batch-mean", truth, "0.6667", "=", "1", status]
+        assert ("the sentence does not hold" in out.getvalue()) == (status == "FAIL")
+        assert "E ĝ is" not in out.getvalue()  # nothing was measured, so there is no matrix
+
+
+def test_a_page_shows_the_number_and_what_it_is_of(tmp_path: Path) -> None:
+    page = markdown(run(tmp_path))
+    (line,) = [x for x in page.splitlines() if "`batch-mean`" in x]
+    assert "| wrong | 0.6667<br>`scale(batch_mean, mdp/two-state)`<br>says most against it of 2 | = 1 |" in line
+    assert "Verdict matrix" not in page
 
 
 def test_case_rows_are_calls() -> None:
@@ -304,6 +325,13 @@ BAD = {
     "a number that does not parse": (ONE + 'number = "two thirds"\n', ["formula 'two thirds'"]),
     "an empty list": (ONE.replace('"batch_mean"', "[]"), ["estimator: an empty list"]),
     "an empty list of sizes": (ONE + "group_size = []\n", ["group_size: an empty list"]),
+    "groups of groups": (ONE + "groups = [[1, 2]]\n", ["groups: [1, 2]", "integer"]),
+    "sizes of sizes": (ONE + "group_size = [[[1, 2]]]\n", ["group_size: [1, 2]", "integer"]),
+    "a table for a number": (
+        ONE.replace('"scale"', '"batchwise_gap"') + 'against = "batch_mean"\nfactor = {}\n',
+        ["formula {}"],
+    ),
+    "an endless number": (ONE.replace("= 1\n", "= inf\n"), ["formula 'inf'", "it is inf"]),
     "a group size of nothing": (ONE + "group_size = 0\n", ["group_size: 0"]),
     "a group that is too small": (
         ONE.replace('"batch_mean"', '"leave_one_out"') + "groups = 3\ngroup_size = 1\n",
@@ -331,12 +359,15 @@ def test_what_cannot_be_asked(what: str, tmp_path: Path) -> None:
 
 FAULTS = {
     "two of one name": (ONE + ONE.split("\n", 2)[2], ["case 'batch-mean' is there twice"]),
-    "no truth": (ONE.replace('truth = "wrong"\n', ""), ["case.0.truth", "required"]),
-    "a truth there is not": (ONE.replace('"wrong"', '"maybe"'), ["case.0.truth", "'right' or 'wrong'", "maybe"]),
-    "a name with capitals": (ONE.replace('"batch-mean"', '"Batch mean"'), ["case.0.name"]),
-    "no reason": (ONE.replace('because = "(B−1)/B"\n', ""), ["case.0.because", "required"]),
-    "a truth value for a number": (ONE.replace("equals = 1", "equals = true"), ["case.0.equals"]),
-    "a list for a relation": (ONE.replace("equals = 1", "equals = [1]"), ["case.0.equals"]),
+    "no truth": (ONE.replace('truth = "wrong"\n', ""), ["[[case]] number 1, field 'truth' is missing"]),
+    "a truth there is not": (
+        ONE.replace('"wrong"', '"maybe"'),
+        ["[[case]] number 1, field 'truth'", "'right' or 'wrong'", "maybe"],
+    ),
+    "a name with capitals": (ONE.replace('"batch-mean"', '"Batch mean"'), ["[[case]] number 1, field 'name'"]),
+    "no reason": (ONE.replace('because = "(B−1)/B"\n', ""), ["[[case]] number 1, field 'because' is missing"]),
+    "a truth value for a number": (ONE.replace("equals = 1", "equals = true"), ["[[case]] number 1, field 'equals'"]),
+    "a list for a relation": (ONE.replace("equals = 1", "equals = [1]"), ["[[case]] number 1, field 'equals'"]),
     "neither cases nor estimators": ('name = "mine"\n', ["field 'estimators'", "or cases"]),
     "problems without estimators": (ONE.replace("[[case]]", 'problems = ["mdp/*"]\n[[case]]'), ["field 'estimators'"]),
 }
@@ -375,9 +406,27 @@ def test_formulas(text: float | str, expected: float) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "B B", "B.real", "[1]", "lambda: 1", "abs(1)", "True", "'1'", "sqrt(-1)", "10**10**10", "~1", "sqrt(1, 2)"],
+    [
+        "",
+        "B B",
+        "B.real",
+        "[1]",
+        "lambda: 1",
+        "abs(1)",
+        "True",
+        "'1'",
+        "sqrt(-1)",
+        "10**10**10",
+        "~1",
+        "sqrt(1, 2)",
+        "(-8)**0.5",
+        "1e999",
+        math.inf,
+        math.nan,
+        True,
+    ],
 )
-def test_what_is_no_formula(text: str) -> None:
+def test_what_is_no_formula(text: Any) -> None:
     with pytest.raises(UsageError, match="formula"):
         formula(text, {"B": 4.0})
 
