@@ -128,8 +128,9 @@ def gradient_map(table: Trajectories, *, logits: bool) -> Tensor:
     return torch.block_diag(*blocks)
 
 
-def estimates(estimator: Estimator, batch: Batch, table: Trajectories) -> Tensor:
-    """ĝ of every batch `[M, B, T]` drawn from `table`, in logit space, `[M, K·A]`."""
-    logits, cells = estimator.leaf == "logits", table.contexts * table.actions
-    x = scattered(coefficients_of(estimator, batch), cells_of(batch, table.actions, logits=logits), cells)
+def estimates(estimator: Estimator, table: Trajectories, index: Tensor, group: Tensor) -> Tensor:
+    """ĝ of each of the batches `index` `[M, B]`, in logit space, `[M, K·A]`."""
+    logits = estimator.leaf == "logits"
+    c = coefficients_of(estimator, table.batch(index, group, logits=logits))
+    x = scattered(c, cells_of(table, index, logits=logits), table.contexts * table.actions)
     return x @ gradient_map(table, logits=logits).T

@@ -144,9 +144,7 @@ def check_same_as(estimator: Estimator, problem: Problem) -> Verdict | None:
         return None
     table = problem.trajectories_with(tuple(dict.fromkeys((*estimator.needs, *other.needs))))
     index = Batches(table, problem.sizes).random(PROBES, seed=7)
-    logits = "logits" in (estimator.leaf, other.leaf)
-    batch = table.batch(index, problem.group_labels, logits=logits)
-    found, expected = (estimates(e, batch, table) for e in (estimator, other))
+    found, expected = (estimates(e, table, index, problem.group_labels) for e in (estimator, other))
     return compared("same_as", estimator, problem, found, expected, allowed=SAME)
 
 
