@@ -30,7 +30,7 @@ from pgcheck.estimators.base import (
 )
 from pgcheck.estimators.from_loss import Loss, from_loss
 from pgcheck.estimators.zoo import NOTES  # noqa: F401  (fills the registry)
-from pgcheck.side import ActionValues
+from pgcheck.side import ActionValues, AllActionValues, WrongValues
 
 
 @dataclass(frozen=True)
@@ -339,6 +339,96 @@ def own_position_left_out_only(batch: Batch) -> Tensor:
     same = same.to(to_go.dtype) * acts.unsqueeze(-1) * acts.unsqueeze(-2) * (1.0 - torch.eye(B * T, dtype=to_go.dtype))
     mean = (same @ to_go.unsqueeze(-1)).squeeze(-1) / same.sum(-1).clamp(min=1.0)
     return batch.discount_weight * (to_go - mean).unflatten(-1, (B, T)) * batch.mask / batch.rows
+
+
+@broken("opo(leave_one_out)", "unbiased")
+def own_length_in_the_weights(batch: Batch) -> Tensor:
+    """The length-weighted mean leaves out the own return, but divides by lengths that include the own."""
+    R, length = batch.episode_return, batch.length
+    mean = (group_sum(length * R, batch) - length * R) / group_sum(length, batch)
+    return per_row(R - mean, batch)
+
+
+@broken("loo_std", "proportional")
+def own_sample_in_the_std(batch: Batch) -> Tensor:
+    """The mean is that of the others, but the standard deviation is the group's, the own return included."""
+    R = batch.episode_return
+    std = advantages.std_of_peers(R, batch.same_group)
+    return per_row((R - mean_of_others(batch)) / (std + 0.1), batch)
+
+
+# -- values in place of returns
+
+
+def one_step_errors(value: Tensor, batch: Batch) -> Tensor:
+    """γ^t δ_t from a value `[..., B, T+1]`, from one decision to the next (`advantages.temporal_difference`)."""
+    return advantages.temporal_difference(lambda _: value[..., :-1])(batch)
+
+
+def discounted_sum(x: Tensor, decay: Tensor | float) -> Tensor:
+    """y_t = x_t + decay_t y_{t+1}, `[..., B, T]`."""
+    factor = torch.as_tensor(decay, dtype=x.dtype).expand(x.shape)
+    out = [x[..., -1]]
+    for t in range(x.shape[-1] - 2, -1, -1):
+        out.append(x[..., t] + factor[..., t] * out[-1])
+    return torch.stack(out[::-1], -1)
+
+
+@broken("gae(wrong_value)", "same_as", needs=(WrongValues(),))
+def decay_over_observations(batch: Batch) -> Tensor:
+    """λ decays at every position, observations included, where it is to decay from decision to decision."""
+    delta = one_step_errors(batch.side["wrong_value"], batch) * batch.mask
+    return discounted_sum(delta, 0.95) * batch.mask / batch.rows
+
+
+@broken("gae(wrong_value)", "same_as", needs=(WrongValues(),))
+def bootstraps_from_observations(batch: Batch) -> Tensor:
+    """The next value is that of the next position, where the critic never learned what an observation is worth."""
+    v, one = batch.side["wrong_value"], torch.ones_like(batch.reward[..., :1])
+    ahead = torch.cat([batch.discount_weight[..., 1:], one], -1)
+    delta = batch.discount_weight * (batch.reward - v[..., :-1]) + ahead * v[..., 1:]
+    decay = torch.where(batch.mask > 0, 0.95, 1.0)
+    return discounted_sum(delta * (from_here(batch.mask) > 0), decay) * batch.mask / batch.rows
+
+
+@broken("gae(wrong_value, λ=1)", "unbiased", needs=(WrongValues(after_end=1.0),))
+def bootstraps_from_padding(batch: Batch) -> Tensor:
+    """Values after the end are not set to 0: what the critic says of padding is added to the last reward."""
+    v, last = batch.side["wrong_value"], batch.mask * ~acts_later(batch)
+    beyond = (batch.discount * batch.discount_weight * v[..., 1:] * last).sum(-1, keepdim=True)
+    paid = batch.discount_weight * (batch.reward_to_go - v[..., :-1])
+    return (paid + beyond) * batch.mask / batch.rows
+
+
+@broken("actor_critic", "unbiased")
+def end_taken_for_a_cut(batch: Batch) -> Tensor:
+    """An episode that ended is bootstrapped as if it had been cut off: the value of its last state stands for 0."""
+    delta = one_step_errors(batch.value, batch)
+    last = batch.mask * ~acts_later(batch)
+    return (delta + batch.discount * batch.discount_weight * batch.value[..., :-1] * last) * batch.mask / batch.rows
+
+
+@broken("gae(0.95)", "unbiased")
+def gae_without_discount_weight(batch: Batch) -> Tensor:
+    """γ^t is missing in front of the generalised advantage."""
+    adv = advantages.gae(0.95, advantages.state_value)(batch)
+    return adv / batch.discount_weight * batch.mask / batch.rows
+
+
+@broken("gae(wrong_value)", "same_as", needs=(WrongValues(),))
+def discount_for_decay(batch: Batch) -> Tensor:
+    """The recursion decays by γλ over errors that carry their γ^t already: discounted twice."""
+    delta = one_step_errors(batch.side["wrong_value"], batch) * batch.mask
+    decay = torch.where(batch.mask > 0, 0.95 * batch.discount, 1.0)
+    return discounted_sum(delta, decay) * batch.mask / batch.rows
+
+
+@broken("all_action", "unbiased", loss=False, leaf="logits", needs=(AllActionValues(),))
+def policy_weight_missing(batch: Batch) -> Tensor:
+    """Σ_a Q(s, a) ∇log π(a) for Σ_a π(a) Q(s, a) ∇log π(a): every action counts alike, likely or not."""
+    pi, q = torch.softmax(batch.logits, -1), batch.side["all_action_values"]
+    slope = q - pi * q.sum(-1, keepdim=True)
+    return (batch.discount_weight * batch.mask / batch.rows).unsqueeze(-1) * slope
 
 
 # -- groups
@@ -708,6 +798,12 @@ def clip_bound_is_epsilon_itself(batch: Batch) -> Tensor:
     return -token_mean_of(ratio * standardised(batch) * batch.logp, batch)
 
 
+@broken("cispo(notes)", "proportional")
+def divided_by_rows_for_tokens(batch: Batch) -> Tensor:
+    """The sum over tokens is divided by the number of rows, not of tokens: the step grows with the length."""
+    return token_ratio(batch) * standardised(batch) * batch.mask / batch.rows
+
+
 @broken("cispo", "same_as", loss=True)
 def micro_batch_means_averaged(batch: Batch) -> Tensor:
     """Token means of micro-batches are averaged: the mean of means is not the mean over the batch."""
@@ -778,6 +874,43 @@ def row_mean_over_padding(batch: Batch) -> Tensor:
     """The mean over a row's positions counts padding: it divides by the width of the tensor."""
     ratio, adv = token_ratio(batch), standardised(batch)
     return -(torch.minimum(ratio * adv, ratio.clamp(0.8, 1.2) * adv) * batch.mask).mean(-1).mean()
+
+
+@broken("gspo", "same_as", "proportional", loss=True)
+def log_ratios_summed(batch: Batch) -> Tensor:
+    """The sequence ratio is the product of the token ratios, where the paper takes their geometric mean."""
+    s, adv = log_ratio(batch).exp(), standardised(batch).squeeze(-1)
+    return -torch.minimum(s * adv, s.clamp(1 - 3e-4, 1 + 4e-4) * adv).mean()
+
+
+@broken("dapo", "same_as", loss=True)
+def clip_bounds_swapped(batch: Batch) -> Tensor:
+    """The two clip bounds change places: .28 below and .2 above."""
+    ratio, adv = token_ratio(batch), standardised(batch)
+    return -token_mean_of(torch.minimum(ratio * adv, ratio.clamp(0.72, 1.2) * adv), batch)
+
+
+@broken("tis", "same_as")
+def truncated_by_token(batch: Batch) -> Tensor:
+    """Each token's ratio is truncated at the cap, not their product."""
+    w = (token_ratio(batch).clamp(max=2.0).log()).sum(-1, keepdim=True).exp()
+    return w * batch.discount_weight * batch.reward_to_go * batch.mask / batch.rows
+
+
+@broken("dr_grpo", "proportional", loss=True, couples="batch")
+def divided_by_the_longest_row(batch: Batch) -> Tensor:
+    """Divided by the longest row of the batch instead of a constant: the length is random again."""
+    R, ratio = batch.episode_return, token_ratio(batch)
+    adv = (R - group_sum(R, batch) / (others(batch) + 1.0))[:, None]
+    x = torch.minimum(ratio * adv, ratio.clamp(0.8, 1.2) * adv) * batch.mask
+    return -(x.sum(-1) / batch.length.max()).mean()
+
+
+@broken("pkpo", "proportional")
+def pass_at_k_of_the_rate(batch: Batch) -> Tensor:
+    """pass@k is taken from the observed rate, 1 − (1 − q̂)^k, as if rows were drawn again and again from the group."""
+    R, n = batch.episode_return, others(batch) + 1.0
+    return per_row(R * 2.0 * (1.0 - group_sum(R, batch) / n), batch)
 
 
 # -- what breaks a run
