@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -15,6 +15,7 @@ from pgcheck.errors import BiasError, CheckFailed, UnknownNameError, UsageError
 from pgcheck.estimators.base import Claim, Estimator, find_estimator, proportional, unbiased
 from pgcheck.estimators.lookup import AnyEstimator, as_estimator, as_estimators, command_name
 from pgcheck.problem import Problem, registered_problems
+from pgcheck.render.code import Code, check_code
 from pgcheck.render.messages import BIAS_CHECKS, failure_message
 from pgcheck.render.progress import ProgressBar
 from pgcheck.runs.report import Report, measurement_of, not_asked_row, verdict_row
@@ -119,9 +120,9 @@ def check_estimator(
     named, words = report, ""
     smallest: list[Problem] = []
     if search and report.measurements and any(c.kind in (checks or BIAS_CHECKS) for c in e.claims):
-        asked = "" if claim is None else f'"{claim}"' if isinstance(claim, str) else "claim"
+        asked = {"same_as": same_as, "claim": claim if isinstance(claim, str) or claim is None else Code("claim")}
         command = command_name(estimator)
-        report, smallest, words = _searched(report, e, chosen, checks=checks, rtol=rtol, command=command, claim=asked)
+        report, smallest, words = _searched(report, e, chosen, checks=checks, rtol=rtol, command=command, asked=asked)
     judged = any(v.check in BIAS_CHECKS for v in report.verdicts)
     nothing = not report.verdicts or (checks is None and not judged and not report.failures)
     if report.exit_code == 0 and not nothing:
@@ -151,10 +152,9 @@ def _searched(
     checks: Sequence[str] | None,
     rtol: float,
     command: str,
-    claim: str,
+    asked: Mapping[str, str | None],
 ) -> tuple[Report, list[Problem], str]:
     """The report with what a search found added to it, the counterexample, and the words for a failure message."""
-    from pgcheck.render.code import check_code
     from pgcheck.search import search as hunt
 
     verdicts, not_asked, words = [], [], ""
@@ -162,7 +162,7 @@ def _searched(
     for found in hunt(e, problems, rtol=rtol):
         if found.smallest is not None:
             smallest.append(found.smallest)
-            code = textwrap.indent(check_code(found.smallest, estimator=command, claim=claim), "    ")
+            code = textwrap.indent(check_code(found.smallest, estimator=command, asked=asked), "    ")
             words = f"\n\nThe smallest of {found.problems} random problems on which it fails:\n\n{code}"
         elif found.problems:
             reason = f"no counterexample among {found.problems} random problems"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -46,28 +46,28 @@ def _argument(name: str, x: Any, indent: str) -> str:
     return f"{start}{text},\n"
 
 
-class _Call(str):
+class Code(str):
     """Code, not a string to be quoted."""
 
 
 def _text(x: Any) -> str:
-    return x if isinstance(x, _Call) else literal(x)
+    return x if isinstance(x, Code) else literal(x)
 
 
-def _call(name: str, positional: Sequence[Any], named: dict[str, Any], indent: str) -> _Call:
+def _call(name: str, positional: Sequence[Any], named: dict[str, Any], indent: str) -> Code:
     words = [*map(_text, positional), *(f"{key}={_text(x)}" for key, x in named.items())]
     if len(indent) + len(short := f"{name}({', '.join(words)})") < _WIDTH and "\n" not in short:
-        return _Call(short)
+        return Code(short)
     inner = indent + "    "
     lines = [_argument("", x, inner) for x in positional] + [_argument(key, x, inner) for key, x in named.items()]
-    return _Call(f"{name}(\n{''.join(lines)}{indent})")
+    return Code(f"{name}(\n{''.join(lines)}{indent})")
 
 
 def _without(defaults: dict[str, Any], **given: Any) -> dict[str, Any]:
     return {name: x for name, x in given.items() if name not in defaults or x != defaults[name]}
 
 
-def _environment(env: TabularMDP | Paths, indent: str) -> _Call:
+def _environment(env: TabularMDP | Paths, indent: str) -> Code:
     law = _without(
         {"discount": 1.0, "discount_clock": "position"}, discount=env.discount, discount_clock=env.discount_clock
     )
@@ -102,7 +102,9 @@ def estimator_code(command: str) -> str:
     return literal(name) if ":" in name or name in registered_estimators() else name
 
 
-def check_code(problem: Problem, *, estimator: str, claim: str = "") -> str:
-    """What to paste to see an estimator fail on `problem`; `estimator` as `lookup.command_name` has it."""
-    asked = f"{estimator_code(estimator)}, problem" + (f", claim={claim}" if claim else "")
-    return f"import pgcheck\n\nproblem = {problem_code(problem)}\npgcheck.check_estimator({asked})"
+def check_code(problem: Problem, *, estimator: str, asked: Mapping[str, str | None] | None = None) -> str:
+    """What to paste to see an estimator fail on `problem`: `estimator` as `lookup.command_name` has it, and what else
+    `check_estimator` was asked."""
+    more = "".join(f", {name}={_text(x)}" for name, x in (asked or {}).items() if x is not None)
+    check = f"pgcheck.check_estimator({estimator_code(estimator)}, problem{more})"
+    return f"import pgcheck\n\nproblem = {problem_code(problem)}\n{check}"

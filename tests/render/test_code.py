@@ -110,7 +110,7 @@ def test_estimators_by_name_or_by_their_own(command: str, text: str) -> None:
 
 def test_what_is_pasted_runs() -> None:
     problem = pgcheck.Problem(two_arm_env(), [[0.0, 0.0]], group_size=2)
-    code = check_code(problem, estimator="batch_mean", claim='"unbiased"')
+    code = check_code(problem, estimator="batch_mean", asked={"claim": "unbiased", "same_as": None})
     with pytest.raises(pgcheck.BiasError, match=r"scale 0\.5"):
         exec(code, {})
     exec(check_code(problem, estimator="leave_one_out"), {})
