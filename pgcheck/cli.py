@@ -38,6 +38,7 @@ class What(StrEnum):
     problems = "problems"
     checks = "checks"
     suites = "suites"
+    mistakes = "mistakes"
 
 
 class Format(StrEnum):
@@ -74,9 +75,10 @@ def _root(
 
 @app.command("list")
 def list_(
-    what: Annotated[What, typer.Argument(help="estimators, problems, checks or suites")], as_json: AsJson = False
+    what: Annotated[What, typer.Argument(help="estimators, problems, checks, suites or mistakes")],
+    as_json: AsJson = False,
 ) -> None:
-    """List the estimators, problems, checks or suites."""
+    """List the estimators, problems, checks, suites, or the mistakes that losses are compared with."""
     rows = _listing(what)
     if as_json:
         typer.echo(json.dumps(rows, indent=1, ensure_ascii=False))
@@ -103,6 +105,13 @@ def _listing(what: What) -> list[dict[str, object]]:
         from pgcheck.verdicts.checks import registered_checks
 
         return [{"name": c.name, "kind": c.kind, "about": first_sentence(c.page)} for c in registered_checks().values()]
+    if what is What.mistakes:
+        from pgcheck.estimators.broken import BROKEN
+
+        return [
+            {"name": name, "made from": x.sound.name, "caught by": ", ".join(x.caught_by), "about": x.mistake}
+            for name, x in BROKEN.items()
+        ]
     from pgcheck.estimators.base import registered_estimators
     from pgcheck.estimators.lookup import FILLED_BY  # noqa: F401  (fills the registries)
     from pgcheck.problem import find_problem, registered_problems

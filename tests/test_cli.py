@@ -90,7 +90,13 @@ def test_version_is_the_packages(run: Run) -> None:
 
 @pytest.mark.parametrize(
     ("what", "name"),
-    [("estimators", "leave_one_out"), ("problems", "tree/tokens"), ("checks", "unbiased"), ("suites", "core")],
+    [
+        ("estimators", "leave_one_out"),
+        ("problems", "tree/tokens"),
+        ("checks", "unbiased"),
+        ("suites", "core"),
+        ("mistakes", "token_mean"),
+    ],
 )
 def test_list(run: Run, what: str, name: str) -> None:
     code, out, _ = run("list", what)
