@@ -7,7 +7,6 @@ included, does not know that it happened; so the draw's own randomness is part o
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -187,23 +186,21 @@ class Continuations:
                 f"{self.draws} continuations at every position give {count:,} outcomes of one rollout, more than the "
                 f"{MAX_ROWS:,} allowed; use fewer draws or a shorter horizon."
             )
-        source, factor, columns = [], [], []
+        source, chance, columns = [], [], []
         for n, visits in enumerate(visited):
-            for outcome in itertools.product(*(mean[v] for v in visits)):
-                column = [0.0] * p.steps
-                for (_, t), (value, _) in zip(visits, outcome, strict=True):
-                    column[t] = value
-                source.append(n)
-                factor.append(math.prod(q for _, q in outcome))
-                columns.append(column)
-        split = table.take(torch.tensor(source))
-        chance = torch.tensor(factor, dtype=torch.float64)
+            drawn, factor = _every_outcome([mean[v] for v in visits])
+            column = torch.zeros(len(factor), p.steps, dtype=torch.float64)
+            column[:, [t for _, t in visits]] = drawn
+            source.append(torch.full((len(factor),), n))
+            chance.append(factor)
+            columns.append(column)
+        split, factor = table.take(torch.cat(source)), torch.cat(chance)
         split = replace(
             split,
-            probability=split.probability * chance,
-            behavior_probability=split.behavior_probability * chance,
+            probability=split.probability * factor,
+            behavior_probability=split.behavior_probability * factor,
         )
-        return split.with_side(continuation_value=torch.tensor(columns, dtype=torch.float64))
+        return split.with_side(continuation_value=torch.cat(columns))
 
     def _law_of_mean(self, law: list[tuple[float, float]], scale: float) -> list[tuple[float, float]]:
         """Law of the mean of `draws` i.i.d. values, by repeated convolution."""
@@ -212,6 +209,17 @@ class Continuations:
         for _ in range(self.draws):
             sums = _merged([(x + v, px * q / size) for x, px in sums for v, q in law], scale)
         return [(x / self.draws, q) for x, q in sums]
+
+
+def _every_outcome(laws: list[list[tuple[float, float]]]) -> tuple[Tensor, Tensor]:
+    """Joint outcomes of independent draws: values `[m, draws]` and probabilities `[m]`."""
+    values, chances = torch.zeros(1, 0, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    for law in laws:
+        value, q = torch.tensor(law, dtype=torch.float64).unbind(-1)
+        repeated = values.repeat_interleave(len(law), 0)
+        values = torch.cat([repeated, value.repeat(len(values)).unsqueeze(-1)], -1)
+        chances = torch.outer(chances, q).flatten()
+    return values, chances
 
 
 def _merged(law: list[tuple[float, float]], scale: float) -> list[tuple[float, float]]:
