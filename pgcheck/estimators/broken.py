@@ -41,6 +41,7 @@ class Broken:
     sound: Estimator
     caught_by: tuple[str, ...]  # each of them fails, and no other
     moves: bool  # whether E ĝ changes; else only single batches show the mistake
+    shows_on: str = ""  # a problem that shows it, where the usual examples do not
 
     @property
     def mistake(self) -> str:
@@ -53,7 +54,13 @@ BROKEN: dict[str, Broken] = {}
 
 
 def broken(
-    sound: str, *caught_by: str, moves: bool = True, couples: Couples | None = None, loss: bool = False, **settings: Any
+    sound: str,
+    *caught_by: str,
+    moves: bool = True,
+    couples: Couples | None = None,
+    loss: bool = False,
+    shows_on: str = "",
+    **settings: Any,
 ) -> Callable[[Coefficients | Loss], Coefficients | Loss]:
     """Register a coefficient function (or a loss) as the broken version of the zoo's `sound`, with its claims.
 
@@ -73,7 +80,7 @@ def broken(
         )
         if name in BROKEN or not fn.__doc__:
             raise ValueError(f"broken estimator '{name}' is there already, or does not say what is wrong")
-        BROKEN[name] = Broken(made, base, caught_by, moves)
+        BROKEN[name] = Broken(made, base, caught_by, moves, shows_on)
         return fn
 
     return decorate
@@ -480,7 +487,7 @@ def group_ids_as_positions(batch: Batch) -> Tensor:
     return per_row(R - (of_row - R) / others(batch), batch)
 
 
-@broken("leave_one_out", "unbiased", couples="batch")
+@broken("leave_one_out", "unbiased", couples="batch", shows_on="dialogue/unequal-groups")
 def group_size_from_the_configuration(batch: Batch) -> Tensor:
     """The factor G/(G−1) that mends the in-sample mean uses one G for all groups, though they differ in size."""
     R, G = batch.episode_return, max(batch.rows // number_of_groups(batch), 2)
@@ -496,7 +503,7 @@ def unanimous_groups_filtered(batch: Batch) -> Tensor:
     return (adv * kept / kept.sum(-1, keepdim=True).clamp(min=1.0)).unsqueeze(-1) * batch.mask
 
 
-@broken("leave_one_out(batch)", "unbiased")
+@broken("leave_one_out(batch)", "unbiased", shows_on="degenerate/group-of-one")
 def alone_is_no_signal(batch: Batch) -> Tensor:
     """A row that is alone in its group is compared with itself: its advantage is 0, it is never learned from."""
     adv = find_estimator("leave_one_out(batch)").coefficients(batch)
@@ -885,7 +892,7 @@ def log_ratios_summed(batch: Batch) -> Tensor:
     return -torch.minimum(s * adv, s.clamp(1 - 3e-4, 1 + 4e-4) * adv).mean()
 
 
-@broken("dapo", "same_as", loss=True)
+@broken("dapo", "same_as", loss=True, shows_on="off-policy/tree-stale")
 def clip_bounds_swapped(batch: Batch) -> Tensor:
     """The two clip bounds change places: .28 below and .2 above."""
     ratio, adv = token_ratio(batch), standardised(batch)
