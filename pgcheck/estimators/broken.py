@@ -41,6 +41,7 @@ class Broken:
     sound: Estimator
     caught_by: tuple[str, ...]  # each of them fails, and no other
     moves: bool  # whether E ĝ changes; else only single batches show the mistake
+    shows_on: str = ""  # a problem that shows it, where the usual examples do not
 
     @property
     def mistake(self) -> str:
@@ -53,7 +54,13 @@ BROKEN: dict[str, Broken] = {}
 
 
 def broken(
-    sound: str, *caught_by: str, moves: bool = True, couples: Couples | None = None, loss: bool = False, **settings: Any
+    sound: str,
+    *caught_by: str,
+    moves: bool = True,
+    couples: Couples | None = None,
+    loss: bool = False,
+    shows_on: str = "",
+    **settings: Any,
 ) -> Callable[[Coefficients | Loss], Coefficients | Loss]:
     """Register a coefficient function (or a loss) as the broken version of the zoo's `sound`, with its claims.
 
@@ -73,7 +80,7 @@ def broken(
         )
         if name in BROKEN or not fn.__doc__:
             raise ValueError(f"broken estimator '{name}' is there already, or does not say what is wrong")
-        BROKEN[name] = Broken(made, base, caught_by, moves)
+        BROKEN[name] = Broken(made, base, caught_by, moves, shows_on)
         return fn
 
     return decorate
@@ -376,9 +383,10 @@ def discounted_sum(x: Tensor, decay: Tensor | float) -> Tensor:
 
 @broken("gae(wrong_value)", "same_as", needs=(WrongValues(),))
 def decay_over_observations(batch: Batch) -> Tensor:
-    """λ decays at every position, observations included, where it is to decay from decision to decision."""
-    delta = one_step_errors(batch.side["wrong_value"], batch) * batch.mask
-    return discounted_sum(delta, 0.95) * batch.mask / batch.rows
+    """A_t = δ_t + γλ A_{t+1} runs over every position: it decays over observations, not from decision to decision."""
+    delta = one_step_errors(batch.side["wrong_value"], batch) / batch.discount_weight * batch.mask
+    adv = discounted_sum(delta, batch.discount * 0.95)
+    return batch.discount_weight * adv * batch.mask / batch.rows
 
 
 @broken("gae(wrong_value)", "same_as", needs=(WrongValues(),))
@@ -479,7 +487,7 @@ def group_ids_as_positions(batch: Batch) -> Tensor:
     return per_row(R - (of_row - R) / others(batch), batch)
 
 
-@broken("leave_one_out", "unbiased", couples="batch")
+@broken("leave_one_out", "unbiased", couples="batch", shows_on="dialogue/unequal-groups")
 def group_size_from_the_configuration(batch: Batch) -> Tensor:
     """The factor G/(G−1) that mends the in-sample mean uses one G for all groups, though they differ in size."""
     R, G = batch.episode_return, max(batch.rows // number_of_groups(batch), 2)
@@ -495,7 +503,7 @@ def unanimous_groups_filtered(batch: Batch) -> Tensor:
     return (adv * kept / kept.sum(-1, keepdim=True).clamp(min=1.0)).unsqueeze(-1) * batch.mask
 
 
-@broken("leave_one_out(batch)", "unbiased")
+@broken("leave_one_out(batch)", "unbiased", shows_on="degenerate/group-of-one")
 def alone_is_no_signal(batch: Batch) -> Tensor:
     """A row that is alone in its group is compared with itself: its advantage is 0, it is never learned from."""
     adv = find_estimator("leave_one_out(batch)").coefficients(batch)
@@ -764,14 +772,14 @@ def sequence_mean_of(x: Tensor, batch: Batch) -> Tensor:
     return ((x * batch.mask).sum(-1) / batch.length).mean()
 
 
-@broken("cispo", "same_as", loss=True)
+@broken("cispo", "same_as", "proportional", loss=True)
 def ratio_not_detached(batch: Batch) -> Tensor:
     """The clipped ratio that multiplies log π is not detached: its own gradient is added, times log π."""
     ratio = token_ratio(batch).clamp(max=1.1)
     return -token_mean_of(ratio * standardised(batch) * batch.logp, batch)
 
 
-@broken("cispo", "same_as", loss=True)
+@broken("cispo", "same_as", "proportional", loss=True)
 def log_probability_detached(batch: Batch) -> Tensor:
     """The log-probability is detached in place of the ratio: the gradient is multiplied by log π."""
     ratio = token_ratio(batch).clamp(max=1.1)
@@ -791,11 +799,12 @@ def clipped_on_the_wrong_side(batch: Batch) -> Tensor:
     return -token_mean_of(ratio * standardised(batch) * batch.logp, batch)
 
 
-@broken("cispo", "on_policy_limit", loss=True, on_policy_limit="cispo(notes)")
+@broken("reinforce_pp", "on_policy_limit", loss=True, on_policy_limit="reinforce_pp")
 def clip_bound_is_epsilon_itself(batch: Batch) -> Tensor:
     """The upper clip bound is ε itself, not 1 + ε: every ratio near one is cut down to it."""
-    ratio = token_ratio(batch).detach().clamp(max=0.1)
-    return -token_mean_of(ratio * standardised(batch) * batch.logp, batch)
+    ratio = token_ratio(batch).detach().clamp(max=0.2)
+    adv = advantages.token_standardised(advantages.undiscounted_weight_to_go)(batch)
+    return -token_mean_of(ratio * adv * batch.logp, batch)
 
 
 @broken("cispo(notes)", "proportional")
@@ -826,14 +835,14 @@ def clip_without_min(batch: Batch) -> Tensor:
     return -sequence_mean_of(token_ratio(batch).clamp(0.8, 1.2) * standardised(batch), batch)
 
 
-@broken("grpo", "same_as", loss=True)
+@broken("grpo", "same_as", "proportional", loss=True)
 def clip_bounds_as_offsets(batch: Batch) -> Tensor:
     """The ratio is clamped to (−ε, ε), as if it were a difference, and not to (1 − ε, 1 + ε)."""
     ratio, adv = token_ratio(batch), standardised(batch)
     return -sequence_mean_of(torch.minimum(ratio * adv, ratio.clamp(-0.2, 0.2) * adv), batch)
 
 
-@broken("grpo", "same_as", loss=True)
+@broken("grpo", "same_as", "proportional", loss=True)
 def policies_swapped(batch: Batch) -> Tensor:
     """exp(log π_old − log π): old and new policy change places in the ratio."""
     ratio, adv = ((batch.behavior_logp - batch.logp) * batch.mask).exp(), standardised(batch)
@@ -847,14 +856,14 @@ def old_policy_recomputed(batch: Batch) -> Tensor:
     return -sequence_mean_of(torch.minimum(ratio * adv, ratio.clamp(0.8, 1.2) * adv), batch)
 
 
-@broken("grpo", "same_as", loss=True)
+@broken("grpo", "same_as", "proportional", loss=True)
 def one_ratio_for_the_row(batch: Batch) -> Tensor:
     """The product of the row's ratios stands at every token, where each token has its own."""
     ratio, adv = log_ratio(batch).exp().unsqueeze(-1) * torch.ones_like(batch.mask), standardised(batch)
     return -sequence_mean_of(torch.minimum(ratio * adv, ratio.clamp(0.8, 1.2) * adv), batch)
 
 
-@broken("grpo", "same_as", loss=True)
+@broken("grpo", "same_as", "proportional", loss=True)
 def std_with_bessel(batch: Batch) -> Tensor:
     """The standard deviation is divided by G − 1 (torch.std), the paper's by G."""
     ratio, adv = token_ratio(batch), advantages.standardised_return("group", ddof=1)(batch)
@@ -883,7 +892,7 @@ def log_ratios_summed(batch: Batch) -> Tensor:
     return -torch.minimum(s * adv, s.clamp(1 - 3e-4, 1 + 4e-4) * adv).mean()
 
 
-@broken("dapo", "same_as", loss=True)
+@broken("dapo", "same_as", loss=True, shows_on="off-policy/tree-stale")
 def clip_bounds_swapped(batch: Batch) -> Tensor:
     """The two clip bounds change places: .28 below and .2 above."""
     ratio, adv = token_ratio(batch), standardised(batch)

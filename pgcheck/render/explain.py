@@ -217,10 +217,10 @@ def _what_to_do(e: Estimator) -> str:
     return "Compare its variance with that of others on problems like yours (`× least`); no bias is in the way."
 
 
-def _numbers_of(*estimators: Estimator) -> str:
+def _numbers_of(*estimators: Estimator, problems: Sequence[str] = EXAMPLES) -> str:
     """What was measured on the example problems, as lines."""
     rows = []
-    for p in map(find_problem, EXAMPLES):
+    for p in map(find_problem, problems):
         rows += [(p.name,), *((f"  {e.name}", *_measured(e, p)) for e in estimators)]
     return _table([("", *_COLUMNS), *rows])
 
@@ -253,6 +253,7 @@ def _mistake_parts(mistake: Broken) -> tuple[str, dict[str, str]]:
         if mistake.moves
         else "E ĝ is what it was on problems like these; single batches show it."
     )
+    problems = (mistake.shows_on, *EXAMPLES[1:]) if mistake.shows_on else EXAMPLES
     matters = [_prose(c, "Why it matters") for c in checks]
     todo = f"{_prose(checks[0], 'What to do')} The sound version: `pgcheck explain {command_name(sound)}`."
     return mistake.mistake, {
@@ -263,7 +264,7 @@ def _mistake_parts(mistake: Broken) -> tuple[str, dict[str, str]]:
             ]
         ),
         "Why it matters": _filled(" ".join([moves, *matters])),
-        "Example": f"{source.rstrip()}\n\n{_numbers_of(e, sound)}",
+        "Example": f"{source.rstrip()}\n\n{_numbers_of(e, sound, problems=problems)}",
         "What to do": _filled(todo),
         "References": _filled(sound.reference),
     }
