@@ -330,8 +330,20 @@ def test_a_known_estimator_is_recognised() -> None:
 
 
 def test_an_unknown_one_is_told_by_where_it_is_wrong() -> None:
-    said = lines(message(lambda: pgcheck.check_estimator(grpo_like, ["bandit/two-arm", SOUND_PROBLEM])))
+    """Squared returns: not the expectation of anything known, and wrong wherever it was tried."""
+
+    def squared(batch: Batch) -> Tensor:
+        return -((batch.episode_return**2 + batch.episode_return)[:, None] * batch.logp * batch.mask).sum(-1).mean()
+
+    said = lines(message(lambda: pgcheck.check_estimator(squared, ["bandit/contextual", SOUND_PROBLEM])))
     assert said["cause"] == "no known estimator has this expectation"
+
+
+def test_a_standardised_return_is_recognised_whatever_its_epsilon() -> None:
+    """torch.std divides by B − 1: a factor √((B−1)/B) of the shelf's, to the ε in the divisor."""
+    said = lines(message(lambda: pgcheck.check_estimator(grpo_like, ["bandit/contextual", SOUND_PROBLEM])))
+    assert "√((B−1)/B) × `divided_by_std_of_the_batch`" in said["cause"]
+    assert "%" in said["cause"]
 
 
 def test_what_another_message_says() -> None:

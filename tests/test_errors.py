@@ -610,6 +610,29 @@ finding = "biased"
 
 case = section("Sentences of a suite")
 
+case("a formula that is a truth value", '''
+from pgcheck.runs.cases import formula
+formula(True, {})
+''')  # fmt: skip
+case("a number of groups that is none", '''
+suite("""
+name = "mine"
+[[case]]
+name = "a-sentence"
+says = "REINFORCE is unbiased."
+source = "folklore"
+truth = "right"
+because = "The score has mean zero."
+quantity = "bias"
+problem = "bandit/two-arm"
+estimator = "reinforce"
+groups = 1.5
+equals = 0
+""")
+''')  # fmt: skip
+case("a slope of nothing", '''
+number("bias_exponent", problem="tree/tokens", estimator="leave_one_out", rows=2, more_rows=3)
+''')  # fmt: skip
 case("a quantity", '''
 suite("""
 name = "mine"
