@@ -14,7 +14,7 @@ from pgcheck.engines.moments import Moments, Progress
 from pgcheck.errors import BiasError, CheckFailed, UnknownNameError, UsageError
 from pgcheck.estimators.base import Claim, Estimator, find_estimator, proportional, unbiased
 from pgcheck.estimators.lookup import AnyEstimator, as_estimator, as_estimators, command_name
-from pgcheck.problem import Problem, registered_problems
+from pgcheck.problem import Problem, problem_sets, registered_problems
 from pgcheck.render.code import Code, check_code
 from pgcheck.render.messages import BIAS_CHECKS, failure_message
 from pgcheck.render.progress import ProgressBar
@@ -42,15 +42,9 @@ def as_problems(problems: AnyProblem | Sequence[AnyProblem]) -> list[Problem]:
         raise UsageError(f"problems: {problems!r}; expected a set, an id, a pattern, a Problem, or a list of those.")
     if not isinstance(problems, str):
         return [p for entry in problems for p in as_problems(entry)]
-    off = [name for name in registered_problems() if name.startswith("off-policy/")]
-    notes = [name for name in registered_problems() if name.startswith("notes/")]  # each for one sentence, no test bed
-    sets = {
-        "core": [name for name in registered_problems() if name not in off + notes],
-        "off-policy": off,
-        "all": [name for name in registered_problems() if name not in notes],
-    }
+    sets = problem_sets()
     if problems in sets:
-        return problems_matching(sets[problems], thetas=THETAS)
+        return problems_matching([problems], thetas=THETAS)
     if "/" not in problems and "*" not in problems:
         raise UnknownNameError("problem", problems, [*sets, *registered_problems()], hint=f"Sets: {', '.join(sets)}.")
     return problems_matching([problems])

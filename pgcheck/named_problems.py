@@ -22,8 +22,10 @@ from pgcheck.problem import Problem, register_problem
 INF = math.inf
 
 
-def named(name: str) -> Callable[[Callable[[], Problem]], Callable[[], Problem]]:
-    """Register a builder as `name`, with its docstring as the problem's `about`."""
+def named(
+    name: str, *, belongs_to: str | None = "core", double_of: str | None = None
+) -> Callable[[Callable[[], Problem]], Callable[[], Problem]]:
+    """Register a builder as `name`, with its docstring as the problem's `about`; see `pgcheck.problem.register_problem`."""
 
     def decorate(build: Callable[[], Problem]) -> Callable[[], Problem]:
         @functools.cache
@@ -33,7 +35,7 @@ def named(name: str) -> Callable[[Callable[[], Problem]], Callable[[], Problem]]
             object.__setattr__(problem, "about", " ".join((build.__doc__ or "").split()))
             return problem
 
-        register_problem(name, built)
+        register_problem(name, built, belongs_to=belongs_to, double_of=double_of)
         return built
 
     return decorate
@@ -78,7 +80,7 @@ def _stationary() -> Problem:
     return Problem(env, [[0.4, -0.3]] * 3, groups=1, group_size=3)
 
 
-@named("bandit/extreme")
+@named("bandit/extreme", double_of="bandit/contextual")
 def _extreme() -> Problem:
     """Probabilities of 1 − 1e-6 and 1e-6 next to an even choice: what divides by π or by a std shows here."""
     return Problem(bandit([[0.0, 1.0], [1.0, 0.5]], [0.5, 0.5]), [[13.8, 0.0], [0.0, 0.3]], groups=2, group_size=2)
@@ -125,13 +127,13 @@ def _two_state() -> Problem:
     return Problem(two_state(1.0), TWO_STATE_LOGITS[1.0], groups=1, group_size=3)
 
 
-@named("mdp/two-state-0.9")
+@named("mdp/two-state-0.9", double_of="mdp/two-state")
 def _two_state_9() -> Problem:
     """The same dynamics with γ = .9: a missing γ^t shows."""
     return Problem(two_state(0.9), TWO_STATE_LOGITS[0.9], groups=1, group_size=3)
 
 
-@named("mdp/two-state-0.5")
+@named("mdp/two-state-0.5", double_of="mdp/two-state")
 def _two_state_5() -> Problem:
     """The same dynamics with γ = .5: a missing γ^t shows strongly."""
     return Problem(two_state(0.5), TWO_STATE_LOGITS[0.5], groups=2, group_size=1)
@@ -219,7 +221,7 @@ def _dialogue() -> Problem:
     return Problem(two_turn(1.0, "position"), TWO_TURN_LOGITS, contexts=TWO_TURN_CONTEXTS, groups=2, group_size=2)
 
 
-@named("dialogue/two-turn-0.9")
+@named("dialogue/two-turn-0.9", double_of="dialogue/unequal-groups")
 def _dialogue_9() -> Problem:
     """The dialogue with γ = .9 that counts positions, observations included."""
     return Problem(
@@ -294,19 +296,19 @@ def token_tree_logits(seed: int, scale: float = 0.6) -> torch.Tensor:
     return (scale * torch.randn(15, 3, generator=generator, dtype=torch.float64)).round(decimals=2)
 
 
-@named("tree/tokens")
+@named("tree/tokens", double_of="tree/binary")
 def _tree() -> Problem:
     """A history-tabular language model: V = 3, at most 3 tokens, two prompts, reward at the end."""
     return Problem(token_tree(), token_tree_logits(11), groups=1, group_size=3)
 
 
-@named("tree/tokens-0.8")
+@named("tree/tokens-0.8", double_of="tree/binary")
 def _tree_8() -> Problem:
     """The token tree with γ = .8 on the final reward; a batch of two prompts with one completion each."""
     return Problem(token_tree(0.8), token_tree_logits(12), groups=2, group_size=1)
 
 
-@named("tree/extreme")
+@named("tree/extreme", double_of="tree/binary")
 def _tree_extreme() -> Problem:
     """The token tree with logits of standard deviation 6: near-certain tokens next to even ones."""
     return Problem(token_tree(), token_tree_logits(13, scale=6.0), groups=1, group_size=3)
@@ -332,7 +334,7 @@ def _tree_binary_fixed() -> Problem:
 # -- off-policy versions
 
 
-@named("off-policy/contextual-drifted")
+@named("off-policy/contextual-drifted", belongs_to="off-policy")
 def _contextual_drifted() -> Problem:
     """The contextual bandit, one step: batches from a policy that drifted by about half a nat."""
     behavior = (torch.tensor(CONTEXTUAL_LOGITS, dtype=torch.float64) * -0.5).tolist()
@@ -341,7 +343,7 @@ def _contextual_drifted() -> Problem:
     )
 
 
-@named("off-policy/two-state-drifted")
+@named("off-policy/two-state-drifted", double_of="off-policy/dialogue-stale")
 def _two_state_drifted() -> Problem:
     """The dense two-state MDP, γ = .9: batches from another policy, three ratios a row."""
     return Problem(
@@ -349,7 +351,7 @@ def _two_state_drifted() -> Problem:
     )
 
 
-@named("off-policy/dialogue-stale")
+@named("off-policy/dialogue-stale", belongs_to="off-policy")
 def _dialogue_stale() -> Problem:
     """The dialogue, γ = .9: batches from the policy before a large update; observation positions carry no ratio."""
     return Problem(
@@ -358,7 +360,7 @@ def _dialogue_stale() -> Problem:
     )  # fmt: skip
 
 
-@named("off-policy/tree-stale")
+@named("off-policy/tree-stale", double_of="off-policy/dialogue-stale")
 def _tree_stale() -> Problem:
     """The token tree: batches from a policy several updates old."""
     return Problem(
@@ -366,7 +368,7 @@ def _tree_stale() -> Problem:
     )  # fmt: skip
 
 
-@named("off-policy/tree-truncated")
+@named("off-policy/tree-truncated", belongs_to="off-policy")
 def _tree_truncated() -> Problem:
     """The token tree sampled with the least likely token cut off in every context (top-2): support is broken."""
     logits = token_tree_logits(11)
@@ -376,7 +378,7 @@ def _tree_truncated() -> Problem:
     )  # fmt: skip
 
 
-@named("off-policy/contextual-truncated")
+@named("off-policy/contextual-truncated", belongs_to="off-policy")
 def _contextual_truncated() -> Problem:
     """The contextual bandit sampled without the first arm: its gradient cannot be seen."""
     behavior = torch.tensor(CONTEXTUAL_LOGITS, dtype=torch.float64)

@@ -310,10 +310,16 @@ def _copy_policy(policy: nn.Module) -> nn.Module:
 # -- the registry of named problems
 
 _BUILDERS: dict[str, Callable[[], Problem]] = {}
+_SETS: dict[str, list[str]] = {"core": [], "off-policy": []}
+_DOUBLES: dict[str, str] = {}
 
 
-def register_problem(name: str, build: Callable[[], Problem]) -> None:
-    """Add a named problem.
+def register_problem(
+    name: str, build: Callable[[], Problem], *, belongs_to: str | None = None, double_of: str | None = None
+) -> None:
+    """Add a named problem, to the set "core" or "off-policy" on which estimators are judged or to none.
+
+    `double_of`: the problem of a set that shows whatever this one shows; it is kept for its range, and belongs to no set.
 
     Raises:
         ProblemError: the name is taken, or has an @ (what follows it names a θ).
@@ -323,6 +329,26 @@ def register_problem(name: str, build: Callable[[], Problem]) -> None:
     if name in _BUILDERS:
         raise ProblemError(f"problem '{name}' is registered already; choose another name.")
     _BUILDERS[name] = build
+    if double_of is not None:
+        _DOUBLES[name] = double_of
+    elif belongs_to is not None:
+        _SETS[belongs_to].append(name)
+
+
+def problem_sets() -> dict[str, list[str]]:
+    """Names by set: "core" (on-policy), "off-policy", and "all", which is both; a family stands together."""
+    sets = {name: _by_family(names) for name, names in _SETS.items()}
+    return {**sets, "all": [x for names in sets.values() for x in names]}
+
+
+def _by_family(names: list[str]) -> list[str]:
+    families = list(dict.fromkeys(name.partition("/")[0] for name in names))
+    return sorted(names, key=lambda name: families.index(name.partition("/")[0]))
+
+
+def doubles() -> dict[str, str]:
+    """Problems that are in no set, and the one of a set that shows whatever they show."""
+    return dict(_DOUBLES)
 
 
 def registered_problems() -> dict[str, Callable[[], Problem]]:

@@ -28,6 +28,12 @@ def reinforce(batch: Batch) -> Tensor:
     return -(batch.episode_return[:, None] * batch.logp * batch.mask).sum(-1).mean()
 
 
+DOUBLES = {
+    "bandit/extreme", "mdp/two-state-0.9", "mdp/two-state-0.5", "dialogue/two-turn-0.9", "tree/tokens", "tree/tokens-0.8",
+    "tree/extreme", "off-policy/two-state-drifted", "off-policy/tree-stale",
+}  # fmt: skip  # what they show, others show (tests/quality/test_minimal.py)
+
+
 def grpo_like(batch: Batch) -> Tensor:
     """The first loss of the README: divides by the standard deviation of the batch."""
     r = batch.episode_return
@@ -145,15 +151,17 @@ def test_coefficients_of_ones_own() -> None:
 
 def test_the_default_is_every_on_policy_problem_at_two_thetas() -> None:
     report = pgcheck.check_estimator("reinforce", checks=["unbiased"])
-    on = [name for name in registered_problems() if not name.startswith(("off-policy/", "notes/"))]
-    assert [p.name for p in report.problems] == [x for name in on for x in (name, f"{name}@1")]
+    judged = [p.name for p in report.problems]
+    assert judged == [x for name in judged[::2] for x in (name, f"{name}@1")]
+    apart = {name for name in registered_problems() if name.startswith(("off-policy/", "notes/"))} | DOUBLES
+    assert set(judged[::2]) == set(registered_problems()) - apart
 
 
 @pytest.mark.parametrize(
     ("problems", "names"),
     [
-        ("off-policy", {n for n in registered_problems() if n.startswith("off-policy/")}),
-        ("all", {n for n in registered_problems() if not n.startswith("notes/")}),
+        ("off-policy", {n for n in registered_problems() if n.startswith("off-policy/")} - DOUBLES),
+        ("all", {n for n in registered_problems() if not n.startswith("notes/")} - DOUBLES),
         ("notes/*", {n for n in registered_problems() if n.startswith("notes/")}),
         ("mdp/*", {n for n in registered_problems() if n.startswith("mdp/")}),
         (["bandit/two-arm", "mdp/pessimal"], {"bandit/two-arm", "mdp/pessimal"}),

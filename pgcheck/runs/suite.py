@@ -3,7 +3,7 @@
     name = "core"
     about = "…"
     estimators = ["reinforce", "pkg.mod:my_loss"]    # or "all": the zoo
-    problems = ["bandit/two-arm", "mdp/*"]           # ids, or patterns
+    problems = ["bandit/two-arm", "mdp/*", "core"]   # ids, patterns, or sets
     thetas = 2                                       # each problem at this many θ
     checks = ["unbiased", "biased"]                  # optional: default, all
     budget = 5000000                                 # optional: most batches a cell
@@ -37,7 +37,7 @@ from pgcheck.engines.moments import Progress
 from pgcheck.errors import SuiteError, UnknownNameError, UsageError
 from pgcheck.estimators.base import Estimator, registered_estimators
 from pgcheck.estimators.lookup import as_estimator
-from pgcheck.problem import Problem, find_problem, registered_problems
+from pgcheck.problem import Problem, find_problem, problem_sets, registered_problems
 from pgcheck.runs.cases import Case, check_case
 from pgcheck.runs.report import Report
 from pgcheck.runs.runner import Expectation, run
@@ -113,15 +113,15 @@ class Suite(BaseModel):
 
 
 def problems_matching(patterns: list[str], *, thetas: int = 1) -> list[Problem]:
-    """Named problems by id or pattern (`mdp/*`), each at `thetas` parameter values.
+    """Named problems by id, pattern (`mdp/*`) or set (`core`), each at `thetas` parameter values.
 
     Raises:
         UnknownNameError: a pattern without a match; suggests the nearest id.
     """
-    known = registered_problems()
+    known, sets = registered_problems(), problem_sets()
     names: list[str] = []
     for pattern in patterns:
-        found = [name for name in known if fnmatch.fnmatchcase(name, pattern)]
+        found = sets.get(pattern) or [name for name in known if fnmatch.fnmatchcase(name, pattern)]
         if not found and "@" in pattern:
             found = [pattern]
         if not found:

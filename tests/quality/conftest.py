@@ -20,21 +20,6 @@ from pgcheck.runs.suite import load_suite
 Once = Callable[[str, Callable[[], Report]], Report]
 
 
-# Problems that catch no mistake and guard no statement that others do not, each next to the one that does the same: they
-# add range (probabilities of 1e-9, another γ, other plans of sampling, longer texts), and the engine's figures for it
-DOUBLES = {
-    "bandit/extreme": "bandit/contextual",
-    "mdp/two-state-0.9": "mdp/two-state",
-    "mdp/two-state-0.5": "mdp/two-state",
-    "dialogue/two-turn-0.9": "dialogue/unequal-groups",
-    "tree/tokens": "tree/binary",
-    "tree/tokens-0.8": "tree/binary",
-    "tree/extreme": "tree/binary",
-    "off-policy/two-state-drifted": "off-policy/dialogue-stale",
-    "off-policy/tree-stale": "off-policy/dialogue-stale",
-}
-
-
 @functools.cache
 def problems() -> list[Problem]:
     """The shipped set, on-policy and off, each at two θ."""
@@ -67,10 +52,9 @@ def core(once: Once) -> Report:
 def _judge_the_broken() -> Report:
     """One that is not finite would send all of them through the engine one by one, so it goes alone."""
     entries = [*BROKEN.values(), STALE]
-    bed = [p for p in problems() if p.name.partition("@")[0] not in DOUBLES]
     alone = [x.estimator for x in entries if "finite" in x.caught_by]
-    report = run([x.estimator for x in entries if "finite" not in x.caught_by], bed)
-    rest = run(alone, bed)
+    report = run([x.estimator for x in entries if "finite" not in x.caught_by], problems())
+    rest = run(alone, problems())
     parts = ("estimators", "measurements", "verdicts", "not_asked")
     return report.model_copy(update={part: getattr(report, part) + getattr(rest, part) for part in parts})
 

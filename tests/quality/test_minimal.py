@@ -1,8 +1,8 @@
 """Every check and every problem earns its place: without it a mistake survives, or a truth has nowhere to be seen.
 
-Guarantee: a problem is named as the double of another (`DOUBLES`), and all doubles together could go without a mistake
-surviving; or, with the doubles gone, some mistake is caught on it alone (`earned`) or a statement holds on it alone of all
-(`GUARDS`). So a redundant one cannot hide.
+Guarantee: for every problem of the sets that estimators are judged on, some mistake is caught on it alone (`earned`), or a
+statement holds on it alone of all (`GUARDS`). What is the double of another belongs to no set, so a redundant one cannot
+hide.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import torch
 from pgcheck.engines.exact import exact_moments
 from pgcheck.estimators.base import find_estimator
 from pgcheck.estimators.broken import BROKEN, STALE
-from pgcheck.problem import Problem, find_problem
+from pgcheck.problem import Problem, doubles, find_problem, problem_sets
 from pgcheck.runs.report import Report
 from pgcheck.verdicts.checks import registered_checks
 from pgcheck.verdicts.verdict import Measurement, measure
-from tests.quality.conftest import DOUBLES, problems
 
-PROBLEMS = [p.name for p in problems() if "@" not in p.name]  # the test bed; the notes have problems of their own
+BED = problem_sets()["all"]
+PROBLEMS = [*BED, *doubles()]  # the notes have problems of their own
 
 
 @pytest.mark.parametrize("check", registered_checks())
@@ -174,7 +174,7 @@ def test_the_statement_holds_there_and_nowhere_else(name: str) -> None:
     assert [other for other in PROBLEMS if GUARDS[name].holds(find_problem(other))] == [name], GUARDS[name].says
 
 
-@pytest.mark.parametrize("name", [name for name in PROBLEMS if name not in DOUBLES])
+@pytest.mark.parametrize("name", BED)
 def test_without_the_problem_something_is_lost(judged: Report, name: str) -> None:
     """A mistake survives, or a statement holds nowhere."""
     assert name in earned(judged) or name in GUARDS
@@ -182,7 +182,7 @@ def test_without_the_problem_something_is_lost(judged: Report, name: str) -> Non
 
 def test_without_the_doubles_nothing_survives(judged: Report) -> None:
     """They are not among the problems that the broken are judged on, and every one of those is caught there."""
-    assert not {p.name.partition("@")[0] for p in judged.problems} & DOUBLES.keys()
+    assert {p.name.partition("@")[0] for p in judged.problems} == set(BED)
     assert caught_on(judged).keys() == {*BROKEN, STALE.estimator.name}
-    assert DOUBLES.keys() | set(DOUBLES.values()) <= set(PROBLEMS)
-    assert not DOUBLES.keys() & (GUARDS.keys() | set(DOUBLES.values()))
+    assert set(doubles().values()) <= set(BED)
+    assert not doubles().keys() & (GUARDS.keys() | set(BED))

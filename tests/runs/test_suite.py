@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from pgcheck.engines.exact import DEFAULT_BUDGET
 from pgcheck.errors import SuiteError, UnknownNameError
 from pgcheck.estimators.base import registered_estimators
 from pgcheck.estimators.lookup import FILLED_BY  # noqa: F401  (fills the registries)
-from pgcheck.problem import registered_problems
+from pgcheck.problem import doubles, registered_problems
 from pgcheck.runs.suite import Suite, load_suite, problems_matching, shipped_suites
 from pgcheck.verdicts.verdict import Status
 
@@ -46,17 +47,20 @@ def test_shipped_suites_can_be_read(name: str) -> None:
 
 
 def test_core_is_everything() -> None:
-    """Every estimator, every problem but those that single sentences are decided on, at two θ or more."""
+    """Every estimator, on every problem that is needed to catch a mistake, at two θ or more."""
     suite = load_suite("core")
     assert [e.name for e in suite.resolve_estimators()] == list(registered_estimators())
     names = [p.name for p in suite.resolve_problems()]
     assert suite.thetas >= 2
-    assert set(names) == {
-        x
-        for name in registered_problems()
-        if not name.startswith("notes/")
-        for x in (name, *(f"{name}@{d}" for d in range(1, suite.thetas)))
-    }
+    needed = {name for name in registered_problems() if not name.startswith("notes/")} - set(doubles())
+    assert set(names) == {x for name in needed for x in (name, *(f"{name}@{d}" for d in range(1, suite.thetas)))}
+    own = {p.name for p in suite.resolve_problems(own=True)}
+    assert own == {name for name in names if not name.startswith("off-policy/")}
+
+
+def test_a_set_keeps_families_together() -> None:
+    families = [p.name.partition("/")[0] for p in load_suite("core").resolve_problems()]
+    assert len([f for f, _ in itertools.groupby(families)]) == len(set(families))
 
 
 # -- reading
