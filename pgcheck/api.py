@@ -21,7 +21,7 @@ from pgcheck.render.progress import ProgressBar
 from pgcheck.runs.report import Report, measurement_of, not_asked_row, verdict_row
 from pgcheck.runs.runner import refuse_duplicates, run
 from pgcheck.runs.suite import problems_matching
-from pgcheck.verdicts.diagnose import diagnose, find_swap
+from pgcheck.verdicts.diagnose import diagnose, find_mistake, find_swap
 from pgcheck.verdicts.verdict import RTOL, NotAsked, Status, Verdict, measure
 
 AnyProblem = Problem | str
@@ -189,7 +189,9 @@ def explain_failure(
         pairs = [p for p in problems if p.name in measured]
         numbers = [measurement_of(measured[p.name], p) for p in pairs]
         found, swap = diagnose(estimator, pairs, numbers), find_swap(estimator, pairs, numbers)
-    return failure_message(report, estimator.name, diagnosis=found, swap=swap, command=command)
+    differs = any((v.estimator, v.check) == (estimator.name, "same_as") for v in report.failures)
+    mistake = find_mistake(estimator, problems) if differs else None
+    return failure_message(report, estimator.name, diagnosis=found, swap=swap, mistake=mistake, command=command)
 
 
 def moments(

@@ -164,7 +164,7 @@ def run(
         write_report(report, out, messages)
     _print_report(report, Format.json if as_json else form, messages)
     if out is not None and not as_json and form is Format.terminal:
-        typer.echo(f"written: {out / 'report.html'}, report.md, report.json")
+        typer.echo(f"written: {out / 'report.html'}, report.md, report.json and its tables as .csv")
     raise typer.Exit(report.exit_code)
 
 

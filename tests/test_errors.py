@@ -800,10 +800,6 @@ suite('name = "mine"' + 2 * sentence)
 case("a suite of sentences for an estimator", '''
 $ pgcheck run notes --estimator mine:loss
 ''')  # fmt: skip
-case("weights on logits where coefficients of log π are asked", '''
-purity = pgcheck.from_loss(lambda batch: (batch.logits.softmax(-1) ** 2).sum(), leaf="logits", name="purity")
-number("batchwise_gap", estimator=purity, against="reinforce", problem="bandit/two-arm")
-''')  # fmt: skip
 case("group sizes that do not fit the starts", '''
 number("off_axis_of_fixed_prompts", estimator="leave_one_out", problem="mdp/two-state", sizes=[2, 2, 2])
 ''')  # fmt: skip

@@ -549,14 +549,21 @@ def divided_by_accumulation_twice(batch: Batch) -> Tensor:
     return -(J[:half].sum() + J[half:].sum()) / steps
 
 
-@broken("reinforce", "unbiased", couples="batch", loss=True)
+@broken("reinforce", "unbiased", "row_order", couples="batch", loss=True)
 def micro_batch_means_summed(batch: Batch) -> Tensor:
     """The means of the micro-batches are added up and not divided by their number."""
     J, half = batch.episode_return * (batch.logp * batch.mask).sum(-1), (batch.rows + 1) // 2
     return -(J[:half].mean() + J[half:].mean())
 
 
-@broken("batch_mean", "proportional")
+@broken("reinforce", "row_order", moves=False, couples="batch", loss=True)
+def rows_weighted_by_their_micro_batch(batch: Batch) -> Tensor:
+    """The means of two micro-batches of unequal size are averaged: a row weighs what its place in the batch says."""
+    J, half = batch.episode_return * (batch.logp * batch.mask).sum(-1), (batch.rows + 1) // 2
+    return -(J[:half].mean() + J[half:].mean()) / 2
+
+
+@broken("batch_mean", "proportional", "row_order")
 def mean_over_the_micro_batch(batch: Batch) -> Tensor:
     """The mean that is subtracted runs over a micro-batch: each holds a larger share of its own return."""
     R, same = batch.episode_return, first_half(batch)
@@ -813,7 +820,7 @@ def divided_by_rows_for_tokens(batch: Batch) -> Tensor:
     return token_ratio(batch) * standardised(batch) * batch.mask / batch.rows
 
 
-@broken("cispo", "same_as", loss=True)
+@broken("cispo", "same_as", "row_order", loss=True)
 def micro_batch_means_averaged(batch: Batch) -> Tensor:
     """Token means of micro-batches are averaged: the mean of means is not the mean over the batch."""
     x = token_ratio(batch).detach().clamp(max=1.1) * standardised(batch) * batch.logp * batch.mask

@@ -29,6 +29,9 @@ def first_sentence(page: str) -> str:
 
 def cause_of(diagnosis: Diagnosis) -> str:
     """A diagnosis in words."""
+    if diagnosis.kind == "batch by batch":
+        tried = f"from every batch tried, on {diagnosis.problems} problem(s)"
+        return f"it gives the estimate of `{diagnosis.subject}` {tried}: {diagnosis.mistake.rstrip('.')}"
     if diagnosis.kind == "pattern":
         return (
             f"it is right on every problem but those where {diagnosis.subject} ({diagnosis.problems} problems compared)"
@@ -83,6 +86,7 @@ def failure_message(
     *,
     diagnosis: Diagnosis | None = None,
     swap: Swap | None = None,
+    mistake: Diagnosis | None = None,
     command: str | None = None,
 ) -> str:
     """Everything a reader needs about one estimator's failed checks, the worst bias first."""
@@ -95,7 +99,7 @@ def failure_message(
         parts.append(_bias_part(report, estimator, bias, diagnosis, swap, shown))
     for check in dict.fromkeys(v.check for v in others):
         of_check = [v for v in others if v.check == check]
-        parts.append(_check_part(estimator, of_check))
+        parts.append(_check_part(estimator, of_check, mistake if check == "same_as" else None))
     return "\n\n".join(parts)
 
 
@@ -180,7 +184,7 @@ def _only_scale(report: Report, estimator: str) -> bool:
     return "proportional" in findings and "biased" not in findings
 
 
-def _check_part(estimator: str, failures: Sequence[VerdictRow]) -> str:
+def _check_part(estimator: str, failures: Sequence[VerdictRow], mistake: Diagnosis | None = None) -> str:
     first = failures[0]
     page = find_check(first.check).page
     where = ", ".join(v.problem for v in failures[:3]) + (" …" if len(failures) > 3 else "")
@@ -190,5 +194,7 @@ def _check_part(estimator: str, failures: Sequence[VerdictRow]) -> str:
     else:
         rows.append(("measured", f"{number(first.measured)} (relative to the largest coefficient)"))
         rows.append(("allowed", number(first.allowed)))
-    rows.append(("next", f"pgcheck explain {first.check}"))
+    if mistake:
+        rows.append(("cause", cause_of(mistake)))
+    rows.append(("next", f"pgcheck explain {mistake.subject if mistake else first.check}"))
     return f"{estimator} fails {first.check}.\n" + _lines(rows)

@@ -182,12 +182,14 @@ COMPARISON = ("estimator", "found", "rel", "scale", "cosine", "off_axis", "tr Co
 def comparison_rows(table: pd.DataFrame) -> dict[str, list[tuple[str, ...]]]:
     """The rows of `pgcheck.compare` by problem, as text in the order of `COMPARISON`.
 
-    "× least" is the total variance over the least of those that are unbiased (of all, if none is).
+    "× least" is the total variance over the least of those that are unbiased (of all, if none is); what is below 1e-12 of
+    the largest counts as no variance at all.
     """
     out: dict[str, list[tuple[str, ...]]] = {}
     for problem, rows in table.groupby("problem", sort=False):
-        fair = rows[rows["finding"] == "unbiased"]
-        least = float((fair if len(fair) else rows)["variance"].min())
+        some = rows[rows["variance"] > 1e-12 * rows["variance"].max()]
+        fair = some[some["finding"] == "unbiased"]
+        least = float((fair if len(fair) else some)["variance"].min())  # NaN, where there is none
         out[str(problem)] = [
             (
                 r["estimator"],

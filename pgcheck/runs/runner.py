@@ -27,7 +27,7 @@ from pgcheck.verdicts.checks import find_check, registered_checks
 from pgcheck.verdicts.checks.bias import claims_on, judge_claims
 from pgcheck.verdicts.verdict import RTOL, Finding, Measurement, NotAsked, Status, Verdict, measure
 
-RICH_PROBLEMS = 2  # on how many problems the single-batch checks run
+RICH_PROBLEMS = 2  # on how many problems the single-batch checks run, and on one with a single group
 
 
 @dataclass(frozen=True)
@@ -171,13 +171,15 @@ def _hygiene_first(estimator: Estimator, problems: Sequence[Problem]) -> list[Ve
 def _moments(
     estimators: Sequence[Estimator], problem: Problem, budget: int, progress: Progress | None
 ) -> list[tuple[Estimator, Moments | NotFiniteError | BudgetError]]:
-    """Moments of all at once; if one of them cannot be had, one by one."""
+    """Moments of all at once; if one of them cannot be had, by halves."""
     try:
         return list(zip(estimators, exact_moments(estimators, problem, budget=budget, progress=progress), strict=True))
     except (NotFiniteError, BudgetError) as error:
         if len(estimators) == 1:
             return [(estimators[0], error)]
-        return [pair for e in estimators for pair in _moments([e], problem, budget, progress)]
+        half = len(estimators) // 2
+        parts = estimators[:half], estimators[half:]
+        return [pair for part in parts for pair in _moments(part, problem, budget, progress)]
 
 
 def _refused(estimator: Estimator, problem: Problem, error: NotFiniteError | BudgetError) -> Verdict:
@@ -196,6 +198,8 @@ def _single_batch_checks(estimator: Estimator, problems: Sequence[Problem], want
     for problem in sorted(problems, key=richness, reverse=True):
         rich.setdefault(problem.name.partition("@")[0], problem)
     chosen = list(rich.values())[:RICH_PROBLEMS]
+    # several groups of equal size hide who splits a batch between them: one group as well
+    chosen += [p for p in rich.values() if p.groups == 1 and p.rows > 2 and p not in chosen][:1]
     verdicts = []
     for c in registered_checks().values():
         if c.run is None or c.name in KINDS or c.name not in wanted:

@@ -29,6 +29,7 @@ from pgcheck.estimators.base import COUPLES, Estimator, registered_estimators
 from pgcheck.estimators.broken import BROKEN
 from pgcheck.estimators.zoo import Composition
 from pgcheck.problem import Problem
+from pgcheck.verdicts.checks.base import SAME, estimates_gap
 from pgcheck.verdicts.verdict import RTOL, Measurement
 
 TRIED_PROBLEMS = 6
@@ -42,7 +43,8 @@ _TRY_BUDGET = 60_000
 class Diagnosis:
     """What was found.
 
-    `kind` "identity": E ĝ = factor · E[subject] on all `problems` but those of `except_on`. "pattern": wrong exactly where
+    `kind` "identity": E ĝ = factor · E[subject] on all `problems` but those of `except_on`. "batch by batch": the same ĝ as
+    `subject`'s from every batch that was tried. "pattern": wrong exactly where
     the fact `subject` holds. "necessary": wrong only where it holds, though not everywhere there. "rounding": the largest
     bias is what float32 loses.
     """
@@ -238,6 +240,17 @@ def _match(subject: str, rows: Sequence[_Row], *, rtol: float = RTOL) -> Diagnos
     for factor in factors:
         if all(float((m.expected - factor.of(p) * other).norm()) <= rtol * m.size for p, m, other in rows):
             return Diagnosis("identity", subject, factor.name, len(rows))
+    return None
+
+
+def find_mistake(estimator: Estimator, problems: Sequence[Problem]) -> Diagnosis | None:
+    """Of the known mistakes in what `estimator` is the `same_as`: the one whose estimate it gives from every batch tried."""
+    for x in BROKEN.values():
+        if x.sound.name != estimator.same_as:
+            continue
+        fitting = [p for p in problems if estimator.fits(p) and x.estimator.fits(p)]
+        if fitting and all(estimates_gap(estimator, x.estimator, p) <= SAME for p in fitting):
+            return Diagnosis("batch by batch", x.estimator.name, "", len(fitting), mistake=x.mistake)
     return None
 
 

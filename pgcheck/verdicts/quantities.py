@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pgcheck.engines.coefficients import coefficients_of, gradient_map
+from pgcheck.engines.coefficients import coefficients_of, estimates
 from pgcheck.engines.enumeration import Batches
 from pgcheck.engines.exact import exact_moments
 from pgcheck.engines.moments import Moments
@@ -181,34 +181,14 @@ def scale_against(*, estimator: Estimator, against: Estimator, problem: Problem)
 @quantity
 def batchwise_gap(*, estimator: Estimator, against: Estimator, problem: Problem, factor: float = 1.0) -> Number:
     """max over every batch of ‖ĝ − factor · ĝ'‖ / max over every batch of ‖ĝ'‖: 0 if they agree batch by batch."""
-    _refuse_logits(estimator, against)
     table = problem.trajectories_with((*estimator.needs, *against.needs))
     batches = Batches(table, problem.sizes)
-    to_gradient = gradient_map(table, logits=False)
     gap = size = 0.0
     for index, _ in batches.blocks(4096):
-        batch = table.batch(index, batches.labels)
-        ours, theirs = (_gradients(e, batch.context, batch.action, coefficients_of(e, batch), to_gradient, table.actions)
-                        for e in (estimator, against))  # fmt: skip
+        ours, theirs = (estimates(e, table, index, batches.labels) for e in (estimator, against))
         gap = max(gap, float((ours - factor * theirs).norm(dim=-1).max()))
         size = max(size, float(theirs.norm(dim=-1).max()))
     return gap / size
-
-
-def _refuse_logits(*estimators: Estimator) -> None:
-    for e in estimators:
-        if e.leaf != "logp":
-            raise UsageError(
-                f"estimator '{e.name}': puts weight on logits; this quantity takes coefficients of log π only."
-            )
-
-
-def _gradients(e: Estimator, context: Tensor, action: Tensor, c: Tensor, to_gradient: Tensor, actions: int) -> Tensor:
-    """ĝ of every batch, `[M, K·A]`."""
-    _refuse_logits(e)
-    cell = (context.clamp(min=0) * actions + action.clamp(min=0)).flatten(1)
-    sums = torch.zeros(len(c), len(to_gradient), dtype=torch.float64).scatter_add_(1, cell, c.flatten(1))
-    return sums @ to_gradient.T
 
 
 @quantity
@@ -253,14 +233,11 @@ def scale_of_mixed_groups(*, estimator: Estimator, problem: Problem) -> Number:
     (dynamic sampling, DAPO, arXiv 2503.14476)."""
     table = problem.trajectories_with(estimator.needs)
     batches = Batches(table, problem.sizes)
-    to_gradient = gradient_map(table, logits=False)
-    total, kept = torch.zeros(len(to_gradient), dtype=torch.float64), 0.0
+    total, kept = torch.zeros(table.contexts * table.actions, dtype=torch.float64), 0.0
     for index, weight in batches.blocks(4096):
-        batch = table.batch(index, batches.labels)
-        R = batch.episode_return
+        R = table.batch(index, batches.labels).episode_return
         mixed = weight * ((R.amax(-1) - R.amin(-1)) > 1e-12)
-        c = coefficients_of(estimator, batch)
-        total += mixed @ _gradients(estimator, batch.context, batch.action, c, to_gradient, table.actions)
+        total += mixed @ estimates(estimator, table, index, batches.labels)
         kept += float(mixed.sum())
     g = problem.gradient().reshape(-1)
     return float(total @ g / (g @ g)) / kept

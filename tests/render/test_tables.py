@@ -89,3 +89,15 @@ def test_comparison_measures_variance_against_the_best_unbiased_one() -> None:
     assert [row[7] for row in shown] == ["1", "2", "0.5"]
     assert shown[2][5] == "—"
     assert shown[2][9] == "—"
+
+
+def test_what_is_rounding_is_no_variance_to_measure_against() -> None:
+    """Two arms: the best constant has variance 0, or 1e-33; the others are measured against the least that is one."""
+    columns_ = ("estimator", "problem", "finding", "rel", "scale", "cosine", "off_axis", "variance", "mse", "snr")
+    rows = [
+        (name, "p", "unbiased", 0.0, 1.0, 1.0, 0.0, v, v, 1.0) for name, v in [("a", 1e-33), ("b", 2.0), ("c", 3.0)]
+    ]
+    shown = comparison_rows(pd.DataFrame(rows, columns=list(columns_)))["p"]
+    assert [row[7] for row in shown] == ["5e-34", "1", "1.5"]
+    still = [(name, "p", "unbiased", 0.0, 1.0, 1.0, 0.0, 0.0, 0.0, math.inf) for name in "ab"]
+    assert [row[7] for row in comparison_rows(pd.DataFrame(still, columns=list(columns_)))["p"]] == ["—", "—"]

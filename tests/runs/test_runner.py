@@ -223,12 +223,13 @@ def test_a_check_that_was_not_asked_for_is_not_run() -> None:
 
 
 def test_single_batch_checks_run_on_different_problems() -> None:
-    """The richest ones, none of them twice at two θ: unequal groups hide what equal groups show."""
+    """The richest ones, none of them twice at two θ, and one with a single group: unequal groups hide what equal groups
+    show, and those who splits a batch between them."""
     problems = [q for name in ("dialogue/unequal-groups", "dialogue/two-turn", "bandit/two-arm") for q in _at_two(name)]
     report = run([estimator("leave_one_out")], problems)
     where = {v.problem.partition("@")[0] for v in report.verdicts if v.check == "row_order"}
-    assert where == {"dialogue/unequal-groups", "dialogue/two-turn"}
-    assert len(where) == RICH_PROBLEMS
+    assert where == {"dialogue/unequal-groups", "dialogue/two-turn", "bandit/two-arm"}
+    assert len(where) == RICH_PROBLEMS + 1
 
 
 def _at_two(name: str) -> Sequence[Problem]:

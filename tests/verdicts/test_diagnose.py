@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from pgcheck.verdicts.diagnose import (
     Swap,
     candidates,
     diagnose,
+    find_mistake,
     find_swap,
     identify,
     pattern,
@@ -411,3 +413,33 @@ def test_a_sound_composition_and_an_opaque_loss_have_nothing_to_swap(name: str) 
 def test_a_swap_in_words() -> None:
     text = mend_of(Swap("aggregation", "reinforce", "mean_of_rows", 32))
     assert text == "with the aggregation of `reinforce` (mean_of_rows) in its place it is unbiased on all 32 problems"
+
+
+# -- an implementation of a published estimator
+
+
+def bessel_grpo(batch: Batch) -> Tensor:
+    """GRPO as torch.std makes it: the spread over G − 1."""
+    R, n = batch.episode_return, batch.same_group.sum(-1)
+    mean = (batch.same_group @ R) / n
+    var = (batch.same_group @ R**2 - n * mean**2) / (n - 1)
+    adv = torch.where(var > 1e-20, (R - mean) / (var.clamp(min=1e-30).sqrt() + 1e-6), 0.0).unsqueeze(-1)
+    ratio = ((batch.logp - batch.behavior_logp) * batch.mask).exp()
+    surrogate = torch.minimum(ratio * adv, ratio.clamp(0.8, 1.2) * adv) * batch.mask
+    return -(surrogate.sum(-1) / batch.mask.sum(-1)).mean()
+
+
+def test_an_implementation_is_told_its_mistake() -> None:
+    where = as_problems(["bandit/contextual", "dialogue/unequal-groups", "off-policy/dialogue-stale"])
+    found = find_mistake(from_loss(bessel_grpo, same_as="grpo"), where)
+    assert found is not None
+    assert (found.kind, found.subject, found.problems) == ("batch by batch", "std_with_bessel", 3)
+    assert "`std_with_bessel` from every batch tried" in cause_of(found)
+    assert "G − 1" in cause_of(found)
+
+
+def test_a_right_implementation_and_an_unheard_of_mistake_are_not() -> None:
+    where = as_problems(["bandit/contextual", "off-policy/dialogue-stale"])
+    assert find_mistake(replace(find_estimator("grpo"), name="mine", same_as="grpo"), where) is None
+    assert find_mistake(from_loss(mean_over_tokens, same_as="grpo"), where) is None
+    assert find_mistake(from_loss(bessel_grpo), where) is None  # of nothing that is published

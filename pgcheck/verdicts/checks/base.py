@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pgcheck.batch import Batch
+from pgcheck.engines.coefficients import estimates
 from pgcheck.engines.enumeration import Batches
 from pgcheck.errors import UnknownNameError, names_problem
 from pgcheck.estimators.base import Estimator
@@ -20,6 +21,7 @@ from pgcheck.problem import Problem
 from pgcheck.verdicts.verdict import Status, Verdict
 
 PROBES = 48  # random batches a check looks at
+SAME = 1e-5  # of the largest: below, two implementations of one formula may differ by their ε
 
 Kind = Literal["bias", "invariance", "hygiene"]
 Run = Callable[[Estimator, Problem], Verdict | None]
@@ -91,6 +93,15 @@ def gather(estimator: Estimator, problem: Problem, index: Tensor) -> Batch:
     """The batches of `index`."""
     table = problem.trajectories_with(estimator.needs)
     return table.batch(index, problem.group_labels, logits=estimator.leaf == "logits")
+
+
+def estimates_gap(estimator: Estimator, other: Estimator, problem: Problem) -> float:
+    """The largest difference between the ĝ of both over `PROBES` random batches, relative to the largest of `other`'s."""
+    table = problem.trajectories_with(tuple(dict.fromkeys((*estimator.needs, *other.needs))))
+    index = Batches(table, problem.sizes).random(PROBES, seed=7)
+    found, expected = (estimates(e, table, index, problem.group_labels) for e in (estimator, other))
+    size, gap = float(expected.abs().max()), float((found - expected).abs().max())
+    return gap / size if size > 0 else gap
 
 
 def compared(
