@@ -398,7 +398,8 @@ def _kl_contextual() -> Problem:
     """The contextual bandit less half the KL to a reference: one decision, where a token's KL is the row's."""
     ref = [[0.0, 0.5, -0.3], [0.6, -0.4, 0.2], [-0.5, 0.1, 0.3]]
     return Problem(
-        bandit(CONTEXTUAL_REWARDS, [0.5, 0.3, 0.2]), CONTEXTUAL_LOGITS, ref_logits=ref, kl_coefficient=0.5, groups=2, group_size=2
+        bandit(CONTEXTUAL_REWARDS, [0.5, 0.3, 0.2]), CONTEXTUAL_LOGITS, ref_logits=ref, kl_coefficient=0.5,
+        groups=2, group_size=2,
     )  # fmt: skip
 
 

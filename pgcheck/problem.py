@@ -103,7 +103,9 @@ class Problem:
                 raise ProblemError(f"{name}: {given!r}; it must be a finite number.")
             object.__setattr__(self, name, float(given))
         if self.kl_coefficient and self.ref_logits is None:
-            raise ProblemError(f"kl_coefficient: {self.kl_coefficient}, without a reference; give `ref_logits` as well.")
+            raise ProblemError(
+                f"kl_coefficient: {self.kl_coefficient}, without a reference; give `ref_logits` as well."
+            )
 
     def _check_sampling(self) -> None:
         if not is_count(self.groups):

@@ -71,8 +71,8 @@ def search(
     """Random problems for each claim that one problem can refute (`unbiased`, `proportional`) and that applies to any of
     `like`; up to the first with a counterexample.
 
-    What all of `like` share of on- or off-policy, support, objective and γ = 1, the random problems share as well: a loss that is judged
-    on-policy is not refuted off-policy.
+    What all of `like` share of on- or off-policy, support, objective and γ = 1, the random problems share as well: a loss
+    that is judged on-policy is not refuted off-policy.
 
     Raises:
         EstimatorError: the estimator breaks its contract on one of them.

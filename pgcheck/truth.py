@@ -84,7 +84,9 @@ def returns(paths: Paths, cost: Tensor | None = None) -> Tensor:
 def value_by_enumeration(paths: Paths, logits: Tensor, cost: Tensor | None = None) -> Tensor:
     """J = Σ_τ p(τ) R(τ), differentiable in `logits` and `cost`."""
     logp = torch.log_softmax(logits, -1)[paths.context.clamp(min=0), paths.action.clamp(min=0)] * paths.mask
-    return (paths.start_probability[paths.start] * paths.env_probability * logp.sum(-1).exp() * returns(paths, cost)).sum()
+    return (
+        paths.start_probability[paths.start] * paths.env_probability * logp.sum(-1).exp() * returns(paths, cost)
+    ).sum()
 
 
 def gradient_by_enumeration(trajectories: Trajectories, cost: Tensor | None = None) -> Tensor:

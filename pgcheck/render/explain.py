@@ -340,8 +340,10 @@ def _claimed(e: Estimator, p: Problem) -> str:
 def _objective(p: Problem) -> str:
     kl, entropy = p.kl_coefficient, p.entropy_coefficient
     parts = [f"{kl:g} × KL to the reference"] if kl else []
-    return " ".join(["return less", *parts]) if not entropy else " ".join(
-        ["return", *(f"less {x}" for x in parts), f"plus {entropy:g} × entropy"]
+    return (
+        " ".join(["return less", *parts])
+        if not entropy
+        else " ".join(["return", *(f"less {x}" for x in parts), f"plus {entropy:g} × entropy"])
     )
 
 

@@ -6,8 +6,8 @@ with a penalty, so that what is wrong is wrong with the penalty; without β and 
 
 from __future__ import annotations
 
-from torch import Tensor
 import torch
+from torch import Tensor
 
 from pgcheck.batch import Batch
 from pgcheck.estimators import advantages as adv
