@@ -272,8 +272,8 @@ class Problem:
         way: TruthMethod = "dynamic_programming" if isinstance(self.env, TabularMDP) else "enumeration"
         by_autograd = truth.gradient_by_autograd(self._value_at(way), self.logits)
         terms = self._paths.reward.abs()  # that R is a sum of
-        if (cost := self._cost(self.logits)) is not None:
-            terms = terms + cost.abs().reshape(-1)[self.trajectories.cell] * self._paths.mask
+        t, kl = self.trajectories, abs(self.kl_coefficient)
+        terms = terms - (kl + abs(self.entropy_coefficient)) * t.logp - kl * t.ref_logp  # which may cancel in the cost
         size = float(terms.sum(-1).max())
         return truth.agreed_gradient(by_autograd, self.gradient("enumeration"), size=size, problem=self.name)
 
