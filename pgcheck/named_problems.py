@@ -393,7 +393,7 @@ def _contextual_truncated() -> Problem:
 # -- a KL or entropy term in the objective
 
 
-@named("kl/contextual")
+@named("kl/contextual", belongs_to="penalized")
 def _kl_contextual() -> Problem:
     """The contextual bandit less half the KL to a reference: one decision, where a token's KL is the row's."""
     ref = [[0.0, 0.5, -0.3], [0.6, -0.4, 0.2], [-0.5, 0.1, 0.3]]
@@ -403,16 +403,7 @@ def _kl_contextual() -> Problem:
     )  # fmt: skip
 
 
-@named("kl/two-state")
-def _kl_two_state() -> Problem:
-    """The dense two-state MDP, γ = 1, less the KL to a reference: every action decides where the next is taken."""
-    return Problem(
-        two_state(1.0), TWO_STATE_LOGITS[1.0], ref_logits=[[0.0, 0.6], [-0.5, 0.2]], kl_coefficient=1.0,
-        groups=1, group_size=2,
-    )  # fmt: skip
-
-
-@named("kl/dialogue")
+@named("kl/dialogue", belongs_to="penalized")
 def _kl_dialogue() -> Problem:
     """The dialogue, γ = .9, less half the KL to a reference: an observation has none; a later turn's is discounted."""
     return Problem(
@@ -421,7 +412,7 @@ def _kl_dialogue() -> Problem:
     )  # fmt: skip
 
 
-@named("kl/tree")
+@named("kl/tree", belongs_to="penalized")
 def _kl_tree() -> Problem:
     """The token tree less .3 times the KL to a reference: where the text ends, so does its KL."""
     return Problem(
@@ -429,7 +420,7 @@ def _kl_tree() -> Problem:
     )  # fmt: skip
 
 
-@named("entropy/contextual")
+@named("entropy/contextual", belongs_to="penalized")
 def _entropy_contextual() -> Problem:
     """The contextual bandit plus half the entropy: one decision, where a token's entropy is the row's."""
     return Problem(
@@ -437,13 +428,13 @@ def _entropy_contextual() -> Problem:
     )
 
 
-@named("entropy/tree")
+@named("entropy/tree", belongs_to="penalized")
 def _entropy_tree() -> Problem:
     """The token tree plus half the entropy of the text: more tokens have more of it."""
     return Problem(token_tree(), token_tree_logits(12), entropy_coefficient=0.5, groups=1, group_size=2)
 
 
-@named("entropy/fork")
+@named("entropy/fork", belongs_to="penalized")
 def _entropy_fork() -> Problem:
     """Nothing but entropy: stop (.4), or go on (.6) to an even choice. The first choice is more even with less going on,
     and the row has more entropy with more of it: the bonus of each token points the wrong way."""

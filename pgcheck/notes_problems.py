@@ -13,7 +13,7 @@ import math
 import torch
 
 from pgcheck.envs.tabular import TabularMDP
-from pgcheck.named_problems import bandit, named
+from pgcheck.named_problems import TWO_STATE_LOGITS, bandit, named, two_state
 from pgcheck.problem import Problem
 
 COINS = (0.01, 0.1, 0.3, 0.5, 0.8)

@@ -345,14 +345,14 @@ def _copy_policy(policy: nn.Module) -> nn.Module:
 # -- the registry of named problems
 
 _BUILDERS: dict[str, Callable[[], Problem]] = {}
-_SETS: dict[str, list[str]] = {"core": [], "off-policy": []}
+_SETS: dict[str, list[str]] = {"core": [], "off-policy": [], "penalized": []}
 _DOUBLES: dict[str, str] = {}
 
 
 def register_problem(
     name: str, build: Callable[[], Problem], *, belongs_to: str | None = None, double_of: str | None = None
 ) -> None:
-    """Add a named problem, to the set "core" or "off-policy" on which estimators are judged or to none.
+    """Add a named problem, to the set "core", "off-policy" or "penalized" on which estimators are judged or to none.
 
     `double_of`: the problem of a set that shows whatever this one shows; it is kept for its range, and belongs to no set.
 
@@ -371,7 +371,8 @@ def register_problem(
 
 
 def problem_sets() -> dict[str, list[str]]:
-    """Names by set: "core" (on-policy), "off-policy", and "all", which is both; a family stands together."""
+    """Names by set: "core" (on-policy), "off-policy", "penalized" (with a KL or entropy term in the objective), and "all",
+    which is all of them; a family stands together."""
     sets = {name: _by_family(names) for name, names in _SETS.items()}
     return {**sets, "all": [x for names in sets.values() for x in names]}
 

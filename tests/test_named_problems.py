@@ -53,7 +53,6 @@ SIZES = {
     "off-policy/tree-truncated": TREE,
     "off-policy/contextual-truncated": CONTEXTUAL,
     "kl/contextual": CONTEXTUAL,
-    "kl/two-state": TWO_STATE,
     "kl/dialogue": DIALOGUE,
     "kl/tree": TREE,
     "entropy/contextual": CONTEXTUAL,
@@ -66,6 +65,7 @@ SIZES = {
     "notes/two-prompts": (4, 2),
     "notes/prompts-apart": (4, 2),
     "notes/pessimal-undiscounted": (4, 1),
+    "notes/with-reference": TWO_STATE,
     "notes/drifted-steps": (4, 2),
 }
 

@@ -204,7 +204,7 @@ def test_k3_in_the_reward_misses_the_forward_kl_where_it_stands(problem: Problem
     close(found.reshape_as(bias), oracle.gradient(problem) + bias)
 
 
-@pytest.mark.parametrize("name", ["kl/two-state", "kl/tree", "kl/two-state@1"])
+@pytest.mark.parametrize("name", ["notes/with-reference", "kl/tree", "notes/with-reference@1"])
 def test_only_tokens_are_the_gradient_of_nothing(name: str) -> None:
     """‖D − Dᵀ‖/‖D + Dᵀ‖ of the field's Jacobian."""
     problem = find_problem(name)
@@ -290,7 +290,7 @@ def test_coefficients_are_the_derivative_of_the_loss(k: str, token: bool) -> Non
 
 def test_a_loss_with_a_kl_is_judged_by_the_objective_of_the_problem() -> None:
     """k2 of the row passes where γ = 1; of tokens, it fails on the tree; without a penalty, everywhere."""
-    undiscounted = ["kl/contextual", "kl/two-state", "kl/tree"]
+    undiscounted = ["kl/contextual", "notes/with-reference", "kl/tree"]
     assert check_estimator(rloo_with("k2", token=False), undiscounted).exit_code == 0
     with pytest.raises(BiasError, match="kl/tree"):
         check_estimator(rloo_with("k2", token=True), ["kl/contextual", "kl/tree"])
