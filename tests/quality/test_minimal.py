@@ -198,7 +198,7 @@ def one_ratio_is_enough_for_one_step(p: Problem) -> bool:
 @guarded_by("off-policy/contextual-truncated")
 def one_ratio_is_not_enough_where_support_is_broken(p: Problem) -> bool:
     """One step, so that the ratio is right, and still a bias: what is never sampled is never seen."""
-    return steps(p) == 1 and measured("trajectory_is", p).finding == "biased"
+    return p.plain_objective and steps(p) == 1 and measured("trajectory_is", p).finding == "biased"
 
 
 @guarded_by("off-policy/tree-truncated")
