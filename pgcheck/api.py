@@ -31,7 +31,8 @@ THETAS = 2
 
 
 def as_problems(problems: AnyProblem | Sequence[AnyProblem]) -> list[Problem]:
-    """Problems from a set ("core": on-policy; "off-policy"; "all"; each at two θ), ids, patterns, or as they are.
+    """Problems from a set ("core": on-policy; "off-policy"; "penalized": with a KL or entropy term in the objective; "all";
+    each at two θ), ids, patterns, or as they are.
 
     Raises:
         UnknownNameError: no such problem; suggests the nearest.
@@ -80,8 +81,9 @@ def check_estimator(
 
     Args:
         estimator: a loss `batch -> scalar`, an `Estimator`, or the name of one.
-        problems: `"core"` (every on-policy problem at two θ), `"off-policy"`, `"all"`, an id, a pattern, a `Problem`, or
-            several of those. Default: `"core"`; with `same_as`, `"all"`.
+        problems: `"core"` (every on-policy problem at two θ), `"off-policy"`, `"penalized"` (a KL or entropy term in the
+            objective: read `batch.kl_coefficient`), `"all"`, an id, a pattern, a `Problem`, or several of those. Default:
+            `"core"`; with `same_as`, `"all"`.
         claim: what to judge instead of the estimator's own claims; a plain loss claims `"unbiased"`.
         same_as: name of the estimator that it implements: it must give the same estimate from every batch, and without
             `claim` it claims what that one claims.

@@ -72,10 +72,12 @@ class Batch:
     logp: Tensor  # [..., B, T] log π(a_t | k_t), nats
     behavior_logp: Tensor  # [..., B, T] the same under the policy that drew the batch
     ref_logp: Tensor  # [..., B, T] the same under the reference policy
-    value: Tensor  # [..., B, T+1] exact V^π of the state and t, 0 after the end
+    value: Tensor  # [..., B, T+1] exact V^π of the state and t, of the reward alone, 0 after the end
     group: Tensor  # [..., B] int64, rows of one start state or prompt draw share an id
     discount: float
     discount_clock: DiscountClock = "position"
+    kl_coefficient: float = 0.0  # β of the objective, E Σ γ^t (r_t − β log π/π_ref − α log π)
+    entropy_coefficient: float = 0.0  # α of the objective
     side: Mapping[str, Tensor] = field(default_factory=dict)  # [..., B, *] what the estimator declared that it needs
     action_logits: Tensor | None = None  # [..., B, T, A], read it as `logits`
 
@@ -86,6 +88,7 @@ class Batch:
         side = _Columns(table.side, index)
         vars(batch).update(_source=_Gathered(table, index, labels), discount=table.discount, side=side)
         vars(batch).update(discount_clock=table.discount_clock, group=labels.expand(index.shape), action_logits=None)
+        vars(batch).update(kl_coefficient=table.kl_coefficient, entropy_coefficient=table.entropy_coefficient)
         if table.action_logits is not None:
             vars(batch)["action_logits"] = gathered_rows(table.action_logits, index)
         return batch

@@ -2,7 +2,9 @@
 
 What hides a bias: one step or equal lengths hide every length and credit error; one prompt with 0/1 rewards, or groups
 of two, hide the std; no observation inside a row hides the multi-turn family; on-policy hides every ratio; γ = 1 hides
-γ^t; a scale error shows only in `scale`; one θ may be a lucky one (`NAME@1` is the same problem at another θ).
+γ^t; a scale error shows only in `scale`; one θ may be a lucky one (`NAME@1` is the same problem at another θ). Those of
+`kl/` and `entropy/` have a penalty or a bonus in their objective: one step hides where a token leads, γ = 1 hides a term
+that is not discounted.
 
 Guarantee: every problem pins its number of rollouts and contexts in a test.
 """
@@ -386,3 +388,57 @@ def _contextual_truncated() -> Problem:
     return Problem(
         bandit(CONTEXTUAL_REWARDS, [0.5, 0.3, 0.2]), CONTEXTUAL_LOGITS, behavior_logits=behavior, groups=2, group_size=2
     )
+
+
+# -- a KL or entropy term in the objective
+
+
+@named("kl/contextual", belongs_to="penalized")
+def _kl_contextual() -> Problem:
+    """The contextual bandit less half the KL to a reference: one decision, where a token's KL is the row's."""
+    ref = [[0.0, 0.5, -0.3], [0.6, -0.4, 0.2], [-0.5, 0.1, 0.3]]
+    return Problem(
+        bandit(CONTEXTUAL_REWARDS, [0.5, 0.3, 0.2]), CONTEXTUAL_LOGITS, ref_logits=ref, kl_coefficient=0.5,
+        groups=2, group_size=2,
+    )  # fmt: skip
+
+
+@named("kl/dialogue", belongs_to="penalized")
+def _kl_dialogue() -> Problem:
+    """The dialogue, γ = .9, less half the KL to a reference: an observation has none; a later turn's is discounted."""
+    return Problem(
+        two_turn(0.9, "position"), TWO_TURN_LOGITS, contexts=TWO_TURN_CONTEXTS,
+        ref_logits=[[-0.4, 0.3], [0.2, 0.0], [0.7, -0.1]], kl_coefficient=0.5, groups=2, group_size=2,
+    )  # fmt: skip
+
+
+@named("kl/tree", belongs_to="penalized")
+def _kl_tree() -> Problem:
+    """The token tree less .3 times the KL to a reference: where the text ends, so does its KL."""
+    return Problem(
+        token_tree(), token_tree_logits(11), ref_logits=token_tree_logits(16), kl_coefficient=0.3, groups=1, group_size=2
+    )  # fmt: skip
+
+
+@named("entropy/contextual", belongs_to="penalized")
+def _entropy_contextual() -> Problem:
+    """The contextual bandit plus half the entropy: one decision, where a token's entropy is the row's."""
+    return Problem(
+        bandit(CONTEXTUAL_REWARDS, [0.5, 0.3, 0.2]), CONTEXTUAL_LOGITS, entropy_coefficient=0.5, groups=2, group_size=2
+    )
+
+
+@named("entropy/tree", belongs_to="penalized")
+def _entropy_tree() -> Problem:
+    """The token tree plus half the entropy of the text: more tokens have more of it."""
+    return Problem(token_tree(), token_tree_logits(12), entropy_coefficient=0.5, groups=1, group_size=2)
+
+
+@named("entropy/fork", belongs_to="penalized")
+def _entropy_fork() -> Problem:
+    """Nothing but entropy: stop (.4), or go on (.6) to an even choice. The first choice is more even with less going on,
+    and the row has more entropy with more of it: the bonus of each token points the wrong way."""
+    env = TabularMDP(
+        [[[0, 0, 1], [0, 1, 0]], [[0, 0, 1]] * 2, [[0, 0, 1]] * 2], [[0, 0]] * 3, [1, 0, 0], horizon=2, terminal=[2]
+    )  # fmt: skip
+    return Problem(env, [[0.0, math.log(1.5)], [0.0, 0.0], [0.0, 0.0]], entropy_coefficient=1.0, groups=1, group_size=2)

@@ -96,9 +96,10 @@ def _pessimal_undiscounted() -> Problem:
 
 @named("notes/with-reference", belongs_to=None)
 def _with_reference() -> Problem:
-    """`mdp/two-state` with a reference policy to stay near: what a KL penalty is the gradient of."""
+    """`mdp/two-state` less the KL to a reference policy: what a penalty is the gradient of."""
     return Problem(
-        two_state(1.0), TWO_STATE_LOGITS[1.0], ref_logits=[[0.0, 0.6], [-0.5, 0.2]], groups=1, group_size=2
+        two_state(1.0), TWO_STATE_LOGITS[1.0], ref_logits=[[0.0, 0.6], [-0.5, 0.2]], kl_coefficient=1.0,
+        groups=1, group_size=2,
     )  # fmt: skip
 
 

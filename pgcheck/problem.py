@@ -34,6 +34,10 @@ class Problem:
         policy: logits `[K, A]`, a module over one-hot contexts, or a policy of `pgcheck.policies`.
         behavior_logits: `[K, A]` of the policy that draws the batches; -inf breaks its support. Default: the policy.
         ref_logits: `[K, A]` of the reference policy of KL terms. Default: the policy.
+        kl_coefficient: β, and
+        entropy_coefficient: α of the objective E Σ_t γ^t (r_t − β log π/π_ref − α log π), sums over policy positions: J less
+            β times the KL to the reference plus α times the entropy, those of whole rollouts where γ = 1. Where γ < 1 both
+            are discounted like a reward, by the problem's clock.
         groups: number of independent start draws in a batch.
         group_size: rollouts from each, one number or one for each group.
         contexts: `[S]`, the context of each state, where several states share one. Default: the state itself.
@@ -49,6 +53,8 @@ class Problem:
     _: KW_ONLY
     behavior_logits: Any = None
     ref_logits: Any = None
+    kl_coefficient: float = 0.0
+    entropy_coefficient: float = 0.0
     groups: int = 1
     group_size: int | Sequence[int] = 4
     contexts: Sequence[int] | None = None
@@ -88,6 +94,18 @@ class Problem:
                 allowed = "finite" if name == "ref_logits" else "finite or -inf, and one in each row finite"
                 raise ProblemError(f"{name}: every logit must be {allowed}.")
             object.__setattr__(self, name, None if given is None else table)
+        self._check_objective()
+
+    def _check_objective(self) -> None:
+        for name in ("kl_coefficient", "entropy_coefficient"):
+            given: Any = getattr(self, name)
+            if not isinstance(given, (int, float)) or isinstance(given, bool) or not math.isfinite(given):
+                raise ProblemError(f"{name}: {given!r}; it must be a finite number.")
+            object.__setattr__(self, name, float(given))
+        if self.kl_coefficient and self.ref_logits is None:
+            raise ProblemError(
+                f"kl_coefficient: {self.kl_coefficient}, without a reference; give `ref_logits` as well."
+            )
 
     def _check_sampling(self) -> None:
         if not is_count(self.groups):
@@ -152,7 +170,8 @@ class Problem:
         logits = self.logits
         behavior = logits if self.behavior_logits is None else self.behavior_logits
         ref = logits if self.ref_logits is None else self.ref_logits
-        return Trajectories.under(self._paths, logits, behavior, ref)
+        table = Trajectories.under(self._paths, logits, behavior, ref)
+        return replace(table, kl_coefficient=self.kl_coefficient, entropy_coefficient=self.entropy_coefficient)
 
     def trajectories_with(self, needs: Sequence[SideTable]) -> Trajectories:
         """The table with the side columns (and auxiliary draws) an estimator declared."""
@@ -187,6 +206,11 @@ class Problem:
         """γ."""
         return self._paths.discount
 
+    @property
+    def plain_objective(self) -> bool:
+        """The objective is the return alone, without a KL or entropy term."""
+        return self.kl_coefficient == 0 and self.entropy_coefficient == 0
+
     @cached_property
     def fixed_length(self) -> bool:
         """Every rollout has the same number of policy positions."""
@@ -207,10 +231,16 @@ class Problem:
     # -- truth
 
     def value(self, method: TruthMethod = "enumeration") -> float:
-        """J(π), in units of reward."""
+        """J(π) with the terms of the objective, in units of reward."""
         if method not in get_args(TruthMethod):
             raise ProblemError(f"method: {method!r} is not one of {', '.join(get_args(TruthMethod))}.")
         return float(self._value_at(method)(self.logits))
+
+    def _cost(self, logits: Tensor) -> Tensor | None:
+        """What each action costs in J, `[K, A]`."""
+        return truth.action_cost(
+            logits, self.ref_logits, kl=self.kl_coefficient, entropy=self.entropy_coefficient
+        )  # fmt: skip
 
     def _value_at(self, method: TruthMethod) -> Callable[[Tensor], Tensor]:
         env = self.env
@@ -220,16 +250,16 @@ class Problem:
                     "method: dynamic programming needs an environment; this problem is a table of rollouts."
                 )
             contexts = range(env.states) if self.contexts is None else self.contexts
-            return lambda z: truth.value_by_dynamic_programming(env, z, list(contexts))
+            return lambda z: truth.value_by_dynamic_programming(env, z, list(contexts), self._cost(z))
         paths = self.trajectories.paths  # found to fit the policies, and to sum to one
-        return lambda z: truth.value_by_enumeration(paths, z)
+        return lambda z: truth.value_by_enumeration(paths, z, self._cost(z))
 
     def gradient(self, method: TruthMethod | None = None) -> Tensor:
         """∇J in logit space, `[K, A]`. Without `method`: two derivations that were found to agree."""
         if method is None:
             return self._gradient
         if method == "enumeration":
-            return truth.gradient_by_enumeration(self.trajectories)
+            return truth.gradient_by_enumeration(self.trajectories, self._cost(self.logits))
         if method == "dynamic_programming":
             return truth.gradient_by_autograd(self._value_at(method), self.logits)
         if method == "central_differences":
@@ -241,7 +271,10 @@ class Problem:
     def _gradient(self) -> Tensor:
         way: TruthMethod = "dynamic_programming" if isinstance(self.env, TabularMDP) else "enumeration"
         by_autograd = truth.gradient_by_autograd(self._value_at(way), self.logits)
-        size = float(self._paths.reward.abs().sum(-1).max())  # of the terms that R is a sum of
+        terms = self._paths.reward.abs()  # that R is a sum of
+        t, kl = self.trajectories, abs(self.kl_coefficient)
+        terms = terms - (kl + abs(self.entropy_coefficient)) * t.logp - kl * t.ref_logp  # which may cancel in the cost
+        size = float(terms.sum(-1).max())
         return truth.agreed_gradient(by_autograd, self.gradient("enumeration"), size=size, problem=self.name)
 
     def gradient_by_step(self) -> Tensor:
@@ -250,7 +283,7 @@ class Problem:
 
     @cached_property
     def _gradient_by_step(self) -> Tensor:
-        return truth.gradient_by_step(self.trajectories)
+        return truth.gradient_by_step(self.trajectories, self._cost(self.logits))
 
     def logit_jacobian(self) -> Tensor:
         """dz/dθ, `[K·A, P]`."""
@@ -282,6 +315,8 @@ class Problem:
         for x in (t.logits, self.behavior_logits, self.ref_logits):
             h.update(b"none" if x is None else x.contiguous().numpy().tobytes())
         h.update(repr((float(p.discount), p.discount_clock, self.sizes)).encode())
+        if not self.plain_objective:
+            h.update(repr((self.kl_coefficient, self.entropy_coefficient)).encode())
         return h.hexdigest()[:16]
 
     def at(self, draw: int) -> Problem:
@@ -310,14 +345,14 @@ def _copy_policy(policy: nn.Module) -> nn.Module:
 # -- the registry of named problems
 
 _BUILDERS: dict[str, Callable[[], Problem]] = {}
-_SETS: dict[str, list[str]] = {"core": [], "off-policy": []}
+_SETS: dict[str, list[str]] = {"core": [], "off-policy": [], "penalized": []}
 _DOUBLES: dict[str, str] = {}
 
 
 def register_problem(
     name: str, build: Callable[[], Problem], *, belongs_to: str | None = None, double_of: str | None = None
 ) -> None:
-    """Add a named problem, to the set "core" or "off-policy" on which estimators are judged or to none.
+    """Add a named problem, to the set "core", "off-policy" or "penalized" on which estimators are judged or to none.
 
     `double_of`: the problem of a set that shows whatever this one shows; it is kept for its range, and belongs to no set.
 
@@ -336,7 +371,8 @@ def register_problem(
 
 
 def problem_sets() -> dict[str, list[str]]:
-    """Names by set: "core" (on-policy), "off-policy", and "all", which is both; a family stands together."""
+    """Names by set: "core" (on-policy), "off-policy", "penalized" (with a KL or entropy term in the objective), and "all",
+    which is all of them; a family stands together."""
     sets = {name: _by_family(names) for name, names in _SETS.items()}
     return {**sets, "all": [x for names in sets.values() for x in names]}
 

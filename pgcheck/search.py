@@ -26,9 +26,12 @@ from pgcheck.estimators.base import (
     Claim,
     Estimator,
     broken_support,
+    entropy_bonus,
     full_support,
+    kl_penalty,
     off_policy,
     on_policy,
+    return_alone,
     undiscounted,
 )
 from pgcheck.problem import Problem
@@ -68,8 +71,8 @@ def search(
     """Random problems for each claim that one problem can refute (`unbiased`, `proportional`) and that applies to any of
     `like`; up to the first with a counterexample.
 
-    What all of `like` share of on- or off-policy, support and γ = 1, the random problems share as well: a loss that is judged
-    on-policy is not refuted off-policy.
+    What all of `like` share of on- or off-policy, support, objective and γ = 1, the random problems share as well: a loss
+    that is judged on-policy is not refuted off-policy.
 
     Raises:
         EstimatorError: the estimator breaks its contract on one of them.
@@ -86,7 +89,7 @@ def search(
 
 def _bounds(estimator: Estimator, claim: Claim, like: Sequence[Problem]) -> dict[str, Any]:
     """Of `strategies.problems`."""
-    kinds = (on_policy, off_policy, full_support, broken_support, undiscounted)
+    kinds = (on_policy, off_policy, full_support, broken_support, undiscounted, return_alone, kl_penalty, entropy_bonus)
     shared = tuple(c for c in kinds if like and all(map(c.holds, like)))
     return strategies.bounds_for(estimator, replace(claim, conditions=shared + claim.conditions))
 

@@ -59,6 +59,7 @@ LOGITS = (0.0, 1.0, -1.0, 0.5, -0.5, 2.0, -2.0, 0.3, -0.7, 1.2)
 DISCOUNTS = (1.0, 0.5, 0.9, 0.0)
 SHARES = (0.5, 0.25, 0.75, 0.1, 0.9)  # of the first of two outcomes
 TEMPERATURES = (2.0, 0.5, 1.5, 0.8)
+COEFFICIENTS = (1.0, 0.5, 2.0, 0.1)  # of a KL or entropy term, where there is one
 
 RewardKind = Literal["dense", "outcome"]  # at every step; only with the last action of an episode
 PolicyKind = Literal["table", "linear", "module"]
@@ -384,6 +385,8 @@ def problems(
     full_support: bool | None = None,
     shared_contexts: bool | None = None,
     reference: bool | None = False,
+    kl: bool | None = False,
+    entropy: bool | None = False,
     grouping: Grouping = "any",
     min_group_size: int = 1,
     min_rows: int = 1,
@@ -400,6 +403,7 @@ def problems(
         full_support: False: the sampler is truncated (so it is off-policy); True: it is not; None: either.
         shared_contexts: whether states may share a context.
         reference: whether there is a reference policy of its own.
+        kl, entropy: whether the objective has a KL to the reference, which is then there, and an entropy term.
         grouping: `"any"`: groups of any sizes; `"equal"` sizes; `"one"` group; `"rows"`: every row a group.
         min_group_size, min_rows, max_rows: rows of the smallest group, and of a batch.
         max_batches: most batches (multisets, as the exact engine counts them); where no plan is as small, the smallest.
@@ -434,7 +438,8 @@ def problems(
         target = SoftmaxTable(nn.functional.pad(_logits(draw, used, env.actions, most=most), (0, 0, 0, K - used)))
     else:
         target = draw(policies(K, env.actions, kinds=policy))
-    ref = _logits(draw, K, env.actions, most=most) if _flag(draw, reference) else None
+    penalty, bonus = (draw(st.sampled_from(COEFFICIENTS)) if _flag(draw, x) else 0.0 for x in (kl, entropy))
+    ref = _logits(draw, K, env.actions, most=most) if _flag(draw, True if penalty else reference) else None
     behavior = None
     if _flag(draw, True if full_support is False else off_policy):
         behavior = _behavior(draw, target().detach(), _BEHAVIORS[full_support], most=most)
@@ -443,6 +448,8 @@ def problems(
         target,
         behavior_logits=behavior,
         ref_logits=ref,
+        kl_coefficient=penalty,
+        entropy_coefficient=bonus,
         contexts=contexts,
         groups=len(sizes),
         group_size=sizes[0] if len(set(sizes)) == 1 else sizes,
@@ -470,6 +477,9 @@ _MEET: dict[str, dict[str, Any]] = {
     "0/1 returns": {"reward": "outcome", "rewards": (0.0, 1.0), "discounts": (1.0,)},
     "equal lengths": {"observation": False, "terminal": False},
     "unequal lengths": {"terminal": True, "max_horizon": 3},
+    "one decision": {"max_horizon": 1},
+    "return − β KL": {"kl": True},
+    "return + α entropy": {"entropy": True},
 }
 
 

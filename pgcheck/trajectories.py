@@ -178,6 +178,8 @@ class Trajectories:
     value: Tensor  # [N, T+1]
     probability: Tensor  # [N] given the start, under the target policy
     behavior_probability: Tensor  # [N] given the start, under the policy that draws the batches
+    kl_coefficient: float = 0.0  # β and α of the objective, for the batches
+    entropy_coefficient: float = 0.0
     side: Mapping[str, Tensor] = field(default_factory=dict)  # [N, *]
 
     @classmethod
@@ -239,6 +241,8 @@ class Trajectories:
             group=torch.arange(len(self)),
             discount=p.discount,
             discount_clock=p.discount_clock,
+            kl_coefficient=self.kl_coefficient,
+            entropy_coefficient=self.entropy_coefficient,
             side=self.side,
         )
 

@@ -1,10 +1,14 @@
 """J and ∇J by three derivations that share no code: dynamic programming, enumeration, central differences.
 
-    J(π) = E_{s₀, τ~π} Σ_t γ^t r_t        ∇J in logit space, [K, A]
+    J(π) = E_{s₀, τ~π} Σ_t γ^t (r_t − cost(k_t, a_t))        ∇J in logit space, [K, A]
 
-* dynamic programming: the backward recursion V_t(s) = Σ_a π(a|s) Σ_s' P(s'|s,a) (r + γ V_{t+1}(s')) on the
-  environment, differentiated by autograd;
-* enumeration: Σ_τ p(τ) R(τ) Σ_t (1[a_t = ·] − π(·|k_t)), the score-function identity summed over the table of rollouts;
+cost = β log π/π_ref + α log π where the policy acts (`action_cost`), 0 for most problems: J less β times the KL to the
+reference plus α times the entropy. Where γ = 1, they are those of whole rollouts: Σ_t E log π/π_ref = KL(p_π‖p_ref).
+
+* dynamic programming: the backward recursion V_t(s) = Σ_a π(a|s) Σ_s' P(s'|s,a) (r − cost + γ V_{t+1}(s')) on the
+  environment, differentiated by autograd, through the cost as well;
+* enumeration: Σ_τ p(τ) R(τ) Σ_t (1[a_t = ·] − π(·|k_t)), R less what it costs: the score-function identity summed over
+  the table of rollouts. The gradient of the cost itself is (β + α) ∇log π(a_t|k_t), of mean 0;
 * central differences of fourth order of J, each logit in turn.
 
 Guarantee: `agreed_gradient` returns only when two of them agree to 1e-11 relative to the size of the returns.
@@ -13,6 +17,7 @@ Guarantee: `agreed_gradient` returns only when two of them agree to 1e-11 relati
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -22,14 +27,27 @@ from pgcheck.errors import TruthError
 from pgcheck.trajectories import Paths, Trajectories
 
 
-def value_by_dynamic_programming(env: TabularMDP, logits: Tensor, contexts: Sequence[int]) -> Tensor:
-    """J by backward recursion, differentiable in `logits` `[K, A]`; `contexts[s]` is the context of state s."""
+def action_cost(logits: Tensor, ref_logits: Tensor | None, *, kl: float, entropy: float) -> Tensor | None:
+    """kl · log π/π_ref + entropy · log π of each action, `[K, A]`, differentiable in `logits`; None if both are 0."""
+    if kl == 0 and entropy == 0:
+        return None
+    cost = (kl + entropy) * torch.log_softmax(logits, -1)
+    return cost if ref_logits is None else cost - kl * torch.log_softmax(ref_logits, -1)
+
+
+def value_by_dynamic_programming(
+    env: TabularMDP, logits: Tensor, contexts: Sequence[int], cost: Tensor | None = None
+) -> Tensor:
+    """J by backward recursion, differentiable in `logits` `[K, A]` and `cost` `[K, A]`; `contexts[s]` is the context of
+    state s."""
     pi = torch.softmax(logits, -1)[torch.as_tensor(contexts)]  # [S, A]
     for s in env.observation:
         pi = pi.index_put((torch.tensor([s]),), torch.eye(env.actions, dtype=pi.dtype)[:1])
     acts = torch.tensor([s not in env.observation and s not in env.terminal for s in range(env.states)])
     over = torch.tensor([s in env.terminal for s in range(env.states)])
     transition, reward = torch.nan_to_num(env.transition), torch.nan_to_num(env.full_reward)
+    if cost is not None:
+        reward = reward - (cost[torch.as_tensor(contexts)] * acts.unsqueeze(-1)).unsqueeze(-1)
     # Under the "action" clock γ applies on entering a state where the policy acts, from its second action on.
     # V[0] is the value before any action was taken, V[1] after.
     V = logits.new_zeros(2, env.states)
@@ -49,28 +67,33 @@ def value_by_dynamic_programming(env: TabularMDP, logits: Tensor, contexts: Sequ
     return (env.initial * V[0]).sum()
 
 
-def returns(paths: Paths) -> Tensor:
-    """R(τ) = Σ_t γ^t r_t of every rollout, `[N]`, written out on its own (see `Batch.episode_return`)."""
+def returns(paths: Paths, cost: Tensor | None = None) -> Tensor:
+    """R(τ) = Σ_t γ^t (r_t − cost[k_t, a_t]) of every rollout, `[N]`, written out on its own (see `Batch.episode_return`)."""
     total = torch.zeros(len(paths), dtype=torch.float64)
     acted = torch.zeros(len(paths), dtype=torch.float64)
     for t in range(paths.steps):
         acted = acted + paths.mask[:, t]
         exponent = torch.full_like(acted, t) if paths.discount_clock == "position" else (acted - 1).clamp(min=0)
-        total = total + paths.reward[:, t] * paths.discount**exponent
+        paid = paths.reward[:, t]
+        if cost is not None:
+            paid = paid - cost[paths.context[:, t].clamp(min=0), paths.action[:, t].clamp(min=0)] * paths.mask[:, t]
+        total = total + paid * paths.discount**exponent
     return total
 
 
-def value_by_enumeration(paths: Paths, logits: Tensor) -> Tensor:
-    """J = Σ_τ p(τ) R(τ), differentiable in `logits`."""
+def value_by_enumeration(paths: Paths, logits: Tensor, cost: Tensor | None = None) -> Tensor:
+    """J = Σ_τ p(τ) R(τ), differentiable in `logits` and `cost`."""
     logp = torch.log_softmax(logits, -1)[paths.context.clamp(min=0), paths.action.clamp(min=0)] * paths.mask
-    return (paths.start_probability[paths.start] * paths.env_probability * logp.sum(-1).exp() * returns(paths)).sum()
+    return (
+        paths.start_probability[paths.start] * paths.env_probability * logp.sum(-1).exp() * returns(paths, cost)
+    ).sum()
 
 
-def gradient_by_enumeration(trajectories: Trajectories) -> Tensor:
+def gradient_by_enumeration(trajectories: Trajectories, cost: Tensor | None = None) -> Tensor:
     """∇J = Σ_τ p(τ) R(τ) Σ_t (1[a_t = ·] − π(·|k_t)), `[K, A]`, without autograd."""
     paths, logits = trajectories.paths, trajectories.logits
     pi = torch.softmax(logits, -1)
-    weight = paths.start_probability[paths.start] * trajectories.probability * returns(paths)
+    weight = paths.start_probability[paths.start] * trajectories.probability * returns(paths, cost)
     out = torch.zeros_like(pi)
     for t in range(paths.steps):
         acts = paths.mask[:, t] > 0
@@ -80,10 +103,12 @@ def gradient_by_enumeration(trajectories: Trajectories) -> Tensor:
     return out
 
 
-def gradient_by_step(trajectories: Trajectories) -> Tensor:
+def gradient_by_step(trajectories: Trajectories, cost: Tensor | None = None) -> Tensor:
     """E[γ^t Ĝ_t ∇log π(a_t | k_t)] of each position t, `[T, K, A]`; their sum is ∇J (Sutton et al. 2000, theorem 1)."""
     paths, pi = trajectories.paths, torch.softmax(trajectories.logits, -1)
     rows = trajectories.rows_as_batch()
+    if cost is not None:
+        rows = replace(rows, reward=rows.reward - cost.reshape(-1)[trajectories.cell] * rows.mask)
     to_go = rows.discount_weight * rows.reward_to_go
     weight = (paths.start_probability[paths.start] * trajectories.probability).unsqueeze(-1) * to_go
     out = torch.zeros(paths.steps, *pi.shape, dtype=pi.dtype)

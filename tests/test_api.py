@@ -153,7 +153,8 @@ def test_the_default_is_every_on_policy_problem_at_two_thetas() -> None:
     report = pgcheck.check_estimator("reinforce", checks=["unbiased"])
     judged = [p.name for p in report.problems]
     assert judged == [x for name in judged[::2] for x in (name, f"{name}@1")]
-    apart = {name for name in registered_problems() if name.startswith(("off-policy/", "notes/"))} | DOUBLES
+    others = ("off-policy/", "kl/", "entropy/", "notes/")
+    apart = {name for name in registered_problems() if name.startswith(others)} | DOUBLES
     assert set(judged[::2]) == set(registered_problems()) - apart
 
 
@@ -161,6 +162,7 @@ def test_the_default_is_every_on_policy_problem_at_two_thetas() -> None:
     ("problems", "names"),
     [
         ("off-policy", {n for n in registered_problems() if n.startswith("off-policy/")} - DOUBLES),
+        ("penalized", {n for n in registered_problems() if n.startswith(("kl/", "entropy/"))}),
         ("all", {n for n in registered_problems() if not n.startswith("notes/")} - DOUBLES),
         ("notes/*", {n for n in registered_problems() if n.startswith("notes/")}),
         ("mdp/*", {n for n in registered_problems() if n.startswith("mdp/")}),

@@ -52,6 +52,12 @@ SIZES = {
     "off-policy/tree-stale": TREE,
     "off-policy/tree-truncated": TREE,
     "off-policy/contextual-truncated": CONTEXTUAL,
+    "kl/contextual": CONTEXTUAL,
+    "kl/dialogue": DIALOGUE,
+    "kl/tree": TREE,
+    "entropy/contextual": CONTEXTUAL,
+    "entropy/tree": TREE,
+    "entropy/fork": (3, 3),  # stop, or go on and choose; the end has a context as well
     **{f"notes/coin-{p}": (2, 1) for p in ("0.01", "0.1", "0.3", "0.5", "0.8")},  # right or wrong
     **{f"notes/fair-bandits-{T}": (2**T, T) for T in (2, 3, 4)},
     "notes/entry-fee": (4, 2),  # two steps of two actions, a context each

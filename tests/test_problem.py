@@ -149,6 +149,12 @@ CHANGES: dict[str, Callable[[], Problem]] = {
     "policy": lambda: Problem(two_state_env(**ENV), [[0.3, -0.1], [0.7, 0.2 + 1e-12], [0.0, 0.0]]),
     "behavior": lambda: Problem(two_state_env(**ENV), LOGITS, behavior_logits=[[0.0, 0.0]] * 3),
     "reference": lambda: Problem(two_state_env(**ENV), LOGITS, ref_logits=[[0.0, 0.0]] * 3),
+    "KL": lambda: Problem(two_state_env(**ENV), LOGITS, ref_logits=[[0.0, 0.0]] * 3, kl_coefficient=0.5),
+    "more KL": lambda: Problem(two_state_env(**ENV), LOGITS, ref_logits=[[0.0, 0.0]] * 3, kl_coefficient=1.0),
+    "entropy": lambda: Problem(two_state_env(**ENV), LOGITS, entropy_coefficient=0.5),
+    "KL and entropy": lambda: Problem(
+        two_state_env(**ENV), LOGITS, ref_logits=[[0.0, 0.0]] * 3, kl_coefficient=0.5, entropy_coefficient=0.5
+    ),
     "groups": lambda: Problem(two_state_env(**ENV), LOGITS, groups=2, group_size=2),
     "group_size": lambda: Problem(two_state_env(**ENV), LOGITS, group_size=5),
     "order of groups": lambda: Problem(two_state_env(**ENV), LOGITS, groups=2, group_size=(1, 3)),

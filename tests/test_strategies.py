@@ -86,6 +86,17 @@ def test_what_is_asked_for_is_there(data: st.DataObject) -> None:
 
 
 @settings(max_examples=30)
+@given(st.data())
+def test_terms_of_the_objective(data: st.DataObject) -> None:
+    kl, entropy = data.draw(st.booleans()), data.draw(st.booleans())
+    problem = data.draw(strategies.problems(kl=kl, entropy=entropy))
+    assert (problem.kl_coefficient > 0, problem.entropy_coefficient > 0) == (kl, entropy)
+    assert (problem.ref_logits is not None) == kl
+    same = eval(problem_code(problem), {"pgcheck": pgcheck})
+    assert same.digest == problem.digest
+
+
+@settings(max_examples=30)
 @given(strategies.problems(full_support=False))
 def test_truncated_support_is_broken(problem: Problem) -> None:
     assert not problem.full_support

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import cmath
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
+from random import Random
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from pgcheck import truth
@@ -15,10 +23,12 @@ from pgcheck.errors import TruthError
 from pgcheck.problem import Problem
 from tests.worlds import (
     World,
+    logs,
     oracle_gradient,
     oracle_value,
     random_world,
     return_scale,
+    shares,
     start_chances,
     two_arm_env,
     two_state_env,
@@ -82,6 +92,43 @@ def test_enumeration_is_differentiable(world: World) -> None:
     paths = problem.trajectories.paths
     by_autograd = truth.gradient_by_autograd(lambda z: truth.value_by_enumeration(paths, z), problem.logits)
     assert_close(by_autograd, problem.gradient("enumeration"), EXACT * return_scale(world))
+
+
+@given(worlds(), st.integers(0, 10**6))
+def test_terms_of_the_objective(world: World, seed: int) -> None:
+    """J − β KL + α H from the list of rollouts: chances as fractions for the value, the complex step for the gradient."""
+    rng = Random(seed)
+    beta, alpha = rng.choice([0.0, 0.5, 2.0]), rng.choice([0.0, 0.25, 1.0])
+    ref = tuple(tuple(rng.randint(1, 5) for _ in row) for row in world.weights)
+    problem = replace(world.problem(), ref_logits=logs(ref), kl_coefficient=beta, entropy_coefficient=alpha)
+    scale = 10 * return_scale(world)  # β log 5 of each step
+
+    def objective(policy: Sequence[Sequence[Any]]) -> Any:
+        total, q, pi_ref = 0.0, start_chances(world), shares(ref)
+        for x in walk(world, policy):
+            cost = sum(
+                float(world.discount) ** e
+                * (
+                    (beta + alpha) * cmath.log(policy[world.context(s)][a])
+                    - beta * math.log(pi_ref[world.context(s)][a])
+                )
+                for e, (s, a, _) in zip(x.exponents, x.steps, strict=True)
+                if a is not None
+            )
+            total += float(q[x.start]) * x.probability * (float(x.discounted(world.discount)) - cost)
+        return total
+
+    for method in METHODS:
+        assert problem.value(method) == pytest.approx(objective(world.policy()).real, abs=EXACT * scale, rel=0)
+    expected, h = torch.zeros_like(problem.logits), 1e-30
+    for k, a in itertools.product(*map(range, expected.shape)):
+        e = [
+            [cmath.exp(x + 1j * h * ((j, b) == (k, a))) for b, x in enumerate(row)]
+            for j, row in enumerate(logs(world.weights))
+        ]
+        expected[k, a] = objective([[x / sum(row) for x in row] for row in e]).imag / h
+    for method, tolerance in zip((None, *METHODS), (EXACT, EXACT, EXACT, DIFFERENCED), strict=True):
+        assert_close(problem.gradient(method), expected, tolerance * scale)
 
 
 def test_two_arms_by_hand() -> None:

@@ -27,6 +27,7 @@ from pgcheck.estimators.base import (
     find_estimator,
     from_coefficients,
     on_policy,
+    return_alone,
 )
 from pgcheck.estimators.from_loss import Loss, from_loss
 from pgcheck.estimators.zoo import NOTES  # noqa: F401  (fills the registry)
@@ -987,7 +988,9 @@ def overflows_in_float32(batch: Batch) -> Tensor:
 # -- a claim that is out of date: of bias where there is none
 
 STALE = Broken(
-    estimator=replace(find_estimator("reward_to_go"), name="mended", claims=(biased("γ^t is missing", on_policy),)),
+    estimator=replace(
+        find_estimator("reward_to_go"), name="mended", claims=(biased("γ^t is missing", on_policy, return_alone),)
+    ),
     sound=find_estimator("reward_to_go_undiscounted_weight"),
     caught_by=("biased",),
     moves=True,

@@ -5,7 +5,6 @@
 * ε in the denominator of GRPO: 0, 1e-6 (the zoo, verl), 1e-4 (TRL); ddof 0 or 1.
 * what a clip bound of CISPO means: 1 + ε_high (MiniMax-M1, verl), or the bound itself (TRL).
 * over what a token mean runs: the batch, or each micro-batch of an accumulated step.
-* what a KL penalty estimates when its estimate of the KL is used as a loss (Tang & Munos, arXiv 2506.09477).
 """
 
 from __future__ import annotations
@@ -74,31 +73,3 @@ pairwise_differences = Estimator("pairwise_differences", _pairwise, "group", rea
 
 
 group_of_one = Estimator("group_of_one", compose(_standardised), "group", min_group_size=1)
-
-
-# -- estimates of the KL to the reference, differentiated as a loss: c = −∂loss/∂logp
-
-
-def _log_ratio(batch: Batch) -> Tensor:
-    """log π_ref − log π of each token."""
-    return (batch.ref_logp - batch.logp) * batch.mask
-
-
-def _k1(batch: Batch) -> Tensor:
-    """−∂/∂log π of log π − log π_ref."""
-    return -batch.mask / batch.rows
-
-
-def _k3_token(batch: Batch) -> Tensor:
-    """−∂/∂log π_t of e^d − d − 1, d = log π_ref/π of the token: e^d − 1."""
-    return (_log_ratio(batch).exp() - 1.0) * batch.mask / batch.rows
-
-
-def _k3_sequence(batch: Batch) -> Tensor:
-    """The same with d of the whole row."""
-    return (_log_ratio(batch).sum(-1, keepdim=True).exp() - 1.0) * batch.mask / batch.rows
-
-
-k1_loss = Estimator("k1_loss", _k1, "trajectory")
-k3_token_loss = Estimator("k3_token_loss", _k3_token, "trajectory")
-k3_sequence_loss = Estimator("k3_sequence_loss", _k3_sequence, "trajectory")

@@ -89,6 +89,7 @@ def problem_code(problem: Problem) -> str:
     """`pgcheck.Problem(…)`, an expression. The policy is written as its table of logits, whatever made them: they are what
     decides every expectation in logit space."""
     more = {name: x for name in ("behavior_logits", "ref_logits") if (x := getattr(problem, name)) is not None}
+    more |= {name: x for name in ("kl_coefficient", "entropy_coefficient") if (x := getattr(problem, name))}
     plan = {"groups": problem.groups} if problem.groups > 1 else {}
     where = {} if problem.contexts is None else {"contexts": list(problem.contexts)}
     words = _without({"name": _NAME, "about": _ABOUT}, name=problem.name, about=problem.about)

@@ -337,6 +337,16 @@ def _claimed(e: Estimator, p: Problem) -> str:
     return ", ".join(c.kind for c in claims_on(e, p)) or "nothing here"
 
 
+def _objective(p: Problem) -> str:
+    kl, entropy = p.kl_coefficient, p.entropy_coefficient
+    parts = [f"{kl:g} × KL to the reference"] if kl else []
+    return (
+        " ".join(["return less", *parts])
+        if not entropy
+        else " ".join(["return", *(f"less {x}" for x in parts), f"plus {entropy:g} × entropy"])
+    )
+
+
 def _problem_parts(p: Problem) -> tuple[str, dict[str, str]]:
     t, g = p.trajectories, p.gradient()
     shows = [shown for fact, shown, _ in _SHOWS if shown and fact(p)] or [
@@ -354,6 +364,7 @@ def _problem_parts(p: Problem) -> tuple[str, dict[str, str]]:
         ("batch", f"B = {p.rows} rows: groups of {'+'.join(str(s) for s in p.sizes)}"),
         ("discount", f"γ = {p.discount:g}, counted by {t.paths.discount_clock}"),
         ("sampler", sampler + ("" if p.full_support else ", which cannot draw everything the policy can")),
+        *([] if p.plain_objective else [("objective", _objective(p))]),
         ("J", number(p.value())),
         ("∇J", f"norm {number(float(g.norm()))}"),
         *((f"  context {k}", "  ".join(f"{x:+.6f}" for x in g[k].tolist())) for k in range(t.contexts)),

@@ -110,8 +110,14 @@ def run(
     for done, problem in enumerate(problems):
         if progress is not None:
             progress("problems", done, len(problems))
-        asked = [e for e in clean if e.fits(problem)]
-        not_asked += [NotAsked(e.name, problem.name, _too_small(e)) for e in clean if not e.fits(problem)]
+        asked = []
+        for e in clean:
+            if not e.fits(problem):
+                not_asked.append(NotAsked(e.name, problem.name, _too_small(e)))
+            elif not problem.plain_objective and not claims_on(e, problem):
+                not_asked.append(NotAsked(e.name, problem.name, "it is made for another objective"))
+            else:
+                asked.append(e)
         for e, moments in _moments(asked, problem, budget, progress):
             if isinstance(moments, Moments):
                 found[e.name, problem.name] = measure(e, problem, moments, rtol=rtol)

@@ -303,7 +303,7 @@ def surrogate_gap(
 
 
 def _composition(estimator: Estimator) -> Composition:
-    if not isinstance(estimator.coefficients, Composition):
+    if not isinstance(estimator.coefficients, Composition) or estimator.coefficients.penalty is not None:
         raise UsageError(f"estimator '{estimator.name}': its advantage and aggregation cannot be told apart.")
     return estimator.coefficients
 

@@ -7,13 +7,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
 
 from pgcheck.batch import Batch
-from pgcheck.engines.exact import exact_moments
 from pgcheck.estimators import variants
 from pgcheck.estimators.base import Estimator
-from pgcheck.estimators.from_loss import from_loss
 from pgcheck.estimators.lookup import FILLED_BY  # noqa: F401  (fills the registries)
 from pgcheck.problem import find_problem
 
@@ -92,35 +89,3 @@ def test_a_group_of_one_gets_nothing() -> None:
     table = find_problem("degenerate/group-of-one").trajectories
     batch = table.batch(torch.tensor([[0, 1, 5]]), torch.arange(3))
     assert not variants.group_of_one.coefficients(batch).any()
-
-
-def _d(batch: Batch) -> Tensor:
-    return (batch.ref_logp - batch.logp) * batch.mask
-
-
-@pytest.mark.parametrize(
-    ("variant", "loss"),
-    [
-        (variants.k1_loss, lambda b: -_d(b).sum(-1).mean()),
-        (variants.k3_token_loss, lambda b: (_d(b).exp() - _d(b) - 1).sum(-1).mean()),
-        (variants.k3_sequence_loss, lambda b: (_d(b).sum(-1).exp() - _d(b).sum(-1) - 1).mean()),
-    ],
-)
-def test_penalties_by_autograd(variant: Estimator, loss: Callable[[Batch], Tensor]) -> None:
-    batch = random_batch("notes/with-reference")
-    assert bool((batch.ref_logp != batch.logp).any())
-    expected = from_loss(loss).coefficients(batch)
-    torch.testing.assert_close(variant.coefficients(batch), expected, rtol=1e-12, atol=1e-15)
-
-
-def test_the_sequence_form_is_the_gradient_of_the_forward_kl() -> None:
-    """∇ Σ_τ p_ref log(p_ref/p) by autograd on the table of rollouts, against E_π of the estimate."""
-    problem = find_problem("notes/with-reference")
-    p, z = problem.trajectories.paths, problem.logits.requires_grad_(True)
-    start = p.start_probability[p.start] * p.env_probability
-    ref = (start * problem.trajectories.ref_logp.sum(-1).exp()).detach()
-    logp = (torch.log_softmax(z, -1)[p.context, p.action] * p.mask).sum(-1)
-    divergence = (ref * (problem.trajectories.ref_logp.sum(-1) - logp)).sum()
-    (gradient,) = torch.autograd.grad(divergence, z)
-    (found,) = exact_moments([variants.k3_sequence_loss], problem)
-    torch.testing.assert_close(found.mean, -gradient, rtol=1e-12, atol=1e-14)

@@ -38,10 +38,14 @@ class Rows:
     mask: list[list[float]]
     logp: list[list[float]]
     old: list[list[float]]
+    ref: list[list[float]]
     V: list[list[float]]
     group: list[int]
     gamma: float
     clock: DiscountClock
+    action: list[list[int]]
+    beta: float
+    alpha: float
     side: dict[str, list]  # type: ignore[type-arg]
     logits: list[list[list[float]]]
 
@@ -74,6 +78,18 @@ class Rows:
     def ratio(self, i: int, t: int) -> float:
         """r_t = π/π_old."""
         return math.exp(self.logp[i][t] - self.old[i][t]) if self.mask[i][t] else 1.0
+
+    def d(self, i: int, t: int) -> float:
+        """log π/π_ref."""
+        return self.logp[i][t] - self.ref[i][t] if self.mask[i][t] else 0.0
+
+    def D(self, i: int) -> float:  # noqa: N802
+        """Of the row."""
+        return math.fsum(self.d(i, t) for t in range(self.T))
+
+    def shaped(self, i: int, cost: Callable[[int], float]) -> float:
+        """Σ_t γ^t (r_t − cost_t), what an action costs."""
+        return self.R(i) - math.fsum(self.weight(i, t) * cost(t) for t in self.acts(i))
 
     def w(self, i: int, t: int) -> float:
         """w_{0:t} = Π_{k≤t} r_k."""
@@ -221,6 +237,15 @@ def all_action(b: Rows, i: int, t: int) -> list[float]:
     return [b.weight(i, t) * math.fsum(Q[c] * pi[c] * ((a == c) - pi[a]) for c in A) / b.B for a in A]
 
 
+def bonus(b: Rows, i: int, t: int) -> list[float]:
+    """R (1[a = a_t] − π_a) + α ∂/∂z_a (−Σ_c π_c log π_c), ∂π_c/∂z_a = π_c (1[a = c] − π_a)."""
+    z = b.logits[i][t]
+    pi = [math.exp(x) / math.fsum(math.exp(y) for y in z) for x in z]
+    A = range(len(z))
+    slope = [-math.fsum((math.log(pi[c]) + 1) * pi[c] * ((a == c) - pi[a]) for c in A) for a in A]
+    return [(b.R(i) * ((a == b.action[i][t]) - pi[a]) + b.alpha * slope[a]) / b.B for a in A]
+
+
 def everyone(b: Rows) -> range:
     return range(b.B)
 
@@ -302,6 +327,15 @@ FORMULAS: dict[str, Callable[[Rows, int, int], float | list[float]]] = {
     "maxrl": lambda b, i, t: over_successes(b, i, centered=False) / b.B,
     "maxrl(centered)": lambda b, i, t: over_successes(b, i, centered=True) / b.B,
     "best_of_n": lambda b, i, t: winner(b, i) / b.B,
+    "kl_in_reward(k1)": lambda b, i, t: b.shaped(i, lambda k: b.beta * b.d(i, k)) / b.B,
+    "kl_in_reward(k3)": lambda b, i, t: b.shaped(i, lambda k: b.beta * (math.exp(-b.d(i, k)) - 1 + b.d(i, k))) / b.B,
+    "kl_loss(k1, token)": lambda b, i, t: (b.R(i) - b.beta) / b.B,
+    "kl_loss(k2, token)": lambda b, i, t: (b.R(i) - b.beta * b.d(i, t)) / b.B,
+    "kl_loss(k2, sequence)": lambda b, i, t: (b.R(i) - b.beta * b.D(i)) / b.B,
+    "kl_loss(k3, token)": lambda b, i, t: (b.R(i) - b.beta * (1 - math.exp(-b.d(i, t)))) / b.B,
+    "kl_loss(k3, sequence)": lambda b, i, t: (b.R(i) - b.beta * (1 - math.exp(-b.D(i)))) / b.B,
+    "entropy_in_reward": lambda b, i, t: b.shaped(i, lambda k: b.alpha * b.logp[i][k]) / b.B,
+    "entropy_bonus(token)": bonus,
 }
 
 
@@ -337,6 +371,8 @@ def random_batch(seed: int, *, clock: DiscountClock = "position", on_policy: boo
         group=torch.tensor([0, 0, 1, 1, 1]),
         discount=0.8,
         discount_clock=clock,
+        kl_coefficient=0.4,
+        entropy_coefficient=0.7,
         side={
             "action_value": draw(B, T) * mask,
             "continuation_value": draw(B, T) * mask,
@@ -359,10 +395,14 @@ def as_rows(batch: Batch) -> Rows:
         mask=batch.mask.tolist(),
         logp=batch.logp.tolist(),
         old=batch.behavior_logp.tolist(),
+        ref=batch.ref_logp.tolist(),
         V=batch.value.tolist(),
         group=batch.group.tolist(),
         gamma=batch.discount,
         clock=batch.discount_clock,
+        beta=batch.kl_coefficient,
+        alpha=batch.entropy_coefficient,
+        action=batch.action.tolist(),
         side={name: x.tolist() for name, x in batch.side.items()},
         logits=batch.logits.tolist(),
     )
@@ -1078,7 +1118,8 @@ def test_the_ends_of_gae(clock: DiscountClock, seed: int) -> None:
     torch.testing.assert_close(one_step, adv.temporal_difference(adv.state_value)(batch)[acts], rtol=0, atol=0)
 
 
-ON_POLICY = [f"{name}{theta}" for name in registered_problems() if find_problem(name).on_policy for theta in ("", "@1")]
+PLAIN = [name for name in registered_problems() if (p := find_problem(name)).on_policy and p.plain_objective]
+ON_POLICY = [f"{name}{theta}" for name in PLAIN for theta in ("", "@1")]
 
 
 @pytest.mark.parametrize("name", ON_POLICY)

@@ -33,11 +33,16 @@ def softmax(row: Sequence[complex]) -> list[complex]:
 
 
 def value(problem: Problem, logits: Sequence[Sequence[Sequence[complex]]]) -> complex:
-    """J when the policy at step t has logits `[T][K][A]`[t]: the sum over the tree of rollouts, by recursion."""
+    """J when the policy at step t has logits `[T][K][A]`[t]: the sum over the tree of rollouts, by recursion.
+
+    An action of probability π costs β log π/π_ref + α log π where the objective has such terms.
+    """
     env = problem.env
     P, r = env.transition.tolist(), env.full_reward.tolist()  # type: ignore[union-attr]
     contexts = range(env.states) if problem.contexts is None else problem.contexts  # type: ignore[union-attr]
     pi = [[softmax(row) for row in table] for table in logits]
+    beta, alpha = problem.kl_coefficient, problem.entropy_coefficient
+    ref = [softmax(row) for row in problem.ref_logits.tolist()] if beta else []
     by_action = env.discount_clock == "action"
 
     def below(s: int, t: int, acted: int) -> complex:
@@ -49,9 +54,12 @@ def value(problem: Problem, logits: Sequence[Sequence[Sequence[complex]]]) -> co
         total = 0j
         for a in range(1 if nobody else env.actions):  # type: ignore[union-attr]
             chance = 1.0 if nobody else pi[t][contexts[s]][a]
+            cost = 0j if nobody else (alpha + beta) * cmath.log(chance)
+            if beta and not nobody:
+                cost -= beta * cmath.log(ref[contexts[s]][a])
             for s2, p in enumerate(P[s][a]):
                 if p:
-                    total += chance * p * (weight * r[s][a][s2] + below(s2, t + 1, now))
+                    total += chance * p * (weight * (r[s][a][s2] - cost) + below(s2, t + 1, now))
         return total
 
     return sum((q * below(s, 0, 0) for s, q in enumerate(env.initial.tolist()) if q), 0j)  # type: ignore[union-attr]

@@ -137,6 +137,44 @@ def the_reward_to_go_is_louder_than_the_return(p: Problem) -> bool:
     return measured("reward_to_go", p).total_variance > measured("reinforce", p).total_variance * (1 + 1e-9)
 
 
+@guarded_by("kl/contextual")
+def a_token_answers_for_the_whole_kl(p: Problem) -> bool:
+    """One decision with a KL in the objective: k2 of the token is exact, k3 still pulls by the other KL."""
+    return bool(p.kl_coefficient) and measured("kl_loss(k2, token)", p).finding == "unbiased"
+
+
+@guarded_by("kl/dialogue")
+def the_kl_is_discounted(p: Problem) -> bool:
+    """γ < 1: k2 of the row, which has no γ^t, is not the KL of the objective."""
+    return bool(p.kl_coefficient) and measured("kl_loss(k2, sequence)", p).finding == "biased"
+
+
+@guarded_by("kl/tree")
+def the_kl_of_the_row_is_more_than_its_tokens(p: Problem) -> bool:
+    """k2 of the row is exact, of tokens it is not."""
+    tokens, row = (measured(f"kl_loss(k2, {what})", p).finding for what in ("token", "sequence"))
+    return bool(p.kl_coefficient) and (tokens, row) == ("biased", "unbiased")
+
+
+@guarded_by("entropy/contextual")
+def a_token_answers_for_the_whole_entropy(p: Problem) -> bool:
+    """One decision with an entropy bonus: that of the token is exact."""
+    return bool(p.entropy_coefficient) and measured("entropy_bonus(token)", p).finding == "unbiased"
+
+
+@guarded_by("entropy/fork")
+def the_bonus_points_the_other_way(p: Problem) -> bool:
+    """The bonus of each token lowers the entropy of the row."""
+    return bool(p.entropy_coefficient) and measured("entropy_bonus(token)", p).cosine < 0
+
+
+@guarded_by("entropy/tree")
+def the_bonus_is_off_the_axis(p: Problem) -> bool:
+    """Next to a reward, and uphill: what is wrong with the bonus is its direction."""
+    m = measured("entropy_bonus(token)", p)
+    return bool(p.entropy_coefficient) and m.cosine > 0 and m.off_axis > 1e-2
+
+
 @guarded_by("chain/linear-policy")
 def there_are_fewer_parameters_than_logits(p: Problem) -> bool:
     """A verdict in parameters would miss what they cannot move: logits up to a constant, of rank below K(A − 1)."""
@@ -160,7 +198,7 @@ def one_ratio_is_enough_for_one_step(p: Problem) -> bool:
 @guarded_by("off-policy/contextual-truncated")
 def one_ratio_is_not_enough_where_support_is_broken(p: Problem) -> bool:
     """One step, so that the ratio is right, and still a bias: what is never sampled is never seen."""
-    return steps(p) == 1 and measured("trajectory_is", p).finding == "biased"
+    return p.plain_objective and steps(p) == 1 and measured("trajectory_is", p).finding == "biased"
 
 
 @guarded_by("off-policy/tree-truncated")

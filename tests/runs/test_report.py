@@ -137,8 +137,8 @@ def test_a_changed_problem_has_another_digest() -> None:
 def test_estimators_carry_their_claims(report: Report) -> None:
     row = next(e for e in report.estimators if e.name == "reward_to_go_undiscounted_weight")
     assert [(c.kind, c.conditions) for c in row.claims] == [
-        ("unbiased", ["on-policy", "γ = 1"]),
-        ("biased", ["on-policy", "γ < 1"]),
+        ("unbiased", ["on-policy", "γ = 1", "return alone"]),
+        ("biased", ["on-policy", "γ < 1", "return alone"]),
     ]
     assert row.claims[1].reason
     assert row.formula

@@ -1,9 +1,9 @@
-"""How an entry is put together: advantage × ratio × aggregation, and the factors that several entries share."""
+"""How an entry is put together: (advantage × ratio + penalty) × aggregation, and the factors that several entries share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -11,8 +11,8 @@ from torch import Tensor
 from pgcheck.batch import Batch
 from pgcheck.estimators import advantages as adv
 from pgcheck.estimators import aggregation as agg
-from pgcheck.estimators import ratios
-from pgcheck.estimators.base import Coefficients, Couples, Estimator, register
+from pgcheck.estimators import penalties, ratios
+from pgcheck.estimators.base import OBJECTIVES, Claim, Coefficients, Couples, Estimator, register, return_alone
 from pgcheck.problem import Problem
 
 NOTES = "policy-gradient lecture notes"
@@ -20,15 +20,18 @@ NOTES = "policy-gradient lecture notes"
 
 @dataclass(frozen=True)
 class Composition:
-    """c = aggregation · ratio · advantage · mask, `[..., B, T]`; the parts can be read, and swapped one at a time."""
+    """c = aggregation · (ratio · advantage + penalty) · mask, `[..., B, T]`; the parts can be read, and swapped one at a
+    time. Few have a penalty."""
 
     advantage: adv.Advantage
     ratio: ratios.Ratio
     aggregation: agg.Aggregation
+    penalty: penalties.Penalty | None = None
 
     def __call__(self, batch: Batch) -> Tensor:
         a = self.advantage(batch)
-        return self.aggregation(batch) * self.ratio(batch, a) * a * batch.mask
+        c = self.aggregation(batch) * self.ratio(batch, a) * a * batch.mask
+        return c if self.penalty is None else c + self.aggregation(batch) * self.penalty(batch) * batch.mask
 
 
 def compose(
@@ -36,14 +39,22 @@ def compose(
     *,
     ratio: ratios.Ratio = ratios.none,
     aggregation: agg.Aggregation = agg.mean_of_rows,
+    penalty: penalties.Penalty | None = None,
 ) -> Composition:
-    """advantage × ratio × aggregation; by default no ratio, and the mean over rows."""
-    return Composition(advantage, ratio, aggregation)
+    """(advantage × ratio + penalty) × aggregation; by default no ratio, no penalty, and the mean over rows."""
+    return Composition(advantage, ratio, aggregation, penalty)
 
 
-def add(name: str, coefficients: Coefficients, couples: Couples, *aliases: str, **words: Any) -> Estimator:
-    """Register an entry."""
-    return register(Estimator(name, coefficients, couples, **words), *aliases)
+def add(
+    name: str, coefficients: Coefficients, couples: Couples, *aliases: str, claims: tuple[Claim, ...], **words: Any
+) -> Estimator:
+    """Register an entry; a claim that names no objective is about the return alone."""
+    return register(Estimator(name, coefficients, couples, tuple(map(_of_return, claims)), **words), *aliases)
+
+
+def _of_return(claim: Claim) -> Claim:
+    named = any(c in OBJECTIVES for c in claim.conditions)
+    return claim if named else replace(claim, conditions=(*claim.conditions, return_alone))
 
 
 # -- factors κ of proportional claims
