@@ -985,6 +985,30 @@ def overflows_in_float32(batch: Batch) -> Tensor:
     return per_row(batch.episode_return * 1e39 / 1e39, batch)
 
 
+# -- entropy and KL
+
+
+@broken("entropy_in_reward", "unbiased", loss=True, shows_on="entropy/tree")
+def entropy_of_what_was_drawn(batch: Batch) -> Tensor:
+    """The entropy bonus is −log π of the drawn tokens, differentiated: that averages to zero, and no entropy is gained."""
+    S = (batch.logp * batch.mask).sum(-1)
+    return -(batch.episode_return * S - batch.entropy_coefficient * S).mean()
+
+
+@broken("entropy_in_reward", "unbiased", shows_on="entropy/tree")
+def entropy_cost_added(batch: Batch) -> Tensor:
+    """α log π is added to the reward where it is to be taken away: entropy is paid for."""
+    cost = batch.entropy_coefficient * batch.logp * batch.mask
+    return per_row((batch.discount_weight * (batch.reward + cost)).sum(-1), batch)
+
+
+@broken("kl_in_reward(k1)", "unbiased", shows_on="kl/tree")
+def kl_of_the_policies_swapped(batch: Batch) -> Tensor:
+    """log π_ref/π in the reward, for log π/π_ref: the policy is driven away from the reference."""
+    cost = batch.kl_coefficient * (batch.ref_logp - batch.logp) * batch.mask
+    return per_row((batch.discount_weight * (batch.reward - cost)).sum(-1), batch)
+
+
 # -- a claim that is out of date: of bias where there is none
 
 STALE = Broken(
