@@ -12,7 +12,7 @@ turns out unbiased fails as well).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor
@@ -83,6 +83,14 @@ class Claim:
         if self.kind == "unbiased":
             return 1.0
         return self.scale(problem) if callable(self.scale) else self.scale
+
+
+def of_return(*claims: Claim) -> tuple[Claim, ...]:
+    """The claims; those that name no objective are about the return alone."""
+    return tuple(
+        c if any(x in OBJECTIVES for x in c.conditions) else replace(c, conditions=(*c.conditions, return_alone))
+        for c in claims
+    )
 
 
 def unbiased(*conditions: Condition) -> Claim:

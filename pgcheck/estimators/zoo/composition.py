@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +12,7 @@ from pgcheck.batch import Batch
 from pgcheck.estimators import advantages as adv
 from pgcheck.estimators import aggregation as agg
 from pgcheck.estimators import penalties, ratios
-from pgcheck.estimators.base import OBJECTIVES, Claim, Coefficients, Couples, Estimator, register, return_alone
+from pgcheck.estimators.base import Claim, Coefficients, Couples, Estimator, of_return, register
 from pgcheck.problem import Problem
 
 NOTES = "policy-gradient lecture notes"
@@ -49,12 +49,7 @@ def add(
     name: str, coefficients: Coefficients, couples: Couples, *aliases: str, claims: tuple[Claim, ...], **words: Any
 ) -> Estimator:
     """Register an entry; a claim that names no objective is about the return alone."""
-    return register(Estimator(name, coefficients, couples, tuple(map(_of_return, claims)), **words), *aliases)
-
-
-def _of_return(claim: Claim) -> Claim:
-    named = any(c in OBJECTIVES for c in claim.conditions)
-    return claim if named else replace(claim, conditions=(*claim.conditions, return_alone))
+    return register(Estimator(name, coefficients, couples, of_return(*claims), **words), *aliases)
 
 
 # -- factors κ of proportional claims
