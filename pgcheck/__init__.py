@@ -16,6 +16,7 @@ _WHERE = {
     "pgcheck.batch": ("Batch",),
     "pgcheck.engines.exact": ("exact_moments",),
     "pgcheck.engines.moments": ("Moments",),
+    "pgcheck.envs.language": ("LMTask",),
     "pgcheck.envs.tabular": ("TabularMDP",),
     "pgcheck.errors": (
         "BiasError", "BudgetError", "CheckFailed", "EstimatorError", "NotFiniteError", "PgcheckError", "ProblemError",
@@ -24,7 +25,7 @@ _WHERE = {
     "pgcheck.estimators.base": ("Claim", "Estimator", "biased", "from_coefficients", "proportional", "unbiased"),
     "pgcheck.estimators.from_loss": ("from_loss",),
     "pgcheck.estimators.lookup": ("as_estimator",),
-    "pgcheck.policies": ("LinearPolicy", "ModulePolicy", "SoftmaxTable"),
+    "pgcheck.policies": ("LinearPolicy", "ModulePolicy", "SoftmaxTable", "TinyGPT"),
     "pgcheck.problem": ("Problem",),
     "pgcheck.runs.report": ("Report",),
     "pgcheck.trajectories": ("Paths", "Trajectories"),
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from pgcheck.batch import Batch
     from pgcheck.engines.exact import exact_moments
     from pgcheck.engines.moments import Moments
+    from pgcheck.envs.language import LMTask
     from pgcheck.envs.tabular import TabularMDP
     from pgcheck.errors import (
         BiasError,
@@ -57,7 +59,7 @@ if TYPE_CHECKING:
     from pgcheck.estimators.base import Claim, Estimator, biased, from_coefficients, proportional, unbiased
     from pgcheck.estimators.from_loss import from_loss
     from pgcheck.estimators.lookup import as_estimator
-    from pgcheck.policies import LinearPolicy, ModulePolicy, SoftmaxTable
+    from pgcheck.policies import LinearPolicy, ModulePolicy, SoftmaxTable, TinyGPT
     from pgcheck.problem import Problem
     from pgcheck.runs.report import Report
     from pgcheck.trajectories import Paths, Trajectories

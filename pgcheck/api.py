@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, get_args
 
 import pandas as pd
 
@@ -22,7 +22,7 @@ from pgcheck.runs.report import Report, measurement_of, not_asked_row, verdict_r
 from pgcheck.runs.runner import refuse_duplicates, run
 from pgcheck.runs.suite import problems_matching
 from pgcheck.verdicts.diagnose import diagnose, find_mistake, find_swap
-from pgcheck.verdicts.verdict import RTOL, NotAsked, Status, Verdict, measure
+from pgcheck.verdicts.verdict import RTOL, NotAsked, Space, Status, Verdict, measure
 
 AnyProblem = Problem | str
 Engine = Literal["exact"]
@@ -226,6 +226,7 @@ def compare(
     estimators: Sequence[AnyEstimator],
     problems: AnyProblem | Sequence[AnyProblem],
     *,
+    space: Space = "logits",
     budget: int = DEFAULT_BUDGET,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
@@ -234,9 +235,15 @@ def compare(
     Columns: estimator, problem, finding, rel, scale, cosine, off_axis, bias, variance (tr Cov ĝ of one batch), mse, snr,
     batches (None: exact).
 
+    Args:
+        space: `"parameters"`: of E ĝ_θ = (dz/dθ)ᵀ E ĝ against ∇_θ J, and tr Cov ĝ_θ; the finding in logits holds for every θ.
+
     Raises:
-        UsageError: two estimators of one name, or two problems.
+        UsageError: two estimators of one name, or two problems; no such space.
+        BudgetError: `space="parameters"` with more logits × parameters than fit.
     """
+    if space not in get_args(Space):
+        raise UsageError(f"space: {space!r} is not one of {', '.join(get_args(Space))}.")
     rows = []
     chosen = as_estimators(estimators)
     names = ("estimator", "problem", "finding", "rel", "scale", "cosine", "off_axis", "bias")
@@ -245,7 +252,7 @@ def compare(
     with ProgressBar() as bar:
         for p in on:
             for e, m in zip(chosen, exact_moments(chosen, p, budget=budget, progress=progress or bar), strict=True):
-                x = measure(e, p, m)
+                x = measure(e, p, m, space=space)
                 more = {"variance": x.total_variance, "mse": x.mse, "snr": x.snr, "batches": x.batches}
                 rows.append({**{name: getattr(x, name) for name in names}, **more})
     return pd.DataFrame(rows)

@@ -14,11 +14,15 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
 from pgcheck.batch import DiscountClock
+from pgcheck.envs import language
+from pgcheck.envs.language import LMTask
 from pgcheck.envs.tabular import TabularMDP
+from pgcheck.policies.transformer import TinyGPT, truncated
 from pgcheck.problem import Problem, register_problem
 
 INF = math.inf
@@ -442,3 +446,74 @@ def _entropy_fork() -> Problem:
         [[[0, 0, 1], [0, 1, 0]], [[0, 0, 1]] * 2, [[0, 0, 1]] * 2], [[0, 0]] * 3, [1, 0, 0], horizon=2, terminal=[2]
     )  # fmt: skip
     return Problem(env, [[0.0, math.log(1.5)], [0.0, 0.0], [0.0, 0.0]], entropy_coefficient=1.0, groups=1, group_size=2)
+
+
+# -- language models: a transformer writes, a program pays; one of them among the MDPs, the others for `pgcheck run lm`
+
+
+def small_transformer(task: LMTask, seed: int, *, layers: int = 1) -> TinyGPT:
+    """Just large enough for the task."""
+    longest = max(map(len, task.contexts))
+    return TinyGPT(task.vocab_size, context=longest, width=8, layers=layers, seed=seed)
+
+
+def written_by(task: LMTask, seed: int, *, layers: int = 1, **plan: int) -> Problem:
+    """The task with a small transformer of that seed."""
+    return Problem(task, small_transformer(task, seed, layers=layers), **plan)  # type: ignore[arg-type]  # sizes only
+
+
+@named("lm/parity")
+def _parity() -> Problem:
+    """A transformer writes up to three of {EOS, 1, 2}; prompt 1 wants an odd number of 1s, prompt 2 an even one."""
+    return written_by(language.parity(), 21, groups=1, group_size=3)
+
+
+@named("lm/sum-mod-3", belongs_to=None)
+def _sum_mod_3() -> Problem:
+    """A transformer of two layers writes up to three digits that must add up to those of the prompt, modulo 3."""
+    return written_by(language.sum_mod(3), 22, layers=2, groups=1, group_size=2)
+
+
+@named("lm/brackets", belongs_to=None)
+def _brackets() -> Problem:
+    """Close the brackets of the prompt in up to three tokens; half the reward, or less, while they can still be closed."""
+    return written_by(language.brackets(), 23, groups=1, group_size=3)
+
+
+@named("lm/copy", belongs_to=None)
+def _copy() -> Problem:
+    """Write the prompt again: the reward is the share of places that are right, so credit differs from token to token."""
+    return written_by(language.copy(), 24, groups=1, group_size=2)
+
+
+@named("lm/length", belongs_to=None)
+def _length() -> Problem:
+    """Every token costs, every 1 pays: return and length go together, which is where normalising by length shows."""
+    return written_by(language.length(), 25, groups=1, group_size=4)
+
+
+@named("lm/tool-dialogue", belongs_to=None)
+def _tool_dialogue() -> Problem:
+    """Answer, or ask a tool first: what it says stands in the row, is read by the transformer, and is not the policy's."""
+    return written_by(language.tool_dialogue(), 26, groups=1, group_size=2)
+
+
+def _one_prompt() -> LMTask:
+    return LMTask(
+        [(2, 1)], vocab_size=3, eos=0, max_new_tokens=3, reward=lambda prompt, text: text.count(1) - 0.5 * len(text)
+    )
+
+
+@named("lm/stale", belongs_to=None)
+def _lm_stale() -> Problem:
+    """Completions of a transformer of other weights, at temperature .8; no tool, no observation, three ratios a row."""
+    task = _one_prompt()
+    old = Problem(task, small_transformer(task, 28)).logits / 0.8
+    return replace(written_by(task, 27, groups=1, group_size=2), behavior_logits=old)
+
+
+@named("lm/top-k", belongs_to=None)
+def _lm_top_k() -> Problem:
+    """A transformer sampled with top-k = 2 of 3 tokens, as serving engines do: support is broken."""
+    problem = written_by(_one_prompt(), 27, groups=1, group_size=2)
+    return replace(problem, behavior_logits=truncated(problem.logits, top_k=2))

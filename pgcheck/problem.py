@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from pgcheck import truth
+from pgcheck.envs.language import LMTask
 from pgcheck.envs.tabular import TabularMDP
 from pgcheck.errors import ProblemError, UnknownNameError
-from pgcheck.policies.tabular import as_policy, logit_jacobian
+from pgcheck.policies.tabular import ModulePolicy, SoftmaxTable, as_policy, in_parameters, logit_gram, logit_jacobian
+from pgcheck.policies.transformer import LMPolicy
 from pgcheck.trajectories import Paths, SideTable, Trajectories, as_table, is_count
 
 TruthMethod = Literal["dynamic_programming", "enumeration", "central_differences"]
@@ -30,10 +32,12 @@ class Problem:
     """An environment, a policy and a sampling plan.
 
     Args:
-        env: a `TabularMDP`, or `Paths` (the table of rollouts itself).
-        policy: logits `[K, A]`, a module over one-hot contexts, or a policy of `pgcheck.policies`.
-        behavior_logits: `[K, A]` of the policy that draws the batches; -inf breaks its support. Default: the policy.
-        ref_logits: `[K, A]` of the reference policy of KL terms. Default: the policy.
+        env: a `TabularMDP`, `Paths` (the table of rollouts itself), or an `LMTask`, which becomes its paths.
+        policy: logits `[K, A]`, a module over one-hot contexts, or a policy of `pgcheck.policies`. With a task, a module is
+            a language model, tokens `[n, L]` -> logits `[n, L, V]`.
+        behavior_logits: `[K, A]` of the policy that draws the batches; -inf breaks its support. Default: the policy. With a
+            task, a language model will do.
+        ref_logits: `[K, A]` of the reference policy of KL terms. Default: the policy. With a task, as before.
         kl_coefficient: β, and
         entropy_coefficient: α of the objective E Σ_t γ^t (r_t − β log π/π_ref − α log π), sums over policy positions: J less
             β times the KL to the reference plus α times the entropy, those of whole rollouts where γ = 1. Where γ < 1 both
@@ -48,7 +52,7 @@ class Problem:
         ProblemError: naming the field, the value and the mend.
     """
 
-    env: TabularMDP | Paths
+    env: TabularMDP | Paths | LMTask
     policy: Any
     _: KW_ONLY
     behavior_logits: Any = None
@@ -62,8 +66,10 @@ class Problem:
     about: str = ""
 
     def __post_init__(self) -> None:
+        if isinstance(self.env, LMTask):
+            self._read(self.env)
         if not isinstance(self.env, (TabularMDP, Paths)):
-            raise ProblemError(f"env: {type(self.env).__name__}; expected a TabularMDP or Paths.")
+            raise ProblemError(f"env: {type(self.env).__name__}; expected a TabularMDP, an LMTask or Paths.")
         self._check_sampling()
         if isinstance(self.env, TabularMDP):
             given = range(self.env.states) if self.contexts is None else self.contexts
@@ -106,6 +112,15 @@ class Problem:
             raise ProblemError(
                 f"kl_coefficient: {self.kl_coefficient}, without a reference; give `ref_logits` as well."
             )
+
+    def _read(self, task: LMTask) -> None:
+        """The task as its paths, and language models as policies over its contexts."""
+        for name in ("policy", "behavior_logits", "ref_logits"):
+            given = getattr(self, name)
+            if isinstance(given, nn.Module) and not isinstance(given, (SoftmaxTable, ModulePolicy, LMPolicy)):
+                model = LMPolicy(given, task.contexts, vocab_size=task.vocab_size)
+                object.__setattr__(self, name, model if name == "policy" else model().detach())
+        object.__setattr__(self, "env", task.paths())
 
     def _check_sampling(self) -> None:
         if not is_count(self.groups):
@@ -155,8 +170,8 @@ class Problem:
 
     @cached_property
     def _paths(self) -> Paths:
-        if isinstance(self.env, Paths):
-            return self.env
+        if not isinstance(self.env, TabularMDP):
+            return self.env if isinstance(self.env, Paths) else self.env.paths()
         paths = self.env.paths()
         if self.contexts is None:
             return paths
@@ -289,9 +304,21 @@ class Problem:
         """dz/dθ, `[K·A, P]`."""
         return logit_jacobian(self.policy)
 
+    def logit_gram(self) -> Tensor:
+        """(dz/dθ)(dz/dθ)ᵀ, `[K·A, K·A]`."""
+        return self._logit_gram
+
+    @cached_property
+    def _logit_gram(self) -> Tensor:
+        return logit_gram(self.policy)
+
     def parameter_gradient(self) -> Tensor:
         """∇_θ J = (dz/dθ)ᵀ ∇_z J, `[P]`, in the order of `policy.parameters()`."""
-        return self.logit_jacobian().T @ self.gradient().reshape(-1)
+        return self.in_parameters(self.gradient())
+
+    def in_parameters(self, x: Tensor) -> Tensor:
+        """(dz/dθ)ᵀ x, `[P]`, of `x` `[K, A]` in logit space; one backward pass."""
+        return in_parameters(self.policy, x)
 
     # -- identity
 
@@ -313,11 +340,16 @@ class Problem:
         ):
             h.update(x.contiguous().numpy().tobytes())
         for x in (t.logits, self.behavior_logits, self.ref_logits):
-            h.update(b"none" if x is None else x.contiguous().numpy().tobytes())
+            h.update(b"none" if x is None else self.pinned(x).contiguous().numpy().tobytes())
         h.update(repr((float(p.discount), p.discount_clock, self.sizes)).encode())
         if not self.plain_objective:
             h.update(repr((self.kl_coefficient, self.entropy_coefficient)).encode())
         return h.hexdigest()[:16]
+
+    def pinned(self, logits: Tensor) -> Tensor:
+        """Logits as the identity of the problem has them: those of a language model, whose last bits differ from
+        machine to machine, to nine decimals."""
+        return logits.round(decimals=9) + 0.0 if isinstance(self.policy, LMPolicy) else logits
 
     def at(self, draw: int) -> Problem:
         """The same problem at another θ: every parameter moved by a seeded normal draw of standard deviation 1/2.

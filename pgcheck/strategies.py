@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from pgcheck.batch import DISCOUNT_CLOCKS, Batch, DiscountClock
 from pgcheck.engines.enumeration import count_multisets
+from pgcheck.envs.language import LMTask, Tokens
 from pgcheck.envs.tabular import TabularMDP
 from pgcheck.errors import UsageError
 from pgcheck.estimators import advantages as adv
@@ -50,6 +51,7 @@ from pgcheck.estimators.base import (
 )
 from pgcheck.estimators.zoo import compose, own_share_of_batch, own_share_of_groups
 from pgcheck.policies.tabular import LinearPolicy, ModulePolicy, SoftmaxTable
+from pgcheck.policies.transformer import TinyGPT
 from pgcheck.problem import Problem
 from pgcheck.trajectories import SideTable
 
@@ -377,6 +379,20 @@ def _count_batches(rollouts: Sequence[int], sizes: tuple[int, ...]) -> int:
     return count
 
 
+def _plans_within(grouping: Grouping, *, min_group_size: int, min_rows: int, max_rows: int) -> list[tuple[int, ...]]:
+    plans = [s for s in _plans(max_rows, grouping) if min(s) >= min_group_size and sum(s) >= min_rows]
+    if not plans:
+        raise UsageError(
+            f"grouping: no '{grouping}' plan has {min_rows} to {max_rows} rows in groups of {min_group_size} or more."
+        )
+    return plans
+
+
+def _affordable(plans: Sequence[tuple[int, ...]], rollouts: Sequence[int], most: int) -> tuple[int, ...] | None:
+    """The last of the plans with at most so many batches."""
+    return next((s for s in reversed(plans) if _count_batches(rollouts, s) <= most), None)
+
+
 @st.composite
 def problems(
     draw: st.DrawFn,
@@ -412,17 +428,12 @@ def problems(
     Raises:
         UsageError: no sampling plan has such sizes.
     """
-    plans = [s for s in _plans(max_rows, grouping) if min(s) >= min_group_size and sum(s) >= min_rows]
-    if not plans:
-        raise UsageError(
-            f"grouping: no '{grouping}' plan has {min_rows} to {max_rows} rows in groups of {min_group_size} or more."
-        )
+    plans = _plans_within(grouping, min_group_size=min_group_size, min_rows=min_rows, max_rows=max_rows)
     chosen = draw(st.integers(0, len(plans) - 1))
     b = Bounds(**bounds)
     drawn = _mdp(draw, b)
     env, acting = drawn.env, drawn.roles.acting
-    cheap = [s for s in plans[: chosen + 1] if _count_batches(drawn.rollouts, s) <= max_batches] or plans[:1]
-    sizes = cheap[-1]
+    sizes = _affordable(plans[: chosen + 1], drawn.rollouts, max_batches) or plans[0]
 
     contexts = None
     if _flag(draw, shared_contexts):
@@ -462,6 +473,91 @@ _BEHAVIORS: dict[bool | None, tuple[BehaviorKind, ...]] = {
     True: ("stale", "drifted", "temperature"),
     False: ("truncated",),
 }
+
+
+# -- language models
+
+
+@dataclass(frozen=True)
+class TableReward:
+    """Each completion of each prompt has a value of its own; the rest 0."""
+
+    values: Mapping[tuple[Tokens, Tokens], float]
+
+    def __call__(self, prompt: Tokens, text: Tokens) -> float:
+        return self.values.get((prompt, text), 0.0)
+
+
+def _tool(prompt: Tokens, text: Tokens) -> Tokens:
+    """Answers every 1 with the last token of the prompt."""
+    return prompt[-1:] if text[-1] == 1 else ()
+
+
+@st.composite
+def lm_tasks(
+    draw: st.DrawFn,
+    *,
+    max_vocab: int = 3,
+    max_new_tokens: int = 3,
+    max_prompts: int = 2,
+    max_completions: int = 20,
+    rewards: Sequence[float] = REWARDS,
+    eos: bool | None = None,
+    tool: bool | None = None,
+) -> LMTask:
+    """Tasks with a reward drawn for each completion; `eos` and `tool`: True asks for one, False rules it out.
+
+    The simplest: one prompt, two tokens, one of them written, no eos, no tool, rewards 0.
+    """
+    V, T = draw(st.integers(2, max_vocab)), draw(st.integers(1, max_new_tokens))
+    prompts = [(1,), (1, 1)][: min(draw(st.integers(1, max_prompts)), 2)]
+    stops, answers = _flag(draw, eos), _flag(draw, tool)
+
+    def task(tokens: int, reward: Callable[[Tokens, Tokens], float]) -> LMTask:
+        return LMTask(
+            prompts, vocab_size=V, eos=0 if stops else None, max_new_tokens=tokens, reward=reward,
+            tool=_tool if answers else None,
+        )  # fmt: skip
+
+    found = [task(t, TableReward({})) for t in range(T, 0, -1)]
+    plain = next((x for x in found if x.completions <= max_completions), found[-1])
+    values = {(prompts[s], text): draw(st.sampled_from(rewards)) for s, text, _ in plain.texts}
+    return task(plain.max_new_tokens, TableReward(values))
+
+
+@st.composite
+def lm_problems(
+    draw: st.DrawFn,
+    *,
+    off_policy: bool | None = None,
+    full_support: bool | None = None,
+    grouping: Grouping = "any",
+    min_group_size: int = 1,
+    min_rows: int = 1,
+    max_rows: int = 4,
+    max_batches: int = 2000,
+    name: str = "random/lm",
+    **task: Any,
+) -> Problem:
+    """A task of `lm_tasks(**task)` with a transformer of 4 units and one or two layers; the rest as in `problems`.
+
+    Raises:
+        UsageError: no sampling plan has such sizes.
+    """
+    plans = _plans_within(grouping, min_group_size=min_group_size, min_rows=min_rows, max_rows=max_rows)
+    chosen = draw(st.integers(0, len(plans) - 1))
+    drawn = draw(lm_tasks(**task))
+    rollouts = [drawn.completions // len(drawn.prompts)] * len(drawn.prompts)
+    sizes = _affordable(plans[: chosen + 1], rollouts, max_batches) or plans[0]
+    layers, seed = draw(st.integers(1, 2)), draw(st.integers(0, 99))
+    model = TinyGPT(drawn.vocab_size, context=max(map(len, drawn.contexts)), width=4, layers=layers, seed=seed)
+    problem = Problem(
+        drawn, model, groups=len(sizes), group_size=sizes[0] if len(set(sizes)) == 1 else sizes, name=name
+    )  # fmt: skip
+    if not _flag(draw, True if full_support is False else off_policy):
+        return problem
+    behavior = _behavior(draw, problem.logits, _BEHAVIORS[full_support], most=(0, 0))
+    return replace(problem, behavior_logits=behavior)
 
 
 # Keywords of `problems` by the name of the condition they meet, or make likely ("unequal lengths").

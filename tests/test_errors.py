@@ -6,10 +6,10 @@ To add one, append three lines to its section below:
     pgcheck.check_estimator("grop")
     ''')
 
-The code is run as it stands, in a folder of its own, with `pgcheck`, `torch`, `mdp(**changes)`, `rollouts(**changes)`,
-`suite(toml)`, `number(quantity, **arguments)` and `without(package)` at hand; it must end in an error. Code that starts with
-`$` is a command line; it must end with exit code 2 (or `exit_code=`) and say why on stderr. Then write the document anew and
-read the diff:
+The code is run as it stands, in a folder of its own, with `pgcheck`, `torch`, `mdp(**changes)`, `task(**changes)`,
+`rollouts(**changes)`, `suite(toml)`, `number(quantity, **arguments)` and `without(package)` at hand; it must end in an error.
+Code that starts with `$` is a command line; it must end with exit code 2 (or `exit_code=`) and say why on stderr. Then write
+the document anew and read the diff:
 
     PGCHECK_UPDATE_SNAPSHOTS=1 python -m pytest tests/test_errors.py
 
@@ -361,6 +361,10 @@ from pgcheck.side import Continuations
 Continuations(draws=0)
 ''')  # fmt: skip
 
+case("a space that is none", '''
+pgcheck.compare(["reinforce"], "bandit/two-arm", space="weights")
+''')  # fmt: skip
+
 case = section("Budgets")
 
 case("too many batches", '''
@@ -462,6 +466,74 @@ class Fixed(torch.nn.Module):
     def forward(self, x):
         return torch.zeros(2, 2, dtype=torch.float64)
 pgcheck.Problem(mdp(), Fixed()).parameter_gradient()
+''')  # fmt: skip
+
+case("parameters too many for a Jacobian", '''
+model = pgcheck.TinyGPT(6, width=96)
+pgcheck.Problem(task(vocab_size=6, max_new_tokens=4), model).logit_jacobian()
+''')  # fmt: skip
+
+case = section("Language models")
+
+for title, changes in {
+    "a vocabulary without a choice": "vocab_size=1",
+    "no token to write": "max_new_tokens=0",
+    "an eos outside the vocabulary": "eos=3",
+    "a reward that is no function": "reward=1.0",
+    "a prompt without tokens": "prompts=[(1,), ()]",
+    "a prompt outside the vocabulary": "prompts=[(1, 7)]",
+    "a prompt given twice": "prompts=[(1,), (1,)]",
+    "too many completions": "vocab_size=50, max_new_tokens=8",
+    "too many completions of any length": "vocab_size=50_000, max_new_tokens=4096",
+}.items():
+    case(title, f"task({changes})")
+for title, changes in {
+    "a reward that raises": "reward=lambda prompt, completion: 1 / (len(completion) - 1)",
+    "a reward that is NaN": "reward=lambda prompt, completion: float('nan') if completion == (1, 0) else 1.0",
+    "a reward for each token": "reward=lambda prompt, completion: [0.0] * len(completion)",
+    "a batched reward that raises": "reward=lambda prompts, completions: prompts + 1, batched=True",
+    "a batched reward of another length": "reward=lambda prompts, completions: [1.0], batched=True",
+    "a batched reward that is one number": "reward=lambda prompts, completions: torch.tensor(1.0), batched=True",
+    "a reward that looks at other rows": "reward=lambda prompts, completions: range(len(completions)), batched=True",
+    "a tool that raises": "tool=lambda prompt, completion: completion[7]",
+    "a tool that does not repeat itself": "tool=lambda prompt, completion, n=iter(range(9)): (next(n),)",
+    "a tool that says what is no token": "tool=lambda prompt, completion: (9,)",
+}.items():
+    case(title, f"task({changes}).paths()")
+case("a reward that counts its calls", '''
+calls = []
+task(reward=lambda prompt, completion: float(len(calls.append(1) or calls))).paths()
+''')  # fmt: skip
+case("a prompt longer than the model's context", '''
+pgcheck.Problem(task(prompts=[(1,) * 8]), pgcheck.TinyGPT(3, context=8))
+''')  # fmt: skip
+case("another vocabulary", '''
+pgcheck.Problem(task(), pgcheck.TinyGPT(4))
+''')  # fmt: skip
+case("logits that are NaN", '''
+model = pgcheck.TinyGPT(3)
+with torch.no_grad():
+    model.head.bias[1] = float("nan")
+pgcheck.Problem(task(), model)
+''')  # fmt: skip
+case("a model with dropout", '''
+pgcheck.Problem(task(), torch.nn.Sequential(pgcheck.TinyGPT(3), torch.nn.Dropout(0.1)))
+''')  # fmt: skip
+case("a model that raises", '''
+pgcheck.Problem(task(), torch.nn.Linear(3, 3))
+''')  # fmt: skip
+case("a model that looks ahead", '''
+class Bidirectional(torch.nn.Module):
+    def forward(self, tokens):
+        return torch.nn.functional.one_hot(tokens, 3).double().mean(1, keepdim=True).expand(-1, tokens.shape[1], -1)
+pgcheck.Problem(task(), Bidirectional())
+''')  # fmt: skip
+case("a width that the heads do not divide", '''
+pgcheck.TinyGPT(3, width=9, heads=2)
+''')  # fmt: skip
+case("top-k that leaves nothing", '''
+from pgcheck.policies import truncated
+truncated(torch.zeros(1, 3), top_k=0)
 ''')  # fmt: skip
 
 case = section("Tables of rollouts")
@@ -972,6 +1044,18 @@ def mdp(**changes: Any) -> pgcheck.TabularMDP:
     return pgcheck.TabularMDP(**(given | changes))
 
 
+def task(**changes: Any) -> pgcheck.LMTask:
+    """One prompt, three tokens, at most two of them written."""
+    given: dict[str, Any] = {
+        "prompts": [(1, 2)],
+        "vocab_size": 3,
+        "eos": 0,
+        "max_new_tokens": 2,
+        "reward": lambda prompt, completion: float(len(completion)),
+    }
+    return pgcheck.LMTask(**(given | changes))
+
+
 def rollouts(**changes: Any) -> pgcheck.Paths:
     """One step, one start, two actions."""
     given: dict[str, Any] = {
@@ -1062,7 +1146,7 @@ def run_case(c: Case) -> Outcome:
 
 
 def _statements(c: Case) -> tuple[str, bool]:
-    helpers = {"mdp": mdp, "rollouts": rollouts, "suite": suite, "number": number, "without": without}
+    helpers = {"mdp": mdp, "task": task, "rollouts": rollouts, "suite": suite, "number": number, "without": without}
     names = helpers | {"pgcheck": pgcheck, "torch": torch}
     try:
         exec(compile(c.code, "example.py", "exec"), names | {"__name__": "example"})

@@ -19,6 +19,7 @@ from pgcheck import Problem, strategies
 from pgcheck.engines.enumeration import Batches
 from pgcheck.engines.exact import exact_moments
 from pgcheck.estimators.base import find_estimator
+from pgcheck.policies import LMPolicy
 from pgcheck.render.code import problem_code
 
 SMALLEST = """\
@@ -292,3 +293,44 @@ def test_bounds_that_leave_nothing(bounds: dict[str, Any], message: str) -> None
 def test_hypothesis_is_imported_only_when_used(command: str) -> None:
     code = f"import sys; {command}; assert not {{'hypothesis'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# -- language models
+
+
+@settings(max_examples=40)
+@given(st.data())
+def test_language_models_are_within_their_bounds(data: st.DataObject) -> None:
+    """At most 20 completions; 400 batches leave room for two rows of any of them."""
+    off_policy, full_support, tool, eos = (data.draw(st.sampled_from([None, True, False])) for _ in range(4))
+    wanted = strategies.lm_problems(
+        off_policy=off_policy, full_support=full_support, tool=tool, eos=eos, min_rows=2, max_batches=400
+    )  # fmt: skip
+    problem = data.draw(wanted)
+    table = problem.trajectories
+    assert len(table) <= 20
+    assert Batches(table, problem.sizes).count <= 400
+    assert 2 <= problem.rows <= 4
+    assert isinstance(problem.policy, LMPolicy)
+    assert problem.full_support or full_support is not True
+    if full_support is False:
+        assert not problem.full_support
+    elif off_policy is not None:
+        assert problem.on_policy is not off_policy
+    if eos is False and tool is False:
+        assert problem.fixed_length
+    if tool is False:
+        assert bool((table.paths.mask.cumsum(-1)[:, -1:] == table.paths.end.unsqueeze(-1)).all())
+
+
+def test_language_models_shrink() -> None:
+    """To one prompt, two tokens of which one is written, and rewards 0; where a bias shows, one reward of 1."""
+    plain = smallest(strategies.lm_problems(), lambda p: True)
+    assert len(plain.trajectories) == 2
+    assert float(plain.trajectories.paths.reward.abs().sum()) == 0
+    shown = smallest(
+        strategies.lm_problems(off_policy=False, min_group_size=2, max_prompts=1, max_vocab=2, max_new_tokens=1),
+        is_biased("batch_mean"),
+    )
+    assert (len(shown.trajectories), shown.sizes) == (2, (2,))
+    assert sorted(shown.trajectories.paths.reward.flatten().tolist()) == [0.0, 1.0]

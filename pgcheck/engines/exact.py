@@ -40,6 +40,7 @@ from pgcheck.trajectories import SideTable, Trajectories, is_count
 DEFAULT_BUDGET = 5_000_000
 LOOP_COST = 300  # one batch in a Python loop costs about this many vectorised ones
 _BLOCK_ELEMENTS = 120_000  # positions of a block: what stays in cache
+_PAIR_COST = 100  # adding one product to its place costs about this many multiplications of a matrix product
 
 
 @dataclass(frozen=True)
@@ -153,13 +154,20 @@ def accumulate(
         batch = table.batch(index, batches.labels, logits=logits)
         cell = cells_of(table, index, logits=logits)
         start = table.paths.start[index[:, 0]] if by_start else None
+        sparse = not logits and _PAIR_COST * cell.shape[1] ** 2 < cells**2
+        pairs = (cell.unsqueeze(2) * cells + cell.unsqueeze(1)).flatten() if sparse else cell
         for j, e in enumerate(estimators):
             c = coefficients_of(e, batch).to(torch.float64)
             x = scattered(c, cell, cells)
             wx = x * weight.unsqueeze(-1)
             of_start = wx.sum(0, keepdim=True) if start is None else torch.zeros_like(first[j]).index_add_(0, start, wx)
             _compensated_add(first[j], lost[j], of_start)
-            second[j] += x.T @ wx
+            if sparse:  # x = Σ c e_cell, so that x xᵀ = Σ c c' e_cell e_cell'ᵀ
+                flat = c.flatten(1)
+                products = flat.unsqueeze(2) * (flat * weight.unsqueeze(-1)).unsqueeze(1)
+                second[j].view(-1).index_add_(0, pairs, products.flatten())
+            else:
+                second[j] += x.T @ wx
             weighted = c * weight.reshape(-1, *[1] * (c.dim() - 1))
             of_rollout[j].index_add_(0, index.flatten(), weighted.flatten(0, 1))
         done += len(index)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pgcheck.errors import UsageError
-from pgcheck.policies.tabular import logit_jacobian
+from pgcheck.policies.tabular import in_parameters, logit_gram, logit_jacobian
 
 Progress = Callable[[str, int, int], None]
 # (what, batches done, batches in all): called between blocks of anything that has run for two seconds
@@ -57,10 +57,31 @@ class Moments:
         Raises:
             UsageError: the moments were made without a policy.
         """
+        jacobian = logit_jacobian(self._to_parameters)
+        return jacobian.T @ self.mean.reshape(-1), jacobian.T @ self.covariance @ jacobian
+
+    def mean_in_parameters(self) -> Tensor:
+        """E ĝ_θ = (dz/dθ)ᵀ E ĝ, `[P]`: one backward pass, however large P is.
+
+        Raises:
+            UsageError: the moments were made without a policy.
+        """
+        return in_parameters(self._to_parameters, self.mean)
+
+    def total_variance_in_parameters(self) -> float:
+        """tr Cov ĝ_θ = Σ Cov ĝ · (dz/dθ)(dz/dθ)ᵀ, without a `[P, P]` matrix.
+
+        Raises:
+            UsageError: the moments were made without a policy.
+            BudgetError: dz/dθ has too many entries.
+        """
+        return float((self.covariance * logit_gram(self._to_parameters)).sum())
+
+    @property
+    def _to_parameters(self) -> nn.Module:
         if self.policy is None:
             raise UsageError("policy: these moments were made without one, so there are no parameters to go to.")
-        jacobian = logit_jacobian(self.policy)
-        return jacobian.T @ self.mean.reshape(-1), jacobian.T @ self.covariance @ jacobian
+        return self.policy
 
 
 def covariance_from(second: Tensor, mean: Tensor) -> Tensor:

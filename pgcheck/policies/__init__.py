@@ -1,5 +1,6 @@
 """Policies: maps from contexts to logits, `[K, A]`."""
 
 from pgcheck.policies.tabular import LinearPolicy, ModulePolicy, Policy, SoftmaxTable, as_policy
+from pgcheck.policies.transformer import LMPolicy, TinyGPT, truncated
 
-__all__ = ["LinearPolicy", "ModulePolicy", "Policy", "SoftmaxTable", "as_policy"]
+__all__ = ["LMPolicy", "LinearPolicy", "ModulePolicy", "Policy", "SoftmaxTable", "TinyGPT", "as_policy", "truncated"]

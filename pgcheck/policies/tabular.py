@@ -1,7 +1,7 @@
 """Softmax policies over a finite set of contexts: tables, linear features, any torch module over one-hot contexts.
 
 A policy enters pgcheck only as logits z(θ) `[K, A]` and their Jacobian dz/dθ `[K·A, P]`: every verdict is in logit
-space, and `E ĝ_θ = (dz/dθ)ᵀ E ĝ` carries it to the parameters.
+space, and `E ĝ_θ = (dz/dθ)ᵀ E ĝ` carries it to the parameters: one backward pass, without the Jacobian.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pgcheck.errors import ProblemError, in_words
+from pgcheck.errors import BudgetError, ProblemError, in_words
+from pgcheck.policies.transformer import LMPolicy
 from pgcheck.trajectories import as_table
 
 Policy = Callable[[], Tensor]
@@ -70,7 +71,7 @@ def as_policy(policy: Any, contexts: int) -> nn.Module:
     Raises:
         ProblemError: logits that are not a finite `[K, A]` table of numbers.
     """
-    if isinstance(policy, (SoftmaxTable, ModulePolicy)):
+    if isinstance(policy, (SoftmaxTable, ModulePolicy, LMPolicy)):
         built: nn.Module = copy.deepcopy(policy)  # a problem is frozen, whatever an optimiser does later
     elif isinstance(policy, nn.Module):
         built = ModulePolicy(policy, contexts=contexts)
@@ -90,8 +91,11 @@ def as_policy(policy: Any, contexts: int) -> nn.Module:
     return built
 
 
-def logit_jacobian(policy: nn.Module) -> Tensor:
-    """dz/dθ, `[K·A, P]`, columns in the order of `policy.parameters()`.
+JACOBIAN_ELEMENTS = 2**27  # 1 GiB: most entries of a dense dz/dθ
+
+
+def _parameters_of(policy: nn.Module) -> dict[str, Tensor]:
+    """θ by name, those that an optimiser would leave alone included.
 
     Raises:
         ProblemError: the policy has no parameters.
@@ -99,10 +103,59 @@ def logit_jacobian(policy: nn.Module) -> Tensor:
     named = {name: p.detach() for name, p in policy.named_parameters()}
     if not named:
         raise ProblemError("policy: it has no parameters, so there is nothing to take a gradient in.")
+    return named
 
-    def logits(parameters: dict[str, Tensor]) -> Tensor:
-        out: Tensor = torch.func.functional_call(policy, parameters, ())
-        return out.reshape(-1)
 
-    jacobian = torch.func.jacrev(logits)(named)
-    return torch.cat([jacobian[name].reshape(jacobian[name].shape[0], -1) for name in named], -1).detach()
+def in_parameters(policy: nn.Module, x: Tensor) -> Tensor:
+    """(dz/dθ)ᵀ x, `[P]` in the order of `policy.parameters()`, of `x` `[K, A]`: one backward pass of Σ x · z.
+
+    Raises:
+        ProblemError: the policy has no parameters.
+    """
+    leaves = {name: p.clone().requires_grad_(True) for name, p in _parameters_of(policy).items()}
+    z: Tensor = torch.func.functional_call(policy, leaves, ())
+    found = torch.autograd.grad(z, list(leaves.values()), x.reshape(z.shape), materialize_grads=True)
+    return torch.cat([g.reshape(-1) for g in found])
+
+
+def logit_jacobian(policy: nn.Module) -> Tensor:
+    """dz/dθ, `[K·A, P]`, columns in the order of `policy.parameters()`.
+
+    Raises:
+        ProblemError: the policy has no parameters.
+        BudgetError: the table does not fit.
+    """
+    named = _parameters_of(policy)
+    K, A = policy().shape
+    P = sum(p.numel() for p in named.values())
+    if K * A * P > JACOBIAN_ELEMENTS:
+        raise BudgetError(
+            f"policy: the Jacobian of {K * A:,} logits in {P:,} parameters has {K * A * P:,} entries; at most"
+            f" {JACOBIAN_ELEMENTS:,} are made. A mean in parameters needs none of it; for a variance take fewer contexts or a"
+            " smaller model."
+        )
+
+    def jacobian(*part: int) -> Tensor:
+        def logits(parameters: dict[str, Tensor]) -> Tensor:
+            out: Tensor = torch.func.functional_call(policy, parameters, part)
+            return out.reshape(-1)
+
+        found = torch.func.jacrev(logits)(named)
+        return torch.cat([found[name].reshape(found[name].shape[0], -1) for name in named], -1).detach()
+
+    if not isinstance(policy, LMPolicy):
+        return jacobian()
+    out = torch.empty(K, A, P, dtype=torch.float64)
+    for part, contexts in enumerate(policy.parts):  # a context's logits depend on its own text only
+        out[contexts] = jacobian(part).unflatten(0, (-1, A))
+    return out.flatten(0, 1)
+
+
+def logit_gram(policy: nn.Module) -> Tensor:
+    """(dz/dθ)(dz/dθ)ᵀ, `[K·A, K·A]`: tr((dz/dθ)ᵀ Cov (dz/dθ)) is Σ Cov · Gram, without a `[P, P]` matrix.
+
+    Raises:
+        ProblemError, BudgetError: as `logit_jacobian`.
+    """
+    jacobian = logit_jacobian(policy)
+    return jacobian @ jacobian.T

@@ -1,13 +1,14 @@
 """A problem as code that makes it again.
 
 Guarantee: `eval` of what `problem_code` returns, with `pgcheck` at hand, is a problem of the same digest: every number is
-written so that it reads back to the last bit.
+written so that it reads back to the last bit; those of a language model are pinned to nine decimals first.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -43,6 +44,9 @@ def _argument(name: str, x: Any, indent: str) -> str:
     if isinstance(x, Tensor) and x.dim() > 1 and len(start) + len(text) >= _WIDTH:
         rows = "".join(f"{indent}    {literal(row)},\n" for row in x)
         text = f"[\n{rows}{indent}]"
+    elif isinstance(x, Tensor) and len(text) >= _WIDTH:
+        inner = indent + "    "
+        text = f"[\n{textwrap.fill(text[1:-1], _WIDTH, initial_indent=inner, subsequent_indent=inner)}\n{indent}]"
     return f"{start}{text},\n"
 
 
@@ -88,13 +92,15 @@ def _environment(env: TabularMDP | Paths, indent: str) -> Code:
 def problem_code(problem: Problem) -> str:
     """`pgcheck.Problem(…)`, an expression. The policy is written as its table of logits, whatever made them: they are what
     decides every expectation in logit space."""
-    more = {name: x for name in ("behavior_logits", "ref_logits") if (x := getattr(problem, name)) is not None}
+    given = {name: getattr(problem, name) for name in ("behavior_logits", "ref_logits")}
+    more = {name: problem.pinned(x) for name, x in given.items() if x is not None}
     more |= {name: x for name in ("kl_coefficient", "entropy_coefficient") if (x := getattr(problem, name))}
     plan = {"groups": problem.groups} if problem.groups > 1 else {}
     where = {} if problem.contexts is None else {"contexts": list(problem.contexts)}
     words = _without({"name": _NAME, "about": _ABOUT}, name=problem.name, about=problem.about)
     settings = more | plan | {"group_size": problem.group_size} | where | words
-    return _call("pgcheck.Problem", [_environment(problem.env, "    "), problem.logits], settings, "")
+    env = problem.env if isinstance(problem.env, TabularMDP) else problem.trajectories.paths
+    return _call("pgcheck.Problem", [_environment(env, "    "), problem.pinned(problem.logits)], settings, "")
 
 
 def estimator_code(command: str) -> str:

@@ -30,6 +30,7 @@ from pgcheck.problem import Problem
 RTOL = 1e-9
 
 Finding = Literal["unbiased", "proportional", "biased"]
+Space = Literal["logits", "parameters"]
 
 
 class Status(StrEnum):
@@ -128,12 +129,22 @@ class Measurement:
         return gap / self.size
 
 
-def measure(estimator: Estimator, problem: Problem, moments: Moments, *, rtol: float = RTOL) -> Measurement:
-    """Judge moments against the truth of the problem."""
-    g, m = problem.gradient(), moments.mean
+def measure(
+    estimator: Estimator, problem: Problem, moments: Moments, *, rtol: float = RTOL, space: Space = "logits"
+) -> Measurement:
+    """Judge moments against the truth of the problem.
+
+    `space="parameters"`: E ĝ_θ against ∇_θ J and with tr Cov ĝ_θ, both gradients as `[1, P]`; not split by step. Unbiased in
+    logits is unbiased in every parametrisation, so that is what claims are judged in.
+    """
+    g, m, variance = problem.gradient(), moments.mean, moments.total_variance
+    split = moments.by_step is not None and space == "logits"
+    if space == "parameters":
+        g, m = (x.unsqueeze(0) for x in (problem.parameter_gradient(), moments.mean_in_parameters()))
+        variance = float((moments.covariance * problem.logit_gram()).sum())  # made once for all estimators
     numbers = direction(m, g)
     # E‖ĝ‖² ≥ ‖E ĝ‖²; said again because a variance of 0 is known to rounding only
-    norms = [float(g.norm()), float(m.norm()), math.sqrt(max(moments.second_moment, 0.0))]
+    norms = [float(g.norm()), float(m.norm()), math.sqrt(max(variance + float((m**2).sum()), 0.0))]
     size = max(norms) if all(map(math.isfinite, norms)) else math.nan  # a NaN must not hide in the maximum
     # Where every return is the same, g is 0 but for rounding, and so may ĝ be: rounding is not judged against rounding.
     rounding = 16 * torch.finfo(g.dtype).eps * float(problem.trajectories.paths.reward.abs().sum(-1).max())
@@ -141,7 +152,6 @@ def measure(estimator: Estimator, problem: Problem, moments: Moments, *, rtol: f
         m, g, size = torch.zeros_like(m), torch.zeros_like(g), 0.0
         numbers = direction(m, g)
     bias = float((m - g).norm())
-    variance = moments.total_variance
     finding: Finding = "biased"
     if not math.isfinite(size):
         pass  # nothing is within a tolerance that is no number
@@ -169,8 +179,8 @@ def measure(estimator: Estimator, problem: Problem, moments: Moments, *, rtol: f
         lane=moments.lane,
         expected=m,
         truth=g,
-        worst_step=_worst_step(moments, problem),
-        by_step=() if moments.by_step is None else steps(moments.by_step, problem.gradient_by_step(), g),
+        worst_step=_worst_step(moments, problem) if split else None,
+        by_step=() if moments.by_step is None or not split else steps(moments.by_step, problem.gradient_by_step(), g),
     )
 
 

@@ -19,7 +19,8 @@ from pgcheck.errors import BudgetError, EstimatorError
 from pgcheck.estimators import zoo  # noqa: F401  (fills the registry)
 from pgcheck.estimators.base import Estimator, find_estimator, from_coefficients, registered_estimators
 from pgcheck.estimators.from_loss import from_loss
-from pgcheck.problem import Problem
+from pgcheck.estimators.lookup import FILLED_BY  # noqa: F401  (fills the registries)
+from pgcheck.problem import Problem, find_problem
 from tests.engines.oracle import bandit, brute_force, dialogue, every_batch, rollout_chances, walk
 
 TOLERANCE = 1e-10
@@ -486,3 +487,17 @@ def test_coefficients_in_single_precision_are_taken() -> None:
     problem = walk(group_size=2)
     (found,) = exact_moments([single], problem)
     torch.testing.assert_close(found.mean, problem.gradient(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["tree/tokens", "dialogue/unequal-groups", "off-policy/tree-stale", "lm/sum-mod-3"])
+def test_second_moments_product_by_product(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """E x xᵀ from the few places that a batch touches, or by a matrix product: the same, rollouts of a place twice included."""
+    estimators = [find_estimator(e) for e in ("reinforce", "grpo", "batch_mean")]
+    problem = find_problem(name)
+    found = {}
+    for cost in (0, 10**12):
+        monkeypatch.setattr(exact, "_PAIR_COST", cost)
+        found[cost] = exact_moments(estimators, problem)
+    for few, all_ in zip(found[0], found[10**12], strict=True):
+        assert torch.equal(few.mean, all_.mean)
+        torch.testing.assert_close(few.covariance, all_.covariance, rtol=0, atol=1e-14 * (1 + all_.second_moment))

@@ -17,6 +17,7 @@ import torch
 from pgcheck.engines.exact import exact_moments
 from pgcheck.estimators.base import find_estimator
 from pgcheck.estimators.broken import BROKEN, STALE
+from pgcheck.policies import LMPolicy
 from pgcheck.problem import Problem, doubles, find_problem, problem_sets
 from pgcheck.runs.report import Report
 from pgcheck.verdicts.checks import registered_checks
@@ -181,6 +182,12 @@ def there_are_fewer_parameters_than_logits(p: Problem) -> bool:
     K, A = p.logits.shape
     moved = p.logit_jacobian().unflatten(0, (K, A))
     return bool(torch.linalg.matrix_rank((moved - moved.mean(1, keepdim=True)).flatten(0, 1)) < K * (A - 1))
+
+
+@guarded_by("lm/parity")
+def a_network_moves_the_logits_of_all_contexts_together(p: Problem) -> bool:
+    """More parameters than logits, and still no context can be moved without the others: a transformer reads them all."""
+    return isinstance(p.policy, LMPolicy) and sum(x.numel() for x in p.policy.parameters()) > p.logits.numel()
 
 
 @guarded_by("tree/binary")

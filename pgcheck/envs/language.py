@@ -1,0 +1,310 @@
+"""`LMTask`: prompts, a vocabulary and a reward on the finished text: what a language model is trained on, made small.
+
+A policy writes at most `max_new_tokens` tokens after a prompt and stops at `eos`. Every completion is a rollout, its reward
+sits on its last token, and the context of a token is what the model reads: prompt + everything after it so far. With a
+`tool`, tokens that the policy did not write may follow one that it did; their mask is 0.
+
+    completions of a prompt = Σ_{t ≤ T} (V − 1)^(t−1) + (V − 1)^T        (V^T without an eos)
+
+Guarantee: the number of completions is known, and refused if too large, before one is made; the reward is called twice on
+everything, in opposite order, and a reward that depends on anything but (prompt, completion) is an error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
+from numbers import Integral
+from typing import Any
+
+import torch
+
+from pgcheck.errors import BudgetError, ProblemError, in_words
+from pgcheck.trajectories import Paths, is_count
+
+Tokens = tuple[int, ...]
+Reward = Callable[[Any, Any], Any]
+# (prompt, completion) -> float, both tuples of tokens; with batched=True, lists of those -> as many floats. A completion has
+# everything after the prompt: the policy's tokens, a tool's, and the eos if it was written.
+Tool = Callable[[Tokens, Tokens], Sequence[int]]
+# (prompt, what follows it so far, the last token just written) -> tokens that are put after it, often none
+
+
+@dataclass(frozen=True, eq=False)
+class LMTask:
+    """Prompts and a reward.
+
+    Args:
+        prompts: token ids of each, at least one token; drawn uniformly.
+        vocab_size: V; tokens are 0 … V − 1.
+        eos: the token that ends a completion; None: every completion has `max_new_tokens`.
+        max_new_tokens: most tokens that the policy writes.
+        reward: see `Reward`; what is correct is correct for these tokens and nothing else.
+        batched: whether `reward` takes lists of prompts and completions.
+        tool: see `Tool`; it is not asked after the last token.
+        max_completions: more are refused.
+
+    Raises:
+        ProblemError: naming the argument, the value and the mend.
+        BudgetError: too many completions; with their number and what to change.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    _: KW_ONLY
+    vocab_size: int
+    eos: int | None
+    max_new_tokens: int
+    reward: Reward
+    batched: bool = False
+    tool: Tool | None = None
+    max_completions: int = 10_000
+
+    def __post_init__(self) -> None:
+        if not is_count(self.vocab_size) or self.vocab_size < 2:
+            raise ProblemError(f"vocab_size: {self.vocab_size!r}; a policy needs at least two tokens to choose from.")
+        if not is_count(self.max_new_tokens):
+            raise ProblemError(f"max_new_tokens: {self.max_new_tokens!r}; it must be an integer of at least 1.")
+        if self.eos is not None and not self._is_token(self.eos):
+            raise ProblemError(f"eos: {self.eos!r}; expected one of the tokens 0 … {self.vocab_size - 1}, or None.")
+        for name in ("reward", "tool"):
+            if not callable(getattr(self, name)) and (name, self.tool) != ("tool", None):
+                raise ProblemError(f"{name}: {getattr(self, name)!r}; expected a function of (prompt, completion).")
+        asked: Any = self.prompts.tolist() if hasattr(self.prompts, "tolist") else self.prompts
+        given = [tuple(p) if isinstance(p, Sequence) else () for p in asked] if isinstance(asked, Sequence) else []
+        wrong = [i for i, prompt in enumerate(given) if not prompt or not all(map(self._is_token, prompt))]
+        if wrong or not given:
+            raise ProblemError(
+                f"prompts: {asked[wrong[0]] if wrong else asked!r}; expected one prompt or more, each a sequence of one token"
+                f" or more of 0 … {self.vocab_size - 1}."
+            )
+        if len(set(given)) < len(given):
+            raise ProblemError(f"prompts: {next(p for p in given if given.count(p) > 1)} is given twice.")
+        object.__setattr__(self, "prompts", tuple(given))
+        if self._digits > 18 or self.completions > self.max_completions:
+            raise BudgetError(self._too_many())
+
+    def _is_token(self, x: Any) -> bool:
+        return isinstance(x, Integral) and not isinstance(x, bool) and 0 <= int(x) < self.vocab_size
+
+    @property
+    def completions(self) -> int:
+        """N, of all prompts together."""
+        return len(self.prompts) * self._completions_of(self.max_new_tokens)
+
+    def _completions_of(self, tokens: int) -> int:
+        if self.eos is None:
+            return int(self.vocab_size) ** tokens
+        others = self.vocab_size - 1
+        return sum(others**t for t in range(tokens)) + others**tokens
+
+    @property
+    def _digits(self) -> float:
+        """log₁₀ of the completions of one prompt, about: a number too long to write out is never made."""
+        return self.max_new_tokens * math.log10(self.vocab_size - (self.eos is not None))
+
+    def _too_many(self) -> str:
+        P, T = len(self.prompts), self.max_new_tokens
+        fits = 0
+        while P * self._completions_of(fits + 1) <= self.max_completions:
+            fits += 1
+        number = f"{self.completions:,}" if self._digits < 12 else f"10^{self._digits:.0f}"
+        nearest = (
+            f"The nearest that fits: max_new_tokens={fits} ({P * self._completions_of(fits):,}); or s" if fits else "S"
+        )
+        return (
+            f"max_new_tokens: {T} with vocab_size={self.vocab_size} and {P} prompt(s) makes {number} completions;"
+            f" max_completions is {self.max_completions:,}. {nearest}hrink the vocabulary, give fewer prompts, or raise"
+            " max_completions."
+        )
+
+    # -- the tree
+
+    @cached_property
+    def texts(self) -> tuple[tuple[int, Tokens, tuple[bool, ...]], ...]:
+        """Every completion: number of the prompt, tokens, and which of them the policy wrote; short ones first."""
+        finished = []
+        growing: list[tuple[int, Tokens, tuple[bool, ...]]] = [(s, (), ()) for s in range(len(self.prompts))]
+        for t in range(self.max_new_tokens):
+            grown = []
+            for s, text, own in growing:
+                for token in range(self.vocab_size):
+                    longer = (*text, token)
+                    if token == self.eos or t + 1 == self.max_new_tokens:
+                        finished.append((s, longer, (*own, True)))
+                    else:
+                        said = self._said_by_tool(s, longer)
+                        grown.append((s, (*longer, *said), (*own, True, *[False] * len(said))))
+            growing = grown
+        return tuple(finished)
+
+    def _said_by_tool(self, s: int, text: Tokens) -> Tokens:
+        if self.tool is None:
+            return ()
+        where = f"after prompt {self.prompts[s]}, completion {text}"
+        try:
+            said, again = (tuple(self.tool(tuple(self.prompts[s]), text)) for _ in range(2))
+        except Exception as error:
+            raise ProblemError(f"tool: raises {in_words(error)} {where}.") from error
+        if said != again:
+            raise ProblemError(f"tool: says {said}, then {again} {where}; it must depend on nothing else.")
+        if not all(map(self._is_token, said)):
+            raise ProblemError(f"tool: says {said} {where}; expected tokens of 0 … {self.vocab_size - 1}.")
+        return said
+
+    @cached_property
+    def contexts(self) -> tuple[Tokens, ...]:
+        """What the model reads before each token that it writes, prompt + completion so far: `[K]`, short ones first."""
+        found = {(*self.prompts[s], *text[:t]): None for s, text, own in self.texts for t in range(len(own)) if own[t]}
+        return tuple(sorted(found, key=lambda tokens: (len(tokens), tokens)))
+
+    def paths(self) -> Paths:
+        """The table of all completions.
+
+        Raises:
+            ProblemError: the reward raises, is no finite number, or depends on more than (prompt, completion).
+        """
+        return self._paths
+
+    @cached_property
+    def _paths(self) -> Paths:
+        N, T = len(self.texts), max(len(text) for _, text, _ in self.texts)
+        number = {tokens: k for k, tokens in enumerate(self.contexts)}
+        states: dict[tuple[int, Tokens], int] = {}  # two prompts may meet in one context, never in one state
+        state, context, action = (torch.full((N, T), -1) for _ in range(3))
+        reward = torch.zeros(N, T, dtype=torch.float64)
+        scores = self._scores()
+        for n, (s, text, own) in enumerate(self.texts):
+            for t in range(len(text)):
+                if own[t]:
+                    state[n, t] = states.setdefault((s, text[:t]), len(states))
+                    context[n, t] = number[(*self.prompts[s], *text[:t])]
+                    action[n, t] = text[t]
+            reward[n, len(text) - 1] = scores[n]
+        starts = len(self.prompts)
+        return Paths(
+            start=torch.tensor([s for s, _, _ in self.texts]), state=state, context=context, action=action, reward=reward,
+            mask=(action >= 0).to(torch.float64), env_probability=torch.ones(N),
+            start_probability=torch.full((starts,), 1.0 / starts, dtype=torch.float64),
+            end=torch.tensor([len(text) for _, text, _ in self.texts]),
+        )  # fmt: skip
+
+    # -- the reward
+
+    def _scores(self) -> list[float]:
+        prompts = [tuple(self.prompts[s]) for s, _, _ in self.texts]
+        texts = [text for _, text, _ in self.texts]
+        first = self._scored(prompts, texts)
+        second = self._scored(prompts[::-1], texts[::-1])[::-1]
+        for prompt, text, a, b in zip(prompts, texts, first, second, strict=True):
+            if a != b:
+                raise ProblemError(
+                    f"reward: {a:.6g}, and {b:.6g} when asked again, for prompt {prompt}, completion {text}; it must depend on"
+                    " nothing else: no randomness, no state, no other row."
+                )
+        return first
+
+    def _scored(self, prompts: list[Tokens], texts: list[Tokens]) -> list[float]:
+        if self.batched:
+            try:
+                given = self.reward(list(prompts), list(texts))
+                found = given.tolist() if hasattr(given, "tolist") else list(given)
+            except Exception as error:
+                raise ProblemError(
+                    f"reward: raises {in_words(error)} on {len(texts)} completions, the first of them prompt {prompts[0]},"
+                    f" completion {texts[0]}."
+                ) from error
+            if not isinstance(found, list) or len(found) != len(texts):
+                got = f"{len(found)} values" if isinstance(found, list) else "one value"
+                raise ProblemError(
+                    f"reward: returned {got} for {len(texts)} completions, the last of them prompt {prompts[-1]},"
+                    f" completion {texts[-1]}; with batched=True, return one number for each."
+                )
+        else:
+            found = [self._asked(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+        return [self._number(x, prompt, text) for x, prompt, text in zip(found, prompts, texts, strict=True)]
+
+    def _asked(self, prompt: Tokens, text: Tokens) -> Any:
+        try:
+            return self.reward(prompt, text)
+        except Exception as error:
+            raise ProblemError(f"reward: raises {in_words(error)} on prompt {prompt}, completion {text}.") from error
+
+    def _number(self, x: Any, prompt: Tokens, text: Tokens) -> float:
+        try:
+            value = float(x)
+        except Exception:
+            value = math.nan
+        if not math.isfinite(value):
+            raise ProblemError(
+                f"reward: {x!r} for prompt {prompt}, completion {text}; expected one finite number."
+            ) from None
+        return value
+
+
+# -- verifiable tasks; token 0 is the eos
+
+
+def parity(*, max_new_tokens: int = 3, vocab_size: int = 3) -> LMTask:
+    """Prompt 1 asks for an odd number of 1s, prompt 2 for an even one."""
+    return LMTask(
+        [(1,), (2,)], vocab_size=vocab_size, eos=0, max_new_tokens=max_new_tokens,
+        reward=lambda prompt, text: float(text.count(1) % 2 == prompt[0] % 2),
+    )  # fmt: skip
+
+
+def sum_mod(k: int = 3, *, max_new_tokens: int = 3, vocab_size: int = 4) -> LMTask:
+    """The tokens written add up to those of the prompt, modulo k."""
+    return LMTask(
+        [(1, 1), (1, 2)], vocab_size=vocab_size, eos=0, max_new_tokens=max_new_tokens,
+        reward=lambda prompt, text: float(sum(text) % k == sum(prompt) % k),
+    )  # fmt: skip
+
+
+def brackets(*, max_new_tokens: int = 3) -> LMTask:
+    """1 opens and 2 closes: 1 if the prompt is closed and the eos written, half of it if it may still be closed."""
+
+    def score(prompt: Tokens, text: Tokens) -> float:
+        depth = 0
+        for token in (*prompt, *text):
+            depth += {1: 1, 2: -1}.get(token, 0)
+            if depth < 0:
+                return 0.0
+        return 1.0 if depth == 0 and text[-1] == 0 else 0.5 / (1 + depth)
+
+    return LMTask([(1,), (1, 1)], vocab_size=3, eos=0, max_new_tokens=max_new_tokens, reward=score)
+
+
+def copy(*, max_new_tokens: int = 3, vocab_size: int = 4) -> LMTask:
+    """Write the prompt again, then the eos: the share of places that are right."""
+
+    def score(prompt: Tokens, text: Tokens) -> float:
+        wanted = (*prompt, 0)
+        return sum(a == b for a, b in zip(wanted, text, strict=False)) / max(len(wanted), len(text))
+
+    return LMTask([(1, 2), (3, 1)], vocab_size=vocab_size, eos=0, max_new_tokens=max_new_tokens, reward=score)
+
+
+def length(*, max_new_tokens: int = 3, vocab_size: int = 4, cost: float = 0.25) -> LMTask:
+    """A point for every 1, less `cost` for every token: long is good where it is right."""
+    return LMTask(
+        [(2,)], vocab_size=vocab_size, eos=0, max_new_tokens=max_new_tokens,
+        reward=lambda prompt, text: text.count(1) - cost * len(text),
+    )  # fmt: skip
+
+
+def tool_dialogue(*, max_new_tokens: int = 3, cost: float = 0.25) -> LMTask:
+    """Answer 1 or 2, or write 3 first: then a tool says 4 and the right answer, and what it says is not the policy's."""
+
+    def answer(prompt: Tokens) -> int:
+        return 1 + sum(prompt) % 2
+
+    def score(prompt: Tokens, text: Tokens) -> float:
+        final = next((token for token in reversed(text) if token), None)
+        return float(final == answer(prompt)) - cost * text.count(3)
+
+    return LMTask(
+        [(1, 2), (2, 2)], vocab_size=5, eos=0, max_new_tokens=max_new_tokens, reward=score,
+        tool=lambda prompt, text: (4, answer(prompt)) if text[-1] == 3 else (),
+    )  # fmt: skip
