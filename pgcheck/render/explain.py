@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 from pgcheck.engines.exact import exact_moments
 from pgcheck.errors import PgcheckError, UnknownNameError
-from pgcheck.estimators.base import Claim, Estimator, find_estimator, registered_estimators
+from pgcheck.estimators.base import Claim, Estimator, entropy_bonus, find_estimator, kl_penalty, registered_estimators
 from pgcheck.estimators.broken import BROKEN, Broken
 from pgcheck.estimators.lookup import as_estimator, command_name
 from pgcheck.problem import Problem, find_problem, registered_problems
@@ -164,12 +164,13 @@ def _estimator_parts(e: Estimator, name: str) -> tuple[str, dict[str, str]]:
         what.append(("on-policy", f"it is {e.on_policy_limit}, row by row"))
     others = [other for other in _yardsticks(e) if other.name != e.name]
     names = " ".join(command_name(x.name) if x is not e else command_name(name) for x in [e, *others])
-    example = f"$ pgcheck compare {names}" + "".join(f" \\\n    --problem {p}" for p in EXAMPLES)
+    shown = _examples(e)
+    example = f"$ pgcheck compare {names}" + "".join(f" \\\n    --problem {p}" for p in shown)
     return about, {
         "What it is": _listed(what),
         "Claims": _listed([_claim_line(c) for c in e.claims]) if e.claims else "none",
         "Why it matters": _filled(_why(e)),
-        "Example": f"{example}\n\n{_numbers_of(e, *others)}",
+        "Example": f"{example}\n\n{_numbers_of(e, *others, problems=shown)}",
         "What to do": _filled(_what_to_do(e)),
         "Mistakes made from it": _listed(mistakes) if mistakes else "none that pgcheck keeps",
         "References": _filled(e.reference or "none given"),
@@ -215,6 +216,14 @@ def _what_to_do(e: Estimator) -> str:
     if "proportional" in _kinds(e):
         return f"Divide by κ, or take the own row out of what is subtracted: `{on_policy.name}` is unbiased."
     return "Compare its variance with that of others on problems like yours (`× least`); no bias is in the way."
+
+
+def _examples(e: Estimator) -> tuple[str, ...]:
+    """The example problems, the last of them one with the objective that the estimator is made for."""
+    made_for = {c for claim in e.claims for c in claim.conditions}
+    if kl_penalty in made_for:
+        return (*EXAMPLES[:2], "kl/tree")
+    return (*EXAMPLES[:2], "entropy/tree") if entropy_bonus in made_for else EXAMPLES
 
 
 def _numbers_of(*estimators: Estimator, problems: Sequence[str] = EXAMPLES) -> str:
@@ -280,6 +289,11 @@ def _has_observation(p: Problem) -> bool:
 
 _SHOWS: tuple[tuple[Callable[[Problem], bool], str, str], ...] = (
     (
+        lambda p: not p.plain_objective,
+        "a KL or entropy term in the objective: what a penalty, in the reward or as a loss, is the gradient of",
+        "",
+    ),
+    (
         lambda p: p.trajectories.paths.steps > 1,
         "more than one step: credit, rewards before an action, ratios of other steps",
         "one step only: every credit assignment is right, and a token ratio is the trajectory's",
@@ -331,6 +345,15 @@ _SHOWS: tuple[tuple[Callable[[Problem], bool], str, str], ...] = (
 
 
 _COMPARED = ("reward_to_go", "leave_one_out", "per_decision_is", "grpo")
+_COMPARED_WITH_KL = ("'kl_in_reward(k1)'", "'kl_loss(k2, sequence)'", "'kl_loss(k3, token)'")
+_COMPARED_WITH_ENTROPY = ("reinforce", "entropy_in_reward", "'entropy_bonus(token)'")
+
+
+def _compared(p: Problem) -> tuple[str, ...]:
+    """As a shell takes them: those that are made for the objective."""
+    if p.kl_coefficient:
+        return _COMPARED_WITH_KL
+    return _COMPARED_WITH_ENTROPY if p.entropy_coefficient else _COMPARED
 
 
 def _claimed(e: Estimator, p: Problem) -> str:
@@ -339,12 +362,8 @@ def _claimed(e: Estimator, p: Problem) -> str:
 
 def _objective(p: Problem) -> str:
     kl, entropy = p.kl_coefficient, p.entropy_coefficient
-    parts = [f"{kl:g} × KL to the reference"] if kl else []
-    return (
-        " ".join(["return less", *parts])
-        if not entropy
-        else " ".join(["return", *(f"less {x}" for x in parts), f"plus {entropy:g} × entropy"])
-    )
+    kl_term = [f"less {kl:g} × KL to the reference"] if kl else []
+    return " ".join(["return", *kl_term, *([f"plus {entropy:g} × entropy"] if entropy else [])])
 
 
 def _problem_parts(p: Problem) -> tuple[str, dict[str, str]]:
@@ -356,8 +375,10 @@ def _problem_parts(p: Problem) -> tuple[str, dict[str, str]]:
         "nothing of what the named problems show"
     ]
     sampler = "the policy itself" if p.on_policy else "another policy"
-    example = f"$ pgcheck compare {' '.join(_COMPARED)} \\\n    --problem {p.name}"
-    rows = [(e.name, _claimed(e, p), *_measured(e, p)) for e in map(find_estimator, _COMPARED)]
+    example = f"$ pgcheck compare {' '.join(_compared(p))} \\\n    --problem {p.name}"
+    rows = [
+        (e.name, _claimed(e, p), *_measured(e, p)) for e in (find_estimator(name.strip("'")) for name in _compared(p))
+    ]
     numbers = [
         ("rollouts", f"N = {len(t)} of up to {t.paths.steps} positions, {len(t.paths.start_probability)} start(s)"),
         ("policy", f"K = {t.contexts} contexts, A = {t.actions} actions"),

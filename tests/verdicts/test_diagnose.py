@@ -50,8 +50,8 @@ FACTORS: dict[str, Callable[[Problem], float]] = {
 @functools.cache
 def problems(which: str) -> list[Problem]:
     """At one θ, unless it says otherwise."""
-    name, _, twice = which.partition(" at ")
-    return [p for p in as_problems(name) if twice or "@" not in p.name]
+    names, _, twice = which.partition(" at ")
+    return [p for p in as_problems(names.split(" and ")) if twice or "@" not in p.name]
 
 
 @functools.cache
@@ -135,7 +135,7 @@ PATTERNS = {
     "to_go_reversed": ("core", "episodes have more than one step"),
     "divided_by_own_length": ("core", "episodes have more than one step"),
     "advantages_transposed": ("core", "the batch has more than one group"),
-    "ratio_inverted": ("all", "the batch is off-policy"),
+    "ratio_inverted": ("core and off-policy", "the batch is off-policy"),
 }
 
 
