@@ -213,8 +213,14 @@ def _is_multiple_of_truth(rows: Sequence[_Row]) -> bool:
 def _telling_first(pairs: Sequence[tuple[Problem, Measurement]]) -> list[tuple[Problem, Measurement]]:
     """One of each family before the second of any; first those whose gradient has several free numbers, cheap ones first.
 
-    In a gradient of one free number everything is a multiple of everything."""
-    by_price = sorted(pairs, key=lambda pair: (pair[1].truth.numel() < 6, pair[1].enumerated))
+    In a gradient of one free number everything is a multiple of everything. A γ that counts actions comes last: getting
+    the clock wrong as well is a mistake of its own, and shall not hide the other."""
+
+    def late(pair: tuple[Problem, Measurement]) -> tuple[bool, bool, int]:
+        p, m = pair
+        return p.discount < 1 and p.trajectories.paths.discount_clock == "action", m.truth.numel() < 6, m.enumerated
+
+    by_price = sorted(pairs, key=late)
     seen: set[str] = set()
     first: list[tuple[Problem, Measurement]] = []
     rest: list[tuple[Problem, Measurement]] = []
