@@ -330,7 +330,7 @@ def find_swap(estimator: Estimator, problems: Sequence[Problem], measured: Seque
     right = [pair for pair in pairs if pair[1].finding == "unbiased"]
     for part in _PARTS:
         promising = [
-            (_change(estimator, made, wrong[0][0]), i, made, donor)
+            (sum(_change(estimator, made, p) for p, _ in pairs[:TRIED_PROBLEMS]), i, made, donor)
             for i, (made, donor) in enumerate(_with_other(part, estimator))
             if all(_unbiased_on(made, p, m) for p, m in wrong[:2])
         ]
