@@ -152,6 +152,11 @@ class Batch:
         """Number of policy positions of each row, `[..., B]`."""
         return self.mask.sum(-1)
 
+    @row_by_row
+    def ratio(self) -> Tensor:
+        """r_t = π(a_t|k_t) / π_old(a_t|k_t), 1 where mask is 0, `[..., B, T]`."""
+        return ((self.logp - self.behavior_logp) * self.mask).exp()
+
     @cached_property
     def same_group(self) -> Tensor:
         """1. where rows i and j share a group, `[..., B, B]`; any labels will do."""

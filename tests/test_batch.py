@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from random import Random
@@ -16,7 +17,7 @@ from torch import Tensor
 from pgcheck.batch import DISCOUNT_CLOCKS, Batch, LogitsNotAsked
 from tests.worlds import random_world
 
-HELPERS = ("clock", "discount_weight", "episode_return", "reward_to_go", "length", "same_group")
+HELPERS = ("clock", "discount_weight", "episode_return", "reward_to_go", "length", "ratio", "same_group")
 
 
 def make(seed: int, shape: tuple[int, ...], discount: float, clock: str) -> Batch:
@@ -128,6 +129,37 @@ def test_helpers_under_vmap(batch: Batch) -> None:
 
     for name, found in zip(HELPERS, torch.func.vmap(helpers)(many.tensors()), strict=True):
         torch.testing.assert_close(found, getattr(many, name), rtol=0, atol=1e-14)
+
+
+@given(batches())
+def test_ratio(batch: Batch) -> None:
+    """π/π_old where the policy acts, else 1; ∂ratio/∂log π = ratio · mask."""
+    rows = zip(flat(batch.ratio), flat(batch.logp), flat(batch.behavior_logp), flat(batch.mask), strict=True)
+    for found, logp, old, mask in rows:
+        expected = [math.exp(x) / math.exp(y) if acts else 1.0 for x, y, acts in zip(logp, old, mask, strict=True)]
+        assert found == pytest.approx(expected, rel=1e-14)
+    leaf = batch.logp.clone().requires_grad_(True)
+    (slope,) = torch.autograd.grad(replace(batch, logp=leaf).ratio.sum(), leaf)
+    torch.testing.assert_close(slope, batch.ratio * batch.mask, rtol=1e-14, atol=0)
+
+
+@given(batches(), st.integers(0, 10**6))
+def test_a_gathered_batch_is_the_batch_of_its_rows(batch: Batch, seed: int) -> None:
+    """What is gathered, and what each row has by itself, is what the gathered tensors give; so is what replaces them."""
+    if batch.reward.dim() > 2:
+        batch = batch.map(lambda x: x[(0,) * (batch.reward.dim() - 2)])
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.randint(batch.rows, (4, 3), generator=generator)
+    labels = torch.tensor([0, 1, 0])
+    gathered = Batch.gathered(batch, index, labels)
+    for name, x in batch.tensors().items():
+        if name != "group":
+            assert torch.equal(gathered.tensors()[name], x[index])
+    plain = Batch.gathered(batch, index, labels).map(torch.clone)
+    for name in HELPERS:
+        torch.testing.assert_close(getattr(gathered, name), getattr(plain, name), rtol=0, atol=1e-14)
+    doubled = replace(gathered, reward=2 * gathered.reward)
+    torch.testing.assert_close(doubled.episode_return, 2 * plain.episode_return, rtol=0, atol=1e-14)
 
 
 @given(batches())

@@ -120,7 +120,8 @@ def lumped_sums(estimator: Estimator, table: Trajectories, lumps: Lumps, progres
                 mu = (inside.unsqueeze(-1) * x).sum(1)
                 times = torch.from_numpy(count[has].astype(float))
                 at = torch.from_numpy(np.flatnonzero(has))
-                of_rollout[torch.from_numpy(members)] += torch.einsum("m,n,mn...->n...", chance[at] * times, inside, c)
+                own = inside.reshape(-1, *[1] * (c.dim() - 2))
+                of_rollout[torch.from_numpy(members)] += own * torch.tensordot(chance[at] * times, c, dims=1)
                 expected[at] += times.unsqueeze(-1) * mu
                 centred = (x - mu.unsqueeze(1)) * inside.sqrt().unsqueeze(-1)
                 weighted = centred * (chance[at] * times).sqrt().reshape(-1, 1, 1)
@@ -169,11 +170,15 @@ def _contributions(
 def substituted(lumps: Lumps, number: int, *, seed: int) -> tuple[Tensor, Tensor]:
     """Two sets of batches `[number, G]` that differ only in rows 1.., rollout for rollout of the same class."""
     generator = np.random.Generator(np.random.Philox(seed))
-    before, after = [], []
-    for _ in range(number):
-        s = lumps.starts[int(generator.integers(len(lumps.starts)))]
-        own = generator.choice(s.rollouts)
-        classes = [s.members[int(generator.integers(len(s.members)))] for _ in range(lumps.size - 1)]
-        before.append([own, *(generator.choice(c) for c in classes)])
-        after.append([own, *(generator.choice(c) for c in classes)])
-    return torch.tensor(np.array(before)), torch.tensor(np.array(after))
+    start = generator.integers(len(lumps.starts), size=number)
+    before = np.empty((number, lumps.size), dtype=np.int64)
+    after = before.copy()
+    for i, s in enumerate(lumps.starts):
+        at = np.flatnonzero(start == i)
+        sizes = np.array([len(members) for members in s.members])
+        first = np.cumsum(sizes) - sizes  # of each class, among the rollouts
+        chosen = generator.integers(len(sizes), size=(len(at), lumps.size - 1))
+        before[at, 0] = after[at, 0] = s.rollouts[generator.integers(len(s.rollouts), size=len(at))]
+        for batch in (before, after):
+            batch[at, 1:] = s.rollouts[first[chosen] + generator.integers(sizes[chosen])]
+    return torch.from_numpy(before), torch.from_numpy(after)

@@ -37,7 +37,7 @@ class Impurity:
     measured: float
 
 
-_DERIVED = ("clock", "discount_weight", "episode_return", "reward_to_go", "length", "same_group")
+_DERIVED = ("clock", "discount_weight", "episode_return", "reward_to_go", "length", "ratio", "same_group")
 
 
 def copied(batch: Batch) -> Batch:

@@ -22,7 +22,7 @@ def none(batch: Batch, adv: Tensor) -> Tensor:
 
 def token_ratio(batch: Batch, adv: Tensor) -> Tensor:
     """r_t = π(a_t | k_t) / π_old(a_t | k_t)."""
-    return ((batch.logp - batch.behavior_logp) * batch.mask).exp()
+    return batch.ratio
 
 
 def trajectory_weight(batch: Batch) -> Tensor:
