@@ -30,13 +30,13 @@ _WHERE = {
     "pgcheck.runs.report": ("Report",),
     "pgcheck.trajectories": ("Paths", "Trajectories"),
 }  # fmt: skip
-_SUBMODULES = ("testing",)
+_SUBMODULES = ("strategies", "testing")
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 
 __all__ = sorted([*_MODULE_OF, *_SUBMODULES])
 
 if TYPE_CHECKING:
-    from pgcheck import testing
+    from pgcheck import strategies, testing
     from pgcheck.api import as_problems, check_estimator, compare, moments
     from pgcheck.batch import Batch
     from pgcheck.engines.exact import exact_moments
