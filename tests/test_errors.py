@@ -1115,6 +1115,9 @@ class Outcome:
     met: frozenset[Site]  # lines at which errors of the tree were made
 
 
+_MODULES = ("mine", "fails")
+
+
 def run_case(c: Case) -> Outcome:
     """Run one case in a folder of its own."""
     met: set[Site] = set()
@@ -1127,7 +1130,8 @@ def run_case(c: Case) -> Outcome:
             met.add((str(Path(frame.f_code.co_filename).relative_to(ROOT)), frame.f_lineno))
         super(errors.PgcheckError, self).__init__(*args)
 
-    path, modules = list(sys.path), set(sys.modules)
+    path = list(sys.path)
+    others = {name: sys.modules.pop(name) for name in _MODULES if name in sys.modules}  # of other tests
     with (
         tempfile.TemporaryDirectory() as folder,
         contextlib.chdir(folder),
@@ -1140,8 +1144,9 @@ def run_case(c: Case) -> Outcome:
         text = text.replace(str(Path(folder).resolve()), "FOLDER").replace(folder, "FOLDER")
         text = re.sub(r"\b\de-1[4-9]\b", "0", text)  # rounding, which is the machine's
     sys.path[:] = path
-    for name in {"mine", "fails"} & (set(sys.modules) - modules):
-        del sys.modules[name]
+    for name in _MODULES:
+        sys.modules.pop(name, None)
+    sys.modules.update(others)
     return Outcome(c, ended_well, text.strip(), frozenset(met))
 
 

@@ -55,7 +55,7 @@ def find_impurity(estimator: Estimator, batch: Batch) -> Impurity | None:
 
 
 def _find(estimator: Estimator, batch: Batch) -> Impurity | None:
-    given, kept = copied(batch), copied(batch)
+    given = copied(batch)
     before_call = global_random_state()
     try:
         first = evaluated(estimator, given)
@@ -69,22 +69,22 @@ def _find(estimator: Estimator, batch: Batch) -> Impurity | None:
         return None  # the engine says so
     drew = not same_random_state(before_call, global_random_state())
     derived = [name for name in _DERIVED if name in vars(given)]  # computed once and shared by all estimators
-    expected = kept.tensors() | {name: getattr(kept, name) for name in derived}
+    expected = batch.tensors() | {name: getattr(batch, name) for name in derived}
     for name, x in (given.tensors() | {name: getattr(given, name) for name in derived}).items():
         if not torch.equal(x, expected[name]):
             moved = float((x.to(torch.float64) - expected[name].to(torch.float64)).abs().max())
             return Impurity(
                 "inputs_unchanged", f"changes its inputs: batch.{name}", "write out of place, x = x - m", moved
             )
-    second = _from_seed(estimator, batch, 1)
-    if drew or (not _equal(first, second) and _equal(second, _from_seed(estimator, batch, 1))):
+    second = _from_seed(estimator, given, 1)  # it is as it was
+    if drew or (not _equal(first, second) and _equal(second, _from_seed(estimator, given, 1))):
         return Impurity(
             "deterministic",
             "draws random numbers",
             "an exact verdict needs a function of the batch; take dropout and noise out",
             _gap(first, second),
         )
-    evaluated(estimator, copied(batch.map(lambda x: x.flip(0))))
+    evaluated(estimator, batch.map(lambda x: x.flip(0)))
     third = evaluated(estimator, copied(batch))
     if not _equal(first, second) or not _equal(first, third):
         return Impurity(
@@ -98,7 +98,7 @@ def _find(estimator: Estimator, batch: Batch) -> Impurity | None:
 
 def _from_seed(estimator: Estimator, batch: Batch, seed: int) -> Any:
     set_global_random_state(fixed_random_state(seed))
-    return evaluated(estimator, copied(batch))
+    return evaluated(estimator, batch)
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
