@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -92,6 +92,17 @@ def test_a_rival_that_computes_something_else_is_refused(monkeypatch: pytest.Mon
     monkeypatch.setattr(bench, "LOOP_SAMPLES", 10)
     with pytest.raises(PgcheckError, match=r"vmap\(grad\)' computes something else"):
         bench.gradient_samples(find_problem("mdp/two-state"), "grpo", 3, rounds=1)
+
+
+def test_an_exact_engine_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = bench.exact_moments
+    monkeypatch.setattr(
+        bench, "exact_moments", lambda *a, **kw: [replace(m, mean=1.001 * m.mean) for m in right(*a, **kw)]
+    )
+    monkeypatch.setattr(bench, "SAMPLES", 50)
+    monkeypatch.setattr(bench, "LOOP_SAMPLES", 5)
+    with pytest.raises(PgcheckError, match="'exact engine' computes something else"):
+        bench.exact_verdicts(find_problem("mdp/two-state"), "leave_one_out", 2, rounds=1)
 
 
 def test_contenders_run_in_turn() -> None:

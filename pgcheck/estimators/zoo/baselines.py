@@ -209,7 +209,7 @@ add(
     claims=(unbiased(on_policy),),
     formula="(R_i − mean of the others in the batch) S_i = B/(B−1) · batch_mean",
     reference="Kool, van Hoof & Welling 2019; Ahmadian et al., arXiv 2402.14740",
-    about="RLOO over the whole batch, whatever the prompts: unbiased too, and louder where prompts differ.",
+    about="RLOO over the whole batch, whatever the prompts: unbiased too, and mostly louder where prompts differ.",
     shift_invariant=True,
     min_group_size=1,
     reads=("return",),
