@@ -17,11 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from pgcheck import truth
+from pgcheck.batch import Batch
 from pgcheck.envs.language import LMTask
 from pgcheck.envs.tabular import TabularMDP
 from pgcheck.errors import ProblemError, UnknownNameError
 from pgcheck.policies.tabular import ModulePolicy, SoftmaxTable, as_policy, in_parameters, logit_gram, logit_jacobian
 from pgcheck.policies.transformer import LMPolicy
+from pgcheck.sampling import Sampler, Stream, TableSampler
 from pgcheck.trajectories import Paths, SideTable, Trajectories, as_table, is_count
 
 TruthMethod = Literal["dynamic_programming", "enumeration", "central_differences"]
@@ -201,6 +203,25 @@ class Problem:
     @cached_property
     def _tables(self) -> dict[tuple[SideTable, ...], Trajectories]:
         return {}
+
+    # -- drawing batches
+
+    def sampler(self, *, seed: int = 0, needs: Sequence[SideTable] = ()) -> Sampler:
+        """Numbered draws of whole batches by the behaviour policy; estimators with other `needs` see the same rollouts."""
+        stream = Stream(seed, (self.digest, "rollouts"))
+        return TableSampler(self.trajectories_with(needs), self.group_labels, stream)
+
+    def sample(self, batches: int, *, seed: int = 0, first: int = 0) -> Batch:
+        """Draws number first … first + batches − 1 as one `Batch` `[batches, B, T]`; the same for the same seed.
+
+        Raises:
+            ProblemError: `batches` is no count.
+        """
+        if not is_count(batches):
+            raise ProblemError(f"batches: {batches!r}; it must be an integer of at least 1.")
+        sampler = self.sampler(seed=seed)
+        table, index = sampler.draw(first, batches)
+        return table.batch(index, sampler.labels)
 
     # -- facts that conditions of claims refer to
 

@@ -449,6 +449,9 @@ pgcheck.Problem(mdp(), [[0., 1.], [0., 0.]]).value("monte_carlo")
 case("a method for ∇J", '''
 pgcheck.Problem(mdp(), [[0., 1.], [0., 0.]]).gradient("finite_differences")
 ''')  # fmt: skip
+case("a number of batches", '''
+pgcheck.Problem(mdp(), [[0., 1.], [0., 0.]]).sample(0)
+''')  # fmt: skip
 case("a module without inputs", '''
 pgcheck.ModulePolicy(torch.nn.Linear(2, 2))
 ''')  # fmt: skip

@@ -1,0 +1,106 @@
+"""Numbered draws: the same however they are asked for, and of the right law."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+import pgcheck
+from pgcheck.engines.enumeration import Batches
+from pgcheck.estimators.lookup import FILLED_BY  # noqa: F401  (fills the registries)
+from pgcheck.problem import find_problem, registered_problems
+from pgcheck.sampling import Stream
+
+FALSE_ALARM = 1e-9  # of each statistical test below; about a hundred of them, with fixed seeds
+
+
+@pytest.mark.parametrize("width", [1, 3, 4, 5, 8, 13])
+def test_uniforms_belong_to_their_draw(width):
+    stream = Stream(3, ("somewhere",))
+    whole = stream.uniforms(0, 50, width)
+    parts = [stream.uniforms(first, count, width) for first, count in [(0, 1), (1, 7), (8, 30), (38, 12)]]
+    assert torch.equal(torch.cat(parts), whole)
+    assert torch.equal(stream.uniforms(41, 1, width)[0], whole[41])
+
+
+def test_streams_of_other_names_and_seeds_differ():
+    drawn = [Stream(s, n).uniforms(0, 4, 4) for s, n in [(0, ("a",)), (1, ("a",)), (0, ("b",)), (0, ("a", "b"))]]
+    assert len({tuple(x.flatten().tolist()) for x in drawn}) == 4
+
+
+def test_uniforms_are_uniform():
+    u = Stream(0, ("x",)).uniforms(0, 20_000, 3).numpy()
+    assert u.min() >= 0.0
+    assert u.max() < 1.0
+    for column in u.T:
+        assert stats.kstest(column, "uniform").pvalue > FALSE_ALARM
+    assert abs(np.corrcoef(u.T) - np.eye(3)).max() < 6.5 / np.sqrt(20_000)
+
+
+@pytest.mark.parametrize("name", registered_problems())
+def test_rollouts_come_with_their_probability(name):
+    problem = find_problem(name)
+    draws = 4_000
+    table, index = problem.sampler(seed=1).draw(0, draws)
+    q = table.paths.start_probability[table.paths.start] * table.behavior_probability
+    seen = torch.bincount(index[:, 0], minlength=len(table)).double().numpy()  # rows of one column are independent
+    expected = (q * draws).numpy()
+    assert not seen[expected == 0].any()
+    rare = expected < 5  # their cells are put together
+    seen, expected = (np.append(x[~rare], x[rare].sum()) for x in (seen, expected))
+    keep = expected > 0
+    if keep.sum() > 1:
+        assert stats.chisquare(seen[keep], expected[keep] * (draws / expected[keep].sum())).pvalue > FALSE_ALARM
+
+
+@pytest.mark.parametrize("name", ["off-policy/contextual-drifted", "dialogue/two-turn", "lm/parity"])
+def test_whole_batches_come_with_their_probability(name):
+    """Rows of a group share a start, groups do not: against the enumeration of all batches, as multisets."""
+    problem = find_problem(name).with_sampling(groups=2, group_size=2)
+    batches = Batches(problem.trajectories, problem.sizes)
+    chance: dict[tuple[int, ...], float] = {}
+    starts = problem.trajectories.paths.start
+    for rows, p in batches.blocks(10_000):
+        for key, q in zip((starts[rows]).sort(-1).values.tolist(), p.tolist(), strict=True):
+            chance[tuple(key)] = chance.get(tuple(key), 0.0) + q
+    _, index = problem.sampler(seed=2).draw(0, 20_000)
+    seen: dict[tuple[int, ...], int] = {}
+    for key in starts[index].sort(-1).values.tolist():
+        seen[tuple(key)] = seen.get(tuple(key), 0) + 1
+    keys = sorted(chance)
+    assert set(seen) <= set(keys)
+    if len(keys) > 1:
+        observed = [seen.get(k, 0) for k in keys]
+        assert stats.chisquare(observed, [chance[k] * 20_000 for k in keys]).pvalue > FALSE_ALARM
+
+
+def test_sample_is_a_batch_that_does_not_depend_on_the_asking():
+    problem = find_problem("dialogue/two-turn")
+    whole = problem.sample(12, seed=4)
+    assert whole.reward.shape == (12, problem.rows, problem.trajectories.paths.steps)
+    later = problem.sample(5, seed=4, first=7)
+    for name, x in later.tensors().items():
+        assert torch.equal(x, whole.tensors()[name][7:]), name
+    assert not torch.equal(problem.sample(12, seed=5).action, whole.action)
+
+
+def test_auxiliary_draws_leave_the_rollouts_as_they_are():
+    """Estimators with other needs see the same rollouts: common random numbers."""
+    problem = find_problem("mdp/two-state").with_sampling(groups=1, group_size=3)
+    plain, split = (problem.sampler(needs=pgcheck.as_estimator(e).needs).draw(0, 500) for e in ("grpo", "vineppo"))
+    for name in ("state", "action", "reward"):
+        here, there = (getattr(table.paths, name)[index] for table, index in (plain, split))
+        assert torch.equal(here, there), name
+
+
+def test_global_generators_are_left_alone():
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    find_problem("bandit/two-arm").sample(3)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.array_equal(np.random.get_state()[1], before[1])
+
+
+@pytest.mark.parametrize("batches", [0, -1, 2.5, "3", True])
+def test_a_number_of_batches_that_is_none_is_refused(batches):
+    with pytest.raises(pgcheck.ProblemError, match="batches"):
+        find_problem("bandit/two-arm").sample(batches)
