@@ -39,6 +39,7 @@ class What(StrEnum):
     checks = "checks"
     suites = "suites"
     mistakes = "mistakes"
+    quantities = "quantities"
 
 
 class Format(StrEnum):
@@ -75,10 +76,11 @@ def _root(
 
 @app.command("list")
 def list_(
-    what: Annotated[What, typer.Argument(help="estimators, problems, checks, suites or mistakes")],
+    what: Annotated[What, typer.Argument(help="estimators, problems, checks, suites, mistakes or quantities")],
     as_json: AsJson = False,
 ) -> None:
-    """List the estimators, problems, checks, suites, or the mistakes that losses are compared with."""
+    """List the estimators, problems, checks, suites, the mistakes that losses are compared with, or the quantities that
+    decide the cases of suites."""
     rows = _listing(what)
     if as_json:
         typer.echo(json.dumps(rows, indent=1, ensure_ascii=False))
@@ -111,6 +113,14 @@ def _listing(what: What) -> list[dict[str, object]]:
         return [
             {"name": name, "made from": x.sound.name, "caught by": ", ".join(x.caught_by), "about": x.mistake}
             for name, x in BROKEN.items()
+        ]
+    if what is What.quantities:
+        from pgcheck.render.messages import first_sentence
+        from pgcheck.verdicts.quantities import registered_quantities
+
+        return [
+            {"name": q.name, "of": ", ".join(q.parameters), "about": first_sentence(q.page)}
+            for q in registered_quantities().values()
         ]
     from pgcheck.estimators.base import registered_estimators
     from pgcheck.estimators.lookup import FILLED_BY  # noqa: F401  (fills the registries)
@@ -260,10 +270,10 @@ _WRITERS = {
 
 @app.command()
 def explain(
-    name: Annotated[str, typer.Argument(help="a check, an estimator or a problem")],
+    name: Annotated[str, typer.Argument(help="a check, an estimator, a problem, a mistake or a quantity")],
     as_json: AsJson = False,
 ) -> None:
-    """Explain a check, an estimator or a problem: what it is, why it matters, what to do."""
+    """Explain a check, an estimator, a problem, a mistake or a quantity: what it is, why it matters, what to do."""
     from pgcheck.render.explain import explain as page
 
     text = page(name)

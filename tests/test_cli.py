@@ -96,6 +96,7 @@ def test_version_is_the_packages(run: Run) -> None:
         ("checks", "unbiased"),
         ("suites", "core"),
         ("mistakes", "token_mean"),
+        ("quantities", "off_axis"),
     ],
 )
 def test_list(run: Run, what: str, name: str) -> None:

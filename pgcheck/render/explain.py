@@ -1,7 +1,7 @@
-"""`pgcheck explain`: the page of a check, an estimator, a mistake or a problem.
+"""`pgcheck explain`: the page of a check, an estimator, a mistake, a problem or a quantity.
 
-Checks say what they are in their docstrings; estimators, mistakes and problems in their entries, and the numbers of
-their examples are measured when the page is asked for.
+Checks and quantities say what they are in their docstrings; estimators, mistakes and problems in their entries, and the
+numbers of their examples are measured when the page is asked for.
 
 Guarantee: every page of a kind has the same parts, in the same order (`PARTS`), and none of them is empty.
 """
@@ -20,8 +20,10 @@ from pgcheck.estimators.broken import BROKEN, Broken
 from pgcheck.estimators.lookup import as_estimator, command_name
 from pgcheck.problem import Problem, find_problem, registered_problems
 from pgcheck.render.messages import first_sentence, number
+from pgcheck.runs.suite import read_suite, shipped_suites
 from pgcheck.verdicts.checks import Check, find_check, registered_checks
 from pgcheck.verdicts.checks.bias import claims_on
+from pgcheck.verdicts.quantities import Quantity, registered_quantities
 from pgcheck.verdicts.verdict import measure
 
 WIDTH = 96
@@ -30,6 +32,7 @@ PARTS = {
     "estimator": ("What it is", "Claims", "Why it matters", "Example", "What to do", "Mistakes made from it", "References"),
     "mistake": ("What it is", "Why it matters", "Example", "What to do", "References"),
     "problem": ("What it is", "What it is for", "Example", "Numbers"),
+    "quantity": ("What it is", "Arguments", "Sentences that it decides"),
 }  # fmt: skip
 
 # Cheap, and unlike each other: every mistake that moves E ĝ shows on one of them.
@@ -40,9 +43,10 @@ def explain(name: str) -> str:
     """The page of whatever has that name.
 
     Raises:
-        UnknownNameError: no check, estimator, mistake or problem of that name; suggests the nearest of all of them.
+        UnknownNameError: nothing of that name; suggests the nearest of all of them.
     """
     checks, estimators, problems = registered_checks(), registered_estimators(), registered_problems()
+    quantities = registered_quantities()
     if name in checks:
         return _page(f"check {name} ({checks[name].kind})", "check", *_check_parts(checks[name]))
     if name in BROKEN:
@@ -50,12 +54,14 @@ def explain(name: str) -> str:
         return _page(f"mistake {name}, made from {mistake.sound.name}", "mistake", *_mistake_parts(mistake))
     if name.partition("@")[0] in problems:
         return _page(f"problem {name}", "problem", *_problem_parts(find_problem(name)))
+    if name in quantities:
+        return _page(f"quantity {name}", "quantity", "", _quantity_parts(quantities[name]))
     try:
         found = as_estimator(name)
     except UnknownNameError:
-        hint = "`pgcheck list checks`, `… estimators` and `… problems` show them all."
-        known = [*checks, *estimators, *problems, *BROKEN]
-        raise UnknownNameError("check, estimator or problem", name, known, hint=hint) from None
+        hint = "`pgcheck list checks`, `… estimators`, `… problems` and `… quantities` show them all."
+        known = [*checks, *estimators, *problems, *BROKEN, *quantities]
+        raise UnknownNameError("check, estimator, problem or quantity", name, known, hint=hint) from None
     return _page(f"estimator {found.name}", "estimator", *_estimator_parts(found, name))
 
 
@@ -396,4 +402,25 @@ def _problem_parts(p: Problem) -> tuple[str, dict[str, str]]:
         "What it is for": _listed([*(("shows", s) for s in shows), *(("hides", h) for h in hides)]),
         "Example": f"{example}\n\n{_table([('', 'claims', *_COLUMNS), *rows], words=3)}",
         "Numbers": _listed(numbers),
+    }
+
+
+# -- quantities: the docstring is what they are
+
+
+def _quantity_parts(quantity: Quantity) -> dict[str, str]:
+    decides = [
+        (name, f"{case.name} ({case.truth}): {case.says}")
+        for name, path in shipped_suites().items()
+        for case in read_suite(path).case
+        if case.quantity == quantity.name
+    ]
+    arguments = [
+        (name, kind.__name__.lower() + ("" if name in quantity.required else ", may be left out"))
+        for name, kind in quantity.parameters.items()
+    ]
+    return {
+        "What it is": "\n\n".join(map(_filled, quantity.page.split("\n\n"))),
+        "Arguments": _listed(arguments),
+        "Sentences that it decides": _listed(decides) if decides else "none of the suites that come with pgcheck",
     }

@@ -20,7 +20,9 @@ from pgcheck.problem import registered_problems
 from pgcheck.render import explain as pages
 from pgcheck.render.explain import PARTS, WIDTH, example_code, page_parts
 from pgcheck.runs.runner import run
+from pgcheck.runs.suite import load_suite
 from pgcheck.verdicts.checks import registered_checks
+from pgcheck.verdicts.quantities import registered_quantities
 from pgcheck.verdicts.verdict import Status
 
 as_estimator("grpo")  # fills the registries
@@ -31,6 +33,7 @@ NAMES = {
     **dict.fromkeys(registered_problems(), "problem"),
     **dict.fromkeys(registered_estimators(), "estimator"),
     **dict.fromkeys(BROKEN, "mistake"),
+    **dict.fromkeys(registered_quantities(), "quantity"),
 }
 
 
@@ -62,7 +65,7 @@ def test_every_page_has_every_part(name: str) -> None:
 
 def test_no_name_is_two_things() -> None:
     """Else one of the pages could not be had."""
-    every = [*CHECKS, *registered_problems(), *registered_estimators(), *BROKEN]
+    every = [*CHECKS, *registered_problems(), *registered_estimators(), *BROKEN, *registered_quantities()]
     assert sorted(every) == sorted(NAMES)
 
 
@@ -106,6 +109,17 @@ def test_the_numbers_of_a_mistake_show_it(name: str) -> None:
     here, sound = found.values()
     assert len(here) == len(sound) == 3
     assert here != sound
+
+
+@pytest.mark.parametrize("name", registered_quantities())
+def test_a_quantity_is_told_whole_with_what_it_decides(name: str) -> None:
+    """Every word of its docstring, every argument, and every case of the lecture notes that it decides."""
+    parts = parts_of(explain(name))
+    entry = registered_quantities()[name]
+    assert re.sub(r"\W+", "", parts["What it is"]) == re.sub(r"\W+", "", entry.page)
+    assert [line.split()[0] for line in parts["Arguments"].split("\n")] == list(entry.parameters)
+    decided = [case.name for case in load_suite("notes").case if case.quantity == name]
+    assert re.findall(r"^notes +(\S+) \(", parts["Sentences that it decides"], re.MULTILINE) == decided
 
 
 def test_the_numbers_of_an_estimator_are_those_of_compare() -> None:
