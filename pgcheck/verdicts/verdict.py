@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Literal
 
 import torch
@@ -26,19 +25,12 @@ from torch import Tensor
 from pgcheck.engines.moments import Moments
 from pgcheck.estimators.base import ClaimKind, Estimator
 from pgcheck.problem import Problem
+from pgcheck.statistics.status import Status as Status
 
 RTOL = 1e-9
 
 Finding = Literal["unbiased", "proportional", "biased"]
 Space = Literal["logits", "parameters"]
-
-
-class Status(StrEnum):
-    """PASS: agrees with the claim. FAIL: contradicts it. INCONCLUSIVE: neither could be shown."""
-
-    PASS = "PASS"
-    FAIL = "FAIL"
-    INCONCLUSIVE = "INCONCLUSIVE"
 
 
 @dataclass(frozen=True)

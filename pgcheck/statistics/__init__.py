@@ -1,0 +1,1 @@
+"""Sampled verdicts: scores, witnesses, certificates and stopping; numbers in, numbers out."""

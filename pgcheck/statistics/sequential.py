@@ -1,0 +1,603 @@
+"""The sequential judge: PASS, FAIL or INCONCLUSIVE for E X = κ μ*, from grains of draws, both error rates controlled.
+
+One draw X_i ∈ R^P is the estimate of one whole batch; D_i = X_i − κ μ*, b = E D, Δ = rtol · ‖κ μ*‖ + atol. Looks are at
+n_k = first · 2^k, k < `looks`; between them nothing is decided.
+
+* PASS: the certificate (`pgcheck.statistics.certificate`) shows ‖b‖ < Δ; a bias of Δ passes with probability β at most.
+  β/2, β/4, … is spent at the looks at which U = 0 would pass. Looked at before FAIL.
+* FAIL: a witness of the panel *triggers*, and its direction, frozen, is *confirmed* on as many fresh draws as were used so
+  far. With s stages (trigger and s − 1 disjoint parts of the fresh draws) each is a test at level α^(1/s), the trigger's
+  split over looks and witnesses; as parts are independent, an unbiased estimator fails with probability α at most. s is
+  the least that leaves every single test at 1e-5 or above, the range in which its rate was measured. If not confirmed, the
+  draws are pooled and the judge goes on.
+* INCONCLUSIVE: neither after all looks, or tails that no test of this n can be trusted with.
+
+With `scale=None` (E X = κ μ*, some κ > 0) everything is done across μ*, Δ = rtol · κ_low ‖μ*‖, and κ < 0 is a FAIL.
+
+Guarantee: memory O(P); sums are made per grain and merged in order, so the same draws give the same bytes, also when resumed
+from `state()`. No event rarer than ln(1/α)/n is ever seen: `rarest` makes the first look late enough for it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from scipy import special
+from torch import Tensor
+
+from pgcheck.errors import NotFiniteError, UsageError
+from pgcheck.statistics.certificate import GRAM, Spectrum, draws_to_certify, p_value, upper_bound
+from pgcheck.statistics.guarded import Floats, Scores, draws_for_tails, interval, pareto_k, z_of, z_scores
+from pgcheck.statistics.panel import LOUD, TWO_SIDED, WITNESSES, Loud, directions, loud_directions
+from pgcheck.statistics.status import Status
+
+GRAIN = 1024  # draws summed at once; every sum is a merge of these
+CONFIDENCE = 0.95  # of intervals that are printed
+SHARE = 1024  # one check's share of the error budget of a run is 1/1024
+LEAST_LEVEL = 1e-5  # single tests below this level were not measured
+_TAIL = 256  # largest scores kept for the tail index
+_PILOT_GRAMS = 32  # Gram blocks of each doubling
+_SLACK = 32  # roundings of the draws' own dtype that may look like a bias
+_W = len(WITNESSES)
+_ASIDE, _CONFIRM = _W, _W + 1  # columns of the directions after the witnesses
+
+Mode = Literal["nonzero", "exceeds"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one check may get wrong, and when it looks."""
+
+    rtol: float = 0.05
+    atol: float = 0.0
+    alpha: float = 1e-6 / SHARE
+    beta: float = 1e-3
+    mode: Mode = "nonzero"  # what FAIL proves: ‖b‖ > 0, or ‖b‖ > Δ
+    first: int = 4096
+    looks: int = 10
+    rarest: float | None = None  # the least probability of an event that must not be missed
+
+    def __post_init__(self) -> None:
+        for name in ("rtol", "atol"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise UsageError(f"{name}: {getattr(self, name)!r}; it must be a number of at least 0.")
+        if self.rtol == 0 and self.atol == 0:
+            raise UsageError(
+                "rtol: 0; no finite sample shows that a bias is exactly 0. Give a tolerance (rtol=0.05), or take the exact"
+                " engine."
+            )
+        for name in ("alpha", "beta"):
+            if not 0 < getattr(self, name) < 0.5:
+                raise UsageError(f"{name}: {getattr(self, name)!r}; an error rate is between 0 and 1/2.")
+        if self.mode not in ("nonzero", "exceeds"):
+            raise UsageError(f"mode: {self.mode!r}; it must be 'nonzero' or 'exceeds'.")
+        if self.looks < 1:
+            raise UsageError(f"looks: {self.looks!r}; there must be at least 1.")
+        if self.rarest is not None and not 0 < self.rarest < 1:
+            raise UsageError(f"rarest: {self.rarest!r}; it is a probability, between 0 and 1.")
+        least = math.ceil(20 * math.log(1 / self.alpha))
+        if self.first < least:
+            raise UsageError(
+                f"first: {self.first} draws are too few for alpha = {self.alpha:.3g}; the least is {least}, so that an event of"
+                " probability 1/20 is seen."
+            )
+
+    @property
+    def stages(self) -> int:
+        """Independent tests that must all reject: the trigger and the parts of the confirming draws."""
+        s = 2
+        while self.alpha ** (1 / s) / (_W * self.looks) < LEAST_LEVEL and s < 8:
+            s += 1
+        return s
+
+    @property
+    def stage_level(self) -> float:
+        """Level of each stage, alpha^(1/stages)."""
+        return float(self.alpha ** (1 / self.stages))
+
+    @property
+    def first_look(self) -> int:
+        """The draws of the first look: `first`, or what `rarest` asks for, in whole grains for each confirming part."""
+        n = max(self.first, math.ceil(math.log(1 / self.alpha) / self.rarest) if self.rarest else 0)
+        unit = GRAIN * (self.stages - 1)
+        return -(-n // unit) * unit
+
+    @property
+    def most_draws(self) -> int:
+        """After these no verdict is to come: a trigger at the last look, confirmed."""
+        return int(self.first_look * 2**self.looks)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A number with its bounds, NaN where the tails do not allow any."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Tails:
+    """Whether the scores along μ* may be trusted at this n, and why not."""
+
+    refused: bool
+    skewness_of_mean: float  # a = skewness/√n; refused at .10
+    largest_share: float  # of one draw in the variance; refused at .05
+    pareto_k: float  # tail index; at 1/2 the variance is infinite
+    effective_draws: float  # (Σ‖D‖)² / Σ‖D‖²
+    constant: bool  # all scores the same to 1e-9
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What the draws so far say. `rel`, `missed` and `effect` are in units of ‖κ μ*‖ (κ̂ μ* if κ is open), NaN if that is 0."""
+
+    status: Status
+    draws: int
+    rel: float  # √max(U, 0): U is an unbiased estimate of ‖b‖²
+    missed: float  # a bias of this size is missed with probability β of this look
+    bias: float  # rel, in the units of X
+    missed_bias: float  # missed, in the units of X
+    allowed: float  # Δ, in the units of X
+    scale: Interval  # ⟨E X, μ*⟩ / ‖μ*‖²
+    off_axis: Interval  # of E X, the part across μ*, as a share
+    variance: Interval  # tr Cov X
+    witness: str | None  # that failed it, or triggered last
+    effect: Interval | None  # size of the bias along the witness, from the confirming draws alone
+    needed: int | None  # draws at which a verdict is to be expected; None: none in sight, or not needed
+    tails: Tails
+    note: str  # "nonzero": PASS though a bias below Δ is proven · "tails" · "constant" · ""
+
+
+class Judge:
+    """Eats grains of draws in order and decides at looks; see the module.
+
+    Args:
+        reference: μ*, `[P]`.
+        scale: the κ of the claim E X = κ μ*; None: any κ > 0.
+    """
+
+    def __init__(self, reference: Tensor, settings: Settings, *, scale: float | None = 1.0) -> None:
+        self.settings, self.scale = settings, scale
+        self._reference = reference.detach().to(torch.float64).reshape(-1)
+        if not bool(torch.isfinite(self._reference).all()):
+            raise UsageError("reference: it must be finite.")
+        P, size = len(self._reference), float(self._reference.norm())
+        self._norm = size
+        self._target = self._reference * (0.0 if scale is None else scale)
+        self._allowed = settings.rtol * float(self._target.norm()) + settings.atol
+        if size == 0 if scale is None else self._allowed == 0:
+            raise UsageError(
+                "reference: its norm is 0, and a relative tolerance says nothing about it. Give an absolute one (atol=…)"
+                + (" and a fixed scale." if scale is None else ".")
+            )
+        self._along = self._reference / size if size > 0 else _any_direction(P)
+        self.decided = False
+        self.next_look = settings.first_look
+        zero = torch.zeros(P, dtype=torch.float64)
+        self._sum, self._total, self._squares, self._absolute = (zero.clone() for _ in range(4))  # X, D, D², |X|
+        self._centre = zero.clone()  # mean X of the first grain
+        self._norms2, self._norms = 0.0, 0.0  # Σ‖D‖², Σ‖D‖
+        self._v = torch.zeros(P, _CONFIRM + 1, dtype=torch.float64)
+        self._v[:, 0] = self._along
+        self._loud = Loud(torch.zeros(P, LOUD, dtype=torch.float64), torch.ones(LOUD, dtype=torch.float64))
+        self._whole, self._across = Spectrum(), Spectrum()
+        self._ever = Scores.none(2)  # along μ*, and ‖X − centre‖²: all draws
+        self._block = Scores.none(_W + 1)  # of the directions in use: the draws they have not seen
+        self._parts = [Scores.none(1) for _ in range(settings.stages - 1)]  # of the frozen direction
+        self._tail = np.zeros(0)
+        self._z = np.zeros((2, _W))  # Σ_j 2^j z_j of mean > shift and of mean < −shift
+        self._weight2 = 0.0  # Σ_j 4^j
+        self._looked, self._spent, self._eps = 0, 0, float(torch.finfo(torch.float64).eps)
+        self._frozen = -1  # witness being confirmed
+        self._frozen_at = 1
+        self._shown = False  # a bias was proven
+        self._failed = False
+        self._passed = False
+        self._last = -1  # witness that triggered last
+        self._effect = np.full(3, np.nan)
+        self._aside_low = 0.0
+
+    @property
+    def draws(self) -> int:
+        """Draws eaten so far."""
+        return self._ever.n
+
+    # -- eating
+
+    def update(self, x: Tensor, reference_draws: Tensor | None = None) -> None:
+        """Take the next grain `[1024, P]`; after a verdict nothing is done.
+
+        Args:
+            reference_draws: draws r_i of an unbiased estimator on the same random numbers, `[1024, P]`: then D = X − κ r, and
+                `reference` only says where to look and how large the tolerance is.
+
+        Raises:
+            UsageError: a wrong shape. NotFiniteError: a NaN or infinity, with the number of its draw.
+        """
+        if self.decided:
+            return
+        P = len(self._reference)
+        for name, given in (("draws", x), ("reference_draws", reference_draws)):
+            if given is not None and tuple(given.shape) != (GRAIN, P):
+                raise UsageError(
+                    f"{name}: shape {list(given.shape)}; a grain against this reference is [{GRAIN}, {P}]."
+                )
+        if reference_draws is not None and self.scale is None:
+            raise UsageError("reference_draws: with an estimated reference the scale must be given.")
+        if x.dtype.is_floating_point:
+            self._eps = max(self._eps, float(torch.finfo(x.dtype).eps))
+        x = x.detach().to(device=self._reference.device, dtype=torch.float64)
+        self._refuse_not_finite(x)
+        if reference_draws is None:
+            d = x - self._target
+        else:
+            r = reference_draws.detach().to(device=x.device, dtype=torch.float64)
+            self._refuse_not_finite(r)
+            d = x - r * float(self.scale or 0.0)
+        par = x @ self._along if self.scale is None else d @ self._along
+        if self.scale is None:  # what is judged lies across μ*
+            d = d - torch.outer(par, self._along)
+        if self.draws == 0:
+            self._loud = loud_directions(d[:GRAM])
+            self._centre = x.mean(0)
+        self._add_spectrum(d, par)
+        squares = d * d
+        norms2 = squares.sum(1)
+        self._sum += x.sum(0)
+        self._total += d.sum(0)
+        self._squares += squares.sum(0)
+        self._absolute += x.abs().sum(0)
+        self._norms2 += float(norms2.sum())
+        self._norms += float(norms2.sqrt().sum())
+        y = d @ self._v
+        y[:, 0] = par
+        y[:, _CONFIRM] += par * (self._along @ self._v[:, _CONFIRM] if self.scale is None else 0.0)
+        if self.scale is None and self.settings.mode == "exceeds":  # v·b > δ κ‖μ*‖ is (v − δ μ*/‖μ*‖)·E X > 0
+            y[:, 1:] -= self.settings.rtol * par.unsqueeze(1)
+        scores = y.cpu().numpy()
+        spread = (x - self._centre).square().sum(1).cpu().numpy()
+        self._ever = self._ever.merge(Scores.of(np.stack([scores[:, 0], spread], 1)))
+        self._block = self._block.merge(Scores.of(scores[:, :_CONFIRM]))
+        if self._frozen >= 0:
+            part = (self.draws - 1 - self._frozen_at) * len(self._parts) // self._frozen_at
+            self._parts[part] = self._parts[part].merge(Scores.of(scores[:, _CONFIRM:]))
+        self._tail = np.sort(np.concatenate([self._tail, np.abs(scores[:, 0])]))[-_TAIL:]
+        if self.draws == self._learns_at:
+            self._learn()
+        if self.draws == self.next_look:
+            self._look()
+
+    def _refuse_not_finite(self, x: Tensor) -> None:
+        if bool(torch.isfinite(x.sum())):
+            return
+        bad = ~torch.isfinite(x).all(1)
+        if bool(bad.any()):
+            raise NotFiniteError(f"draw {self.draws + int(bad.nonzero()[0, 0])} of the stream is NaN or infinite.")
+
+    def _add_spectrum(self, d: Tensor, par: Tensor) -> None:
+        """The Gram block of this grain, if it is one of about 32 in each doubling of n."""
+        grain = self.draws // GRAIN
+        if grain % max(1, 2 ** (grain.bit_length() - 1) // _PILOT_GRAMS):
+            return
+        d, par = d[:GRAM], par[:GRAM]
+        self._whole = self._whole.add(d)
+        if self.scale is not None:
+            self._across = self._across.add(d - torch.outer(par, self._along))
+
+    @property
+    def _learns_at(self) -> int:
+        """Directions are first learned within the first look's draws, from a quarter of them."""
+        return max(GRAIN, self.settings.first_look // 4 // GRAIN * GRAIN)
+
+    def _learn(self) -> None:
+        """Directions from every draw so far; their scores start again."""
+        self._v[:, :_CONFIRM] = directions(
+            self._total, self._squares, self.draws, along=self._along, loud=self._loud, aside=self.scale is None
+        )
+        self._block = Scores.none(_CONFIRM)
+
+    # -- looking
+
+    def _look(self) -> None:
+        passed = self._certified()
+        if self._frozen >= 0:
+            self._confirm()
+        evidence = self._evidence()
+        threshold = self._thresholds()
+        ratio = evidence.max(0) / threshold
+        best = int(ratio.argmax())
+        fired = self._fires(float(ratio[best]))
+        self._looked += 1
+        self._shown = self._shown or self._failed
+        if passed:
+            self.decided, self._passed, self._failed = True, True, False
+        elif self._failed or self._looked >= self.settings.looks + fired:  # the last look's trigger is still confirmed
+            self.decided = True
+        if self.decided:
+            return
+        aside = self._block[_ASIDE]
+        self._aside_low = float(interval(aside, confidence=CONFIDENCE)[0]) if aside.n > 1 else math.nan
+        self._learn()
+        self._frozen = -1
+        if fired:
+            self._freeze(best, 1.0 if evidence[0, best] >= evidence[1, best] else -1.0)
+        self.next_look = 2 * self.draws
+
+    def _evidence(self) -> Floats:
+        """Z-scores `[2, 6]` of “the mean is above the shift” and “… below minus the shift”, over all looks so far.
+
+        `par` is scored on all draws; the others block by block, C = Σ_j 2^j z_j / √(Σ_j 4^j), as their directions change.
+        """
+        weight = 2.0**self._looked
+        shift = self._shifts()
+        up, down = z_scores(self._block[:_W].plus(-shift)), z_scores(self._block[:_W].times(-1.0).plus(-shift))
+        self._z += weight * np.stack([up, down])
+        self._weight2 += weight**2
+        C = self._z / math.sqrt(self._weight2)
+        along = self._ever[:1]
+        C[0, 0], C[1, 0] = z_scores(along.plus(-shift[0]))[0], z_scores(along.times(-1.0).plus(-shift[0]))[0]
+        C[1, TWO_SIDED:] = -np.inf  # a learned direction has a sign
+        if self.scale is None:
+            C[0, 0] = -np.inf  # κ > 0 is what is claimed
+        return C
+
+    def _shifts(self) -> Floats:
+        """What a mean must exceed, for each witness: Δ in mode `exceeds`, and what rounding of the draws could make."""
+        size = self._absolute / max(self.draws, 1)
+        slack = _SLACK * self._eps * (size @ self._v[:, :_W].abs()).cpu().numpy()
+        if self.settings.mode == "exceeds" and self.scale is not None:
+            slack = slack + self._allowed
+        return np.asarray(slack)
+
+    def _thresholds(self) -> Floats:
+        """The z that each witness must reach to trigger at a look."""
+        level = self.settings.stage_level / (_W * self.settings.looks)
+        sides = np.array([2.0] * TWO_SIDED + [1.0] * (_W - TWO_SIDED))
+        if self.scale is None:
+            sides[0] = 1.0
+        return -np.asarray(special.ndtri(level / sides))
+
+    def _fires(self, ratio: float) -> bool:
+        """Whether the strongest witness, in units of its threshold, triggers."""
+        return ratio >= 1.0
+
+    def _freeze(self, witness: int, sign: float) -> None:
+        """Confirm this direction, learned from every draw so far, on as many fresh ones."""
+        self._v[:, _CONFIRM] = sign * self._v[:, witness]
+        self._frozen, self._frozen_at, self._last = witness, self.draws, witness
+        self._parts = [Scores.none(1) for _ in self._parts]
+
+    def _confirm(self) -> None:
+        """Every part of the fresh draws must reject by itself, one-sided."""
+        z = self._confirming_z()
+        self._failed = bool(min(z) >= z_of(self.settings.stage_level))
+        together = self._parts[0]
+        for part in self._parts[1:]:
+            together = together.merge(part)
+        low, high = interval(together, confidence=CONFIDENCE)
+        self._effect = np.array([float(together.mean[0]), float(low[0]), float(high[0])])
+
+    def _confirming_z(self) -> list[float]:
+        shift = self._confirming_shift()
+        return [float(z_scores(part.plus(-shift))[0]) for part in self._parts]
+
+    def _confirming_shift(self) -> float:
+        size = self._absolute / self.draws
+        slack = _SLACK * self._eps * float(size @ self._v[:, _CONFIRM].abs())
+        if self.settings.mode == "exceeds" and self.scale is not None:
+            slack += self._allowed
+        return slack
+
+    # -- the certificate
+
+    def _statistic(self) -> float:
+        n = self.draws
+        return (float(self._total @ self._total) - self._norms2) / (n * (n - 1))
+
+    def _law(self, spectrum: Spectrum) -> dict[str, float]:
+        return {"n": self.draws, "largest": spectrum.largest, "square": spectrum.trace_of_square}
+
+    def _level(self) -> float:
+        """What the certificate may spend at the next look that it can pass."""
+        return self.settings.beta / 2 ** (self._spent + 1)
+
+    def _tolerance(self, level: float) -> float:
+        """Δ; with an open κ that of the least κ, itself wrong with probability `level` at most (0: none is shown)."""
+        if self.scale is not None:
+            return self._allowed
+        low = float(interval(self._ever[:1], confidence=1 - level, sides=1)[0][0])
+        return self.settings.rtol * max(low, 0.0) + self.settings.atol if math.isfinite(low) else 0.0
+
+    def _certified(self) -> bool:
+        level = self._level()
+        if self.scale is None:
+            level *= 0.9
+        Δ = self._tolerance(self._level() * 0.1)
+        law = self._law(self._whole)
+        if bool(self._ever.refused[0]) or self._certificate(0.0, Δ, **law) > level:
+            return False
+        self._spent += 1
+        return self._certificate(self._statistic(), Δ, **law) <= level
+
+    def _certificate(self, U: float, Δ: float, **law: float) -> float:
+        return p_value(U, Δ, **law)  # type: ignore[arg-type]
+
+    # -- telling
+
+    def verdict(self) -> Judgement:
+        """What is known now; INCONCLUSIVE until decided."""
+        n, norm = self.draws, self._norm
+        if n == 0:
+            raise UsageError(f"draws: 0; a verdict takes at least one grain of {GRAIN}.")
+        along = self._ever[:1]
+        kappa = self._scale_interval(along)
+        unit = self._target_norm(kappa.value)
+        U, β = self._statistic(), self.settings.beta / 2 ** max(self._spent, 1)
+        bias, missed = math.sqrt(max(U, 0.0)), upper_bound(U, β, **self._law(self._whole))  # type: ignore[arg-type]
+        tails = self._tails(along)
+        status = Status.PASS if self._passed else Status.FAIL if self._failed else Status.INCONCLUSIVE
+        note = ""
+        if status is Status.PASS:
+            note = "nonzero" if self._shown else ""
+        elif status is Status.INCONCLUSIVE and tails.refused:
+            note = "constant" if tails.constant else "tails"
+        allowed = self._allowed if self.scale is not None else self._tolerance(β * 0.1)
+        effect = (
+            Interval(*(float(x) / unit if unit > 0 else math.nan for x in self._effect)) if self._last >= 0 else None
+        )
+        return Judgement(
+            status=status,
+            draws=n,
+            rel=bias / unit if unit > 0 else math.nan,
+            missed=missed / unit if unit > 0 else math.nan,
+            bias=bias,
+            missed_bias=missed,
+            allowed=allowed,
+            scale=kappa,
+            off_axis=self._off_axis_interval(kappa) if norm > 0 else Interval(*[math.nan] * 3),
+            variance=self._variance_interval(),
+            witness=WITNESSES[self._last] if self._last >= 0 else None,
+            effect=effect,
+            needed=self._needed(U, allowed, tails) if status is Status.INCONCLUSIVE else None,
+            tails=tails,
+            note=note,
+        )
+
+    def _target_norm(self, kappa: float) -> float:
+        return float(self._target.norm()) if self.scale is not None else abs(kappa) * self._norm
+
+    def _scale_interval(self, along: Scores) -> Interval:
+        if self._norm == 0:
+            return Interval(*[math.nan] * 3)
+        low, high = interval(along, confidence=CONFIDENCE)
+        known = 0.0 if self.scale is None else self.scale
+        return Interval(*(known + float(x[0]) / self._norm for x in (along.mean, low, high)))
+
+    def _off_axis_interval(self, kappa: Interval) -> Interval:
+        n, along = self.draws, self._ever[:1]
+        U, spectrum = self._statistic(), self._whole
+        if self.scale is not None:
+            mean, m2 = float(along.mean[0]), float(along.m2[0])
+            U -= mean**2 - m2 / (n * (n - 1))  # ((Σy)² − Σy²)/(n(n−1)) of the scores along μ*
+            spectrum = self._across
+        high = upper_bound(U, (1 - CONFIDENCE) / 2, **self._law(spectrum))  # type: ignore[arg-type]
+        low = 0.0 if self._looked == 0 else max(self._aside_low, 0.0)
+
+        def share(aside: float, κ: float) -> float:
+            total = math.hypot(aside, κ * self._norm)
+            return aside / total if total > 0 else math.nan
+
+        if tuple(map(math.isfinite, (kappa.low, kappa.high))) != (True, True):
+            return Interval(share(math.sqrt(max(U, 0.0)), kappa.value), math.nan, math.nan)
+        ends = sorted((abs(kappa.low), abs(kappa.high)))
+        least = 0.0 if kappa.low < 0 < kappa.high else ends[0]
+        return Interval(share(math.sqrt(max(U, 0.0)), kappa.value), share(low, ends[1]), share(high, least))
+
+    def _variance_interval(self) -> Interval:
+        n, spread = self.draws, self._ever[1:]
+        gap = float((self._sum / n - self._centre).square().sum())
+        value = (float(spread.mean[0]) - gap) * n / (n - 1)
+        low, high = interval(spread, confidence=CONFIDENCE)
+        shift = value - float(spread.mean[0])
+        return Interval(value, max(float(low[0]) + shift, 0.0), float(high[0]) + shift)
+
+    def _tails(self, along: Scores) -> Tails:
+        body = self._tail[-max(5, min(_TAIL, int(3 * math.sqrt(self.draws)))) :]
+        return Tails(
+            refused=bool(along.refused[0]),
+            skewness_of_mean=float(along.skewness_of_mean[0]),
+            largest_share=float(along.largest_share[0]),
+            pareto_k=pareto_k(body, cutoff=float(body[0])),
+            effective_draws=self._norms**2 / self._norms2 if self._norms2 > 0 else 0.0,
+            constant=bool(along.constant[0]),
+        )
+
+    def _needed(self, U: float, allowed: float, tails: Tails) -> int | None:
+        """Draws at which a verdict is to be expected if the bias is what U says, rounded up to a look."""
+        if tails.constant:
+            return None
+        n = float(draws_for_tails(self._ever[:1])[0]) if tails.refused else 0.0
+        law = {"largest": self._whole.largest, "square": self._whole.trace_of_square}
+        noise = math.sqrt(2 * law["square"]) / self.draws + 2 * math.sqrt(max(U, 0.0) * law["largest"] / self.draws)
+        known = U if U > 2 * noise else 0.0  # noqa: SIM300
+        if allowed > 0 and known < allowed**2:
+            n = max(n, draws_to_certify(allowed, self._level(), U=known, **law))
+        elif known > 0:  # along a direction as noisy as the noisiest, a trigger and its confirmation
+            least = allowed if self.settings.mode == "exceeds" else 0.0
+            z = z_of(self.settings.stage_level / (_W * self.settings.looks))
+            n = max(n, 2 * (z / (math.sqrt(known) - least)) ** 2 * law["largest"])
+        else:
+            return None
+        if not math.isfinite(n):
+            return None
+        look = self.settings.first_look
+        while look < n or look <= self.draws:
+            look *= 2
+        return look
+
+    # -- checkpoints
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything, as tensors: a judge made `from_state` goes on to the same bytes."""
+        f64 = torch.float64
+        scores = {"ever": self._ever, "block": self._block} | {f"part{i}": p for i, p in enumerate(self._parts)}
+        out = {name: getattr(self, f"_{name}").clone() for name in _TENSORS}
+        out |= {"loud": self._loud.directions.clone(), "kept": self._loud.kept.clone()}
+        out |= {
+            name: torch.from_numpy(np.stack([np.full_like(s.mean, s.n), s.mean, s.m2, s.m3, s.low, s.high]))
+            for name, s in scores.items()
+        }
+        out |= {name: torch.from_numpy(getattr(self, f"_{name}").copy()) for name in _ARRAYS}
+        for name in ("whole", "across"):
+            s = getattr(self, f"_{name}")
+            out[name] = torch.tensor([s.blocks, s.top, s.square, s.square2], dtype=f64)
+        out["numbers"] = torch.tensor([float(getattr(self, name)) for name in _NUMBERS], dtype=f64)
+        return out
+
+    @classmethod
+    def from_state(
+        cls, reference: Tensor, settings: Settings, *, state: dict[str, Tensor], scale: float | None = 1.0
+    ) -> Judge:
+        """The judge that `state()` was taken from; reference, settings and scale must be the same."""
+        judge = cls(reference, settings, scale=scale)
+        if tuple(state["total"].shape) != tuple(judge._total.shape) or f"part{settings.stages - 1}" in state:
+            raise UsageError("state: it belongs to another reference or to other settings.")
+        for name in _TENSORS:
+            setattr(judge, f"_{name}", state[name].clone())
+        judge._loud = Loud(state["loud"].clone(), state["kept"].clone())
+        for name in _ARRAYS:
+            setattr(judge, f"_{name}", state[name].numpy().copy())
+        judge._ever, judge._block = _scores_from(state["ever"]), _scores_from(state["block"])
+        judge._parts = [_scores_from(state[f"part{i}"]) for i in range(settings.stages - 1)]
+        for name in ("whole", "across"):
+            blocks, *sums = state[name].tolist()
+            setattr(judge, f"_{name}", Spectrum(int(blocks), *sums))
+        for name, value in zip(_NUMBERS, state["numbers"].tolist(), strict=True):
+            kind = type(getattr(judge, name))
+            setattr(judge, name, kind(value))
+        return judge
+
+
+_TENSORS = ("total", "sum", "squares", "absolute", "centre", "v")
+_ARRAYS = ("tail", "z", "effect")
+_NUMBERS = (
+    "decided", "next_look", "_norms2", "_norms", "_weight2", "_looked", "_spent", "_eps", "_frozen", "_frozen_at",
+    "_shown", "_failed", "_passed", "_last", "_aside_low",
+)  # fmt: skip
+
+
+def _scores_from(rows: Tensor) -> Scores:
+    n, *moments = rows.numpy().copy()
+    return Scores(int(n[0]), *moments)
+
+
+def _any_direction(P: int) -> Tensor:
+    """Where there is no μ*: signs drawn once and for all."""
+    signs = np.random.Generator(np.random.Philox(P)).integers(0, 2, P) * 2 - 1
+    return torch.from_numpy(signs / math.sqrt(P))
