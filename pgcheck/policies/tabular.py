@@ -71,7 +71,9 @@ def as_policy(policy: Any, contexts: int) -> nn.Module:
     Raises:
         ProblemError: logits that are not a finite `[K, A]` table of numbers.
     """
-    if isinstance(policy, (SoftmaxTable, ModulePolicy, LMPolicy)):
+    if isinstance(policy, LMPolicy):
+        return copy.deepcopy(policy)  # it was checked when it was made
+    if isinstance(policy, (SoftmaxTable, ModulePolicy)):
         built: nn.Module = copy.deepcopy(policy)  # a problem is frozen, whatever an optimiser does later
     elif isinstance(policy, nn.Module):
         built = ModulePolicy(policy, contexts=contexts)
@@ -81,6 +83,12 @@ def as_policy(policy: Any, contexts: int) -> nn.Module:
         logits = built().detach()
     except Exception as error:
         raise ProblemError(f"policy: calling it raises {in_words(error)}.") from error
+    check_logits(logits)
+    return built
+
+
+def check_logits(logits: Tensor) -> None:
+    """Raise `ProblemError` unless they are a finite table `[K, A]`."""
     if logits.dim() != 2:
         raise ProblemError(f"policy_logits: shape {list(logits.shape)}, expected [K, A].")
     if not bool(torch.isfinite(logits).all()):
@@ -88,7 +96,6 @@ def as_policy(policy: Any, contexts: int) -> nn.Module:
         raise ProblemError(
             f"policy_logits: every logit must be finite (a behaviour policy's may be -inf), got {first}."
         )
-    return built
 
 
 JACOBIAN_ELEMENTS = 2**27  # 1 GiB: most entries of a dense dz/dθ
@@ -113,9 +120,20 @@ def in_parameters(policy: nn.Module, x: Tensor) -> Tensor:
         ProblemError: the policy has no parameters.
     """
     leaves = {name: p.clone().requires_grad_(True) for name, p in _parameters_of(policy).items()}
-    z: Tensor = torch.func.functional_call(policy, leaves, ())
-    found = torch.autograd.grad(z, list(leaves.values()), x.reshape(z.shape), materialize_grads=True)
-    return torch.cat([g.reshape(-1) for g in found])
+    total = torch.zeros(sum(p.numel() for p in leaves.values()), dtype=x.dtype, device=x.device)
+    for part, contexts in _parts(policy):
+        z: Tensor = torch.func.functional_call(policy, leaves, part)
+        own = x if contexts is None else x.reshape(-1, z.shape[-1])[contexts]
+        found = torch.autograd.grad(z, list(leaves.values()), own.reshape(z.shape), materialize_grads=True)
+        total += torch.cat([g.reshape(-1) for g in found])
+    return total
+
+
+def _parts(policy: nn.Module, rows: int | None = None) -> list[tuple[tuple[slice, ...], Tensor | None]]:
+    """Arguments with which a policy is called for some of its contexts at a time, and those contexts; all at once if small."""
+    if not isinstance(policy, LMPolicy) or len(blocks := policy.blocks(rows)) < 2:
+        return [((), None)]
+    return [((block,), policy.contexts_of(block)) for block in blocks]
 
 
 def logit_jacobian(policy: nn.Module) -> Tensor:
@@ -135,7 +153,7 @@ def logit_jacobian(policy: nn.Module) -> Tensor:
             " smaller model."
         )
 
-    def jacobian(*part: int) -> Tensor:
+    def jacobian(part: tuple[slice, ...]) -> Tensor:
         def logits(parameters: dict[str, Tensor]) -> Tensor:
             out: Tensor = torch.func.functional_call(policy, parameters, part)
             return out.reshape(-1)
@@ -143,11 +161,9 @@ def logit_jacobian(policy: nn.Module) -> Tensor:
         found = torch.func.jacrev(logits)(named)
         return torch.cat([found[name].reshape(found[name].shape[0], -1) for name in named], -1).detach()
 
-    if not isinstance(policy, LMPolicy):
-        return jacobian()
     out = torch.empty(K, A, P, dtype=torch.float64)
-    for part, contexts in enumerate(policy.parts):  # a context's logits depend on its own text only
-        out[contexts] = jacobian(part).unflatten(0, (-1, A))
+    for part, contexts in _parts(policy, rows=1):  # a context's logits depend on its own text only
+        out[slice(None) if contexts is None else contexts] = jacobian(part).unflatten(0, (-1, A))
     return out.flatten(0, 1)
 
 
