@@ -121,19 +121,19 @@ def in_parameters(policy: nn.Module, x: Tensor) -> Tensor:
     """
     leaves = {name: p.clone().requires_grad_(True) for name, p in _parameters_of(policy).items()}
     total = torch.zeros(sum(p.numel() for p in leaves.values()), dtype=x.dtype, device=x.device)
-    for part, contexts in _parts(policy):
-        z: Tensor = torch.func.functional_call(policy, leaves, part)
+    for rows, contexts in in_parts(policy):
+        z: Tensor = torch.func.functional_call(policy, leaves, rows)
         own = x if contexts is None else x.reshape(-1, z.shape[-1])[contexts]
         found = torch.autograd.grad(z, list(leaves.values()), own.reshape(z.shape), materialize_grads=True)
         total += torch.cat([g.reshape(-1) for g in found])
     return total
 
 
-def _parts(policy: nn.Module, rows: int | None = None) -> list[tuple[tuple[slice, ...], Tensor | None]]:
-    """Arguments with which a policy is called for some of its contexts at a time, and those contexts; all at once if small."""
-    if not isinstance(policy, LMPolicy) or len(blocks := policy.blocks(rows)) < 2:
+def in_parts(policy: nn.Module) -> list[tuple[tuple[slice, ...], Tensor | None]]:
+    """Arguments with which a policy gives some of its contexts at a time, and those contexts; (nothing, None) for all."""
+    if not isinstance(policy, LMPolicy) or len(policy.parts) < 2:
         return [((), None)]
-    return [((block,), policy.contexts_of(block)) for block in blocks]
+    return [((rows,), policy.contexts_of(rows)) for rows in policy.parts]
 
 
 def logit_jacobian(policy: nn.Module) -> Tensor:
@@ -153,17 +153,20 @@ def logit_jacobian(policy: nn.Module) -> Tensor:
             " smaller model."
         )
 
-    def jacobian(part: tuple[slice, ...]) -> Tensor:
+    def jacobian(*rows: slice) -> Tensor:
         def logits(parameters: dict[str, Tensor]) -> Tensor:
-            out: Tensor = torch.func.functional_call(policy, parameters, part)
+            out: Tensor = torch.func.functional_call(policy, parameters, rows)
             return out.reshape(-1)
 
         found = torch.func.jacrev(logits)(named)
         return torch.cat([found[name].reshape(found[name].shape[0], -1) for name in named], -1).detach()
 
+    if not isinstance(policy, LMPolicy):
+        return jacobian()
     out = torch.empty(K, A, P, dtype=torch.float64)
-    for part, contexts in _parts(policy, rows=1):  # a context's logits depend on its own text only
-        out[slice(None) if contexts is None else contexts] = jacobian(part).unflatten(0, (-1, A))
+    for i in range(len(policy.tokens)):  # a context's logits depend on its own text only
+        row = slice(i, i + 1)
+        out[policy.contexts_of(row)] = jacobian(row).unflatten(0, (-1, A))
     return out.flatten(0, 1)
 
 

@@ -142,27 +142,28 @@ class LMPolicy(nn.Module):
         policy.register_buffer("where", where)
         return policy
 
-    def forward(self, part: slice | None = None) -> Tensor:
-        """Logits `[K, V]`; of `part` of the rows read, those of the contexts in `contexts_of(part)`."""
-        if part is None and len(blocks := self.blocks()) > 1:
-            back = torch.cat([self.contexts_of(block) for block in blocks]).argsort()
-            return torch.cat([self(block) for block in blocks])[back]
-        part = part or slice(0, len(self.tokens))
-        row, position = self.where[:, self.contexts_of(part)]
-        logits: Tensor = self.model(self.tokens[part])[row - part.start, position]
+    def forward(self, rows: slice | None = None) -> Tensor:
+        """Logits `[K, V]`; with `rows`, those of `contexts_of(rows)`."""
+        if rows is None and len(parts := self.parts) > 1:
+            back = torch.cat([self.contexts_of(part) for part in parts]).argsort()
+            return torch.cat([self(part) for part in parts])[back]
+        rows = rows or slice(0, len(self.tokens))
+        row, position = self.where[:, self.contexts_of(rows)]
+        logits: Tensor = self.model(self.tokens[rows])[row - rows.start, position]
         return logits
 
-    def blocks(self, rows: int | None = None) -> list[slice]:
-        """Rows that are read at once, so many that the work in between stays small."""
-        size = rows or rows_at_once(self.tokens.shape[1])
-        return [slice(low, min(low + size, len(self.tokens))) for low in range(0, len(self.tokens), size)]
+    @property
+    def parts(self) -> list[slice]:
+        """The rows, as many at once as a forward pass takes."""
+        n, size = len(self.tokens), rows_at_once(self.tokens.shape[1])
+        return [slice(low, min(low + size, n)) for low in range(0, n, size)]
 
-    def contexts_of(self, part: slice) -> Tensor:
-        """The contexts that are read off these rows; each context is read off one."""
-        return ((self.where[0] >= part.start) & (self.where[0] < part.stop)).nonzero().flatten()
+    def contexts_of(self, rows: slice) -> Tensor:
+        """The contexts that `forward` reads off these rows; each context is read off one."""
+        return ((self.where[0] >= rows.start) & (self.where[0] < rows.stop)).nonzero().flatten()
 
     def _check(self, texts: list[tuple[int, ...]], vocab_size: int) -> None:
-        read = self.tokens[self.blocks()[0]]
+        read = self.tokens[self.parts[0]]
         n, L = read.shape
         try:
             found, again = self.model(read), self.model(read)
