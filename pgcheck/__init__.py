@@ -25,7 +25,7 @@ _WHERE = {
     "pgcheck.estimators.base": ("Claim", "Estimator", "biased", "from_coefficients", "proportional", "unbiased"),
     "pgcheck.estimators.from_loss": ("from_loss",),
     "pgcheck.estimators.lookup": ("as_estimator",),
-    "pgcheck.policies": ("LinearPolicy", "ModulePolicy", "SoftmaxTable", "TinyGPT"),
+    "pgcheck.policies": ("Decoding", "LinearPolicy", "ModulePolicy", "SoftmaxTable", "TinyGPT"),
     "pgcheck.problem": ("Problem",),
     "pgcheck.runs.report": ("Report",),
     "pgcheck.trajectories": ("Paths", "Trajectories"),
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from pgcheck.estimators.base import Claim, Estimator, biased, from_coefficients, proportional, unbiased
     from pgcheck.estimators.from_loss import from_loss
     from pgcheck.estimators.lookup import as_estimator
-    from pgcheck.policies import LinearPolicy, ModulePolicy, SoftmaxTable, TinyGPT
+    from pgcheck.policies import Decoding, LinearPolicy, ModulePolicy, SoftmaxTable, TinyGPT
     from pgcheck.problem import Problem
     from pgcheck.runs.report import Report
     from pgcheck.trajectories import Paths, Trajectories

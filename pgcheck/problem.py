@@ -6,6 +6,7 @@ from it, by the behaviour policy: B = groups · group_size rows. B i.i.d. rollou
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -18,12 +19,21 @@ from torch import Tensor, nn
 
 from pgcheck import truth
 from pgcheck.batch import Batch
-from pgcheck.envs.language import LMTask
+from pgcheck.envs.language import LMTask, PrefixTree
 from pgcheck.envs.tabular import TabularMDP
-from pgcheck.errors import ProblemError, UnknownNameError
-from pgcheck.policies.tabular import ModulePolicy, SoftmaxTable, as_policy, in_parameters, logit_gram, logit_jacobian
-from pgcheck.policies.transformer import LMPolicy
-from pgcheck.sampling import Sampler, Stream, TableSampler
+from pgcheck.errors import BudgetError, ProblemError, UnknownNameError
+from pgcheck.generation import Mismatch, WritingSampler, mismatch
+from pgcheck.policies.tabular import (
+    ModulePolicy,
+    SoftmaxTable,
+    as_policy,
+    check_logits,
+    in_parameters,
+    logit_gram,
+    logit_jacobian,
+)
+from pgcheck.policies.transformer import Decoding, LanguageModel, LMPolicy
+from pgcheck.sampling import Sampler, Stream, TableSampler, TreeSampler
 from pgcheck.trajectories import Paths, SideTable, Trajectories, as_table, is_count
 
 TruthMethod = Literal["dynamic_programming", "enumeration", "central_differences"]
@@ -34,12 +44,13 @@ class Problem:
     """An environment, a policy and a sampling plan.
 
     Args:
-        env: a `TabularMDP`, `Paths` (the table of rollouts itself), or an `LMTask`, which becomes its paths.
+        env: a `TabularMDP`, `Paths` (the table of rollouts itself), or an `LMTask`, which becomes its paths if
+            they are few.
         policy: logits `[K, A]`, a module over one-hot contexts, or a policy of `pgcheck.policies`. With a task, a module is
             a language model, tokens `[n, L]` -> logits `[n, L, V]`.
         behavior_logits: `[K, A]` of the policy that draws the batches; -inf breaks its support. Default: the policy. With a
-            task, a language model will do.
-        ref_logits: `[K, A]` of the reference policy of KL terms. Default: the policy. With a task, as before.
+            task, a language model or a `Decoding` will do.
+        ref_logits: `[K, A]` of the reference policy of KL terms. Default: the policy. With a task, a language model will do.
         kl_coefficient: β, and
         entropy_coefficient: α of the objective E Σ_t γ^t (r_t − β log π/π_ref − α log π), sums over policy positions: J less
             β times the KL to the reference plus α times the entropy, those of whole rollouts where γ = 1. Where γ < 1 both
@@ -68,9 +79,14 @@ class Problem:
     about: str = ""
 
     def __post_init__(self) -> None:
+        if isinstance(self.env, LMTask) and self.env.size == "generated":
+            self._check_sampling()
+            self._hand_over(self.env)
+            self._check_objective()
+            return
         if isinstance(self.env, LMTask):
             self._read(self.env)
-        if not isinstance(self.env, (TabularMDP, Paths)):
+        if not isinstance(self.env, (TabularMDP, Paths, LMTask)):
             raise ProblemError(f"env: {type(self.env).__name__}; expected a TabularMDP, an LMTask or Paths.")
         self._check_sampling()
         if isinstance(self.env, TabularMDP):
@@ -84,10 +100,13 @@ class Problem:
             number = max(contexts) + 1
         elif self.contexts is not None:
             raise ProblemError("contexts: rollouts given as `Paths` carry their own contexts; leave it out.")
+        elif isinstance(self.env, LMTask):
+            number = len(self.env.contexts)
         else:
             number = int(self.env.context.max()) + 1
         object.__setattr__(self, "policy", as_policy(self.policy, number))
         logits = self.logits
+        check_logits(logits)
         if isinstance(self.env, TabularMDP) and tuple(logits.shape) != (number, self.env.actions):
             raise ProblemError(
                 f"policy_logits: shape {list(logits.shape)}, expected [{number}, {self.env.actions}] (contexts, actions)."
@@ -116,13 +135,52 @@ class Problem:
             )
 
     def _read(self, task: LMTask) -> None:
-        """The task as its paths, and language models as policies over its contexts."""
+        """The task as its paths, if they are few, and language models as policies over its contexts."""
+
+        def read(model: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:
+            known = isinstance(model, (SoftmaxTable, ModulePolicy, LMPolicy))
+            return model if known else LMPolicy(model, task.contexts, vocab_size=task.vocab_size, dtype=dtype)
+
+        model = self.policy  # as it was given: a Decoding may want it in another precision
         for name in ("policy", "behavior_logits", "ref_logits"):
-            given = getattr(self, name)
-            if isinstance(given, nn.Module) and not isinstance(given, (SoftmaxTable, ModulePolicy, LMPolicy)):
-                model = LMPolicy(given, task.contexts, vocab_size=task.vocab_size)
-                object.__setattr__(self, name, model if name == "policy" else model().detach())
-        object.__setattr__(self, "env", task.paths())
+            given: Any = getattr(self, name)
+            if isinstance(given, Decoding) and name == "behavior_logits":
+                source = model if given.model is None else given.model
+                with torch.no_grad():
+                    z = (
+                        read(source, given.dtype)()
+                        if isinstance(source, nn.Module)
+                        else as_table("policy_logits", source)
+                    )
+                object.__setattr__(self, name, given.of(z))
+            elif isinstance(given, nn.Module):
+                found = read(given)
+                object.__setattr__(self, name, found if name == "policy" else found().detach())
+        if task.size == "table":
+            object.__setattr__(self, "env", task.paths())
+
+    def _hand_over(self, task: LMTask) -> None:
+        """Models, where nothing of the task can be listed."""
+
+        def taken(name: str, given: Any) -> LanguageModel:
+            if isinstance(given, LanguageModel):
+                return copy.deepcopy(given)
+            if not isinstance(given, nn.Module):
+                raise ProblemError(
+                    f"{name}: {type(given).__name__}; the prefixes of this task are too many for a table of logits, so it must"
+                    " be a language model, tokens [n, L] -> logits [n, L, V]."
+                )
+            return LanguageModel(given, task.probes(), vocab_size=task.vocab_size)
+
+        object.__setattr__(self, "policy", taken("policy", self.policy))
+        if (behavior := self.behavior_logits) is not None:
+            how = behavior if isinstance(behavior, Decoding) else Decoding(behavior)
+            model = taken("behavior_logits", how.by(self.policy).model)
+            if how.dtype != torch.float64:
+                LanguageModel(model.model, task.probes(), vocab_size=task.vocab_size, dtype=how.dtype)  # it runs
+            object.__setattr__(self, "behavior_logits", replace(how, model=model))
+        if self.ref_logits is not None:
+            object.__setattr__(self, "ref_logits", taken("ref_logits", self.ref_logits))
 
     def _check_sampling(self) -> None:
         if not is_count(self.groups):
@@ -165,8 +223,35 @@ class Problem:
     # -- the policies and the table
 
     @property
+    def written(self) -> bool:
+        """Completions are written by the model, as not even their prefixes can be listed."""
+        return isinstance(self.env, LMTask) and self.env.size == "generated"
+
+    @property
+    def tree(self) -> PrefixTree | None:
+        """The tree of prefixes of a task whose completions do not fit a table.
+
+        Raises:
+            BudgetError: nor do its prefixes.
+        """
+        return self.env.tree if isinstance(self.env, LMTask) else None
+
+    @property
     def logits(self) -> Tensor:
-        """Target policy logits, `[K, A]`."""
+        """Target policy logits, `[K, A]`.
+
+        Raises:
+            BudgetError: a task whose prefixes are too many to be listed.
+        """
+        if isinstance(self.env, LMTask):
+            _ = self.env.prefixes  # or there are none
+        return self._logits if isinstance(self.env, LMTask) else self._logits_now()
+
+    @cached_property
+    def _logits(self) -> Tensor:
+        return self._logits_now()  # of a large task they are asked for once
+
+    def _logits_now(self) -> Tensor:
         with torch.no_grad():
             return self.policy().detach().to(torch.float64).clone()
 
@@ -181,13 +266,19 @@ class Problem:
         context = torch.where(paths.state >= 0, of_state[paths.state.clamp(min=0)], paths.state)
         return replace(paths, context=context)
 
+    def _three_logits(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the target, the behaviour and the reference policy."""
+        z, behavior, ref = self.logits, self.behavior_logits, self.ref_logits
+        return z, z if behavior is None else behavior, z if ref is None else ref
+
     @cached_property
     def trajectories(self) -> Trajectories:
-        """Every rollout with its probabilities, log-probabilities and values."""
-        logits = self.logits
-        behavior = logits if self.behavior_logits is None else self.behavior_logits
-        ref = logits if self.ref_logits is None else self.ref_logits
-        table = Trajectories.under(self._paths, logits, behavior, ref)
+        """Every rollout with its probabilities, log-probabilities and values.
+
+        Raises:
+            BudgetError: they are too many.
+        """
+        table = Trajectories.under(self._paths, *self._three_logits())
         return replace(table, kl_coefficient=self.kl_coefficient, entropy_coefficient=self.entropy_coefficient)
 
     def trajectories_with(self, needs: Sequence[SideTable]) -> Trajectories:
@@ -207,8 +298,29 @@ class Problem:
     # -- drawing batches
 
     def sampler(self, *, seed: int = 0, needs: Sequence[SideTable] = ()) -> Sampler:
-        """Numbered draws of whole batches by the behaviour policy; estimators with other `needs` see the same rollouts."""
+        """Numbered draws of whole batches by the behaviour policy; estimators with other `needs` see the same rollouts.
+
+        Raises:
+            BudgetError: `needs` of a problem that has no table of rollouts.
+        """
         stream = Stream(seed, (self.digest, "rollouts"))
+        if isinstance(self.env, LMTask):
+            if needs:
+                raise BudgetError(
+                    f"{self.name}: an estimator that needs more than its rows is given it from the table of all rollouts, and"
+                    f" this task has too many; judge it on a smaller one."
+                )
+            if self.written:
+                how = self.behavior_logits or Decoding(self.policy)
+                return WritingSampler(
+                    self.env, self.policy, how, self.ref_logits or self.policy, self.group_labels, stream,
+                    kl_coefficient=self.kl_coefficient, entropy_coefficient=self.entropy_coefficient,
+                )  # fmt: skip
+            value = truth.tree_values(self.env.tree, self.logits)[1]
+            return TreeSampler(
+                self.env.tree, *self._three_logits(), value, self.group_labels, stream,
+                kl_coefficient=self.kl_coefficient, entropy_coefficient=self.entropy_coefficient,
+            )  # fmt: skip
         return TableSampler(self.trajectories_with(needs), self.group_labels, stream)
 
     def sample(self, batches: int, *, seed: int = 0, first: int = 0) -> Batch:
@@ -223,24 +335,39 @@ class Problem:
         table, index = sampler.draw(first, batches)
         return table.batch(index, sampler.labels)
 
+    def mismatch(self, batches: int, *, seed: int = 0) -> Mismatch:
+        """Between the log-probabilities of the policy and those recorded when the rows of so many draws were made."""
+        table, index = self.sampler(seed=seed).draw(0, batches)
+        return mismatch(table, index)
+
     # -- facts that conditions of claims refer to
 
     @cached_property
     def on_policy(self) -> bool:
         """The behaviour policy is the target policy."""
+        if self.written:
+            how = self.behavior_logits
+            return how is None or (how.plain and _same_weights(how.model, self.policy))
+        if self.tree is not None:
+            z, behavior, _ = (torch.log_softmax(x, -1) for x in self._three_logits())
+            return bool(torch.allclose(z, behavior, rtol=0, atol=1e-14))
         t = self.trajectories
         return bool(torch.allclose(t.logp, t.behavior_logp, rtol=0, atol=1e-14))
 
     @cached_property
     def full_support(self) -> bool:
         """Every rollout the target policy can produce, the behaviour policy can produce."""
+        if self.written:
+            return self.behavior_logits is None or not self.behavior_logits.truncates
+        if self.tree is not None:
+            return bool(torch.isfinite(self._three_logits()[1]).all())
         t = self.trajectories
         return bool((t.behavior_probability[t.probability > 0] > 0).all())
 
     @property
     def discount(self) -> float:
         """γ."""
-        return self._paths.discount
+        return 1.0 if isinstance(self.env, LMTask) else self._paths.discount
 
     @property
     def plain_objective(self) -> bool:
@@ -250,18 +377,25 @@ class Problem:
     @cached_property
     def fixed_length(self) -> bool:
         """Every rollout has the same number of policy positions."""
+        if isinstance(self.env, LMTask):
+            return self.env.eos is None or self.env.max_new_tokens == 1
         length = self._paths.mask.sum(-1)
         return bool((length == length[0]).all())
 
     @property
     def one_start(self) -> bool:
         """Every rollout begins in the same start state, or from the same prompt."""
+        if isinstance(self.env, LMTask):
+            return len(self.env.prompts) == 1
         return int((self._paths.start_probability > 0).sum()) == 1
 
     @cached_property
     def binary_return(self) -> bool:
-        """Every rollout returns 0 or 1, to rounding."""
-        R = truth.returns(self._paths)
+        """Every rollout returns 0 or 1, to rounding; of rollouts that cannot be listed the task must say so (`returns`)."""
+        if self.written:
+            return {*(getattr(self.env, "returns", None) or (math.nan,))} <= {0.0, 1.0}
+        tree = self.tree
+        R = truth.returns(self._paths) if tree is None else tree.reward[tree.child < 0]
         return bool((torch.minimum(R.abs(), (R - 1.0).abs()) <= 1e-12).all())
 
     # -- truth
@@ -279,7 +413,11 @@ class Problem:
         )  # fmt: skip
 
     def _value_at(self, method: TruthMethod) -> Callable[[Tensor], Tensor]:
-        env = self.env
+        env, tree = self.env, self.tree
+        if tree is not None:
+            if method == "dynamic_programming":
+                return lambda z: truth.tree_values(tree, z, self._cost(z))[1][: tree.prompts].mean()
+            return lambda z: truth.tree_value(tree, z, self._cost(z))
         if method == "dynamic_programming":
             if not isinstance(env, TabularMDP):
                 raise ProblemError(
@@ -294,6 +432,10 @@ class Problem:
         """∇J in logit space, `[K, A]`. Without `method`: two derivations that were found to agree."""
         if method is None:
             return self._gradient
+        if self.tree is not None and method == "enumeration":
+            return truth.gradient_by_autograd(self._value_at(method), self.logits)
+        if self.tree is not None and method == "dynamic_programming":
+            return self.gradient_by_step().sum(0)
         if method == "enumeration":
             return truth.gradient_by_enumeration(self.trajectories, self._cost(self.logits))
         if method == "dynamic_programming":
@@ -305,6 +447,11 @@ class Problem:
 
     @cached_property
     def _gradient(self) -> Tensor:
+        if (tree := self.tree) is not None:
+            cost = self._cost(self.logits)
+            size = float(tree.reward.abs().max()) + (0.0 if cost is None else tree.steps * float(cost.abs().max()))
+            first, second = self.gradient("enumeration"), self.gradient("dynamic_programming")
+            return truth.agreed_gradient(first, second, size=size, problem=self.name)
         way: TruthMethod = "dynamic_programming" if isinstance(self.env, TabularMDP) else "enumeration"
         by_autograd = truth.gradient_by_autograd(self._value_at(way), self.logits)
         terms = self._paths.reward.abs()  # that R is a sum of
@@ -319,6 +466,8 @@ class Problem:
 
     @cached_property
     def _gradient_by_step(self) -> Tensor:
+        if self.tree is not None:
+            return truth.tree_gradient_by_step(self.tree, self.logits, self._cost(self.logits))
         return truth.gradient_by_step(self.trajectories, self._cost(self.logits))
 
     def logit_jacobian(self) -> Tensor:
@@ -346,25 +495,44 @@ class Problem:
     @cached_property
     def digest(self) -> str:
         """SHA-256 over everything that decides an expectation; changes when the problem does."""
-        p, t = self._paths, self.trajectories
+        if self.written:
+            return self._digest_of_models()
         h = hashlib.sha256()
-        for x in (
-            p.start,
-            p.state,
-            p.context,
-            p.action,
-            p.reward,
-            p.mask,
-            p.env_probability,
-            p.start_probability,
-            p.end,
-        ):
+        if (tree := self.tree) is not None:
+            columns = [tree.context, tree.position, tree.child, tree.reward]
+        else:
+            p, _ = self._paths, self.trajectories  # found to fit the policies
+            columns = [p.start, p.state, p.context, p.action, p.reward, p.mask, p.env_probability, p.start_probability]
+            columns.append(p.end)
+        for x in columns:
             h.update(x.contiguous().numpy().tobytes())
-        for x in (t.logits, self.behavior_logits, self.ref_logits):
+        for x in (self.logits, self.behavior_logits, self.ref_logits):
             h.update(b"none" if x is None else self.pinned(x).contiguous().numpy().tobytes())
-        h.update(repr((float(p.discount), p.discount_clock, self.sizes)).encode())
+        clock = "position" if tree is not None else self._paths.discount_clock
+        h.update(repr((float(self.discount), clock, self.sizes)).encode())
         if not self.plain_objective:
             h.update(repr((self.kl_coefficient, self.entropy_coefficient)).encode())
+        return h.hexdigest()[:16]
+
+    def _digest_of_models(self) -> str:
+        """Over the weights, what the models say on a few texts, and what those are paid: all that is known of a reward."""
+        task = self.env
+        assert isinstance(task, LMTask)
+        h = hashlib.sha256(repr((task.prompts, task.vocab_size, task.eos, task.max_new_tokens, task.returns)).encode())
+        texts = task.probes()
+        h.update(repr(texts).encode())
+        h.update(repr(task.scores([(s, t) for s, t, _ in task.probe_completions()])).encode())
+        how = self.behavior_logits
+        h.update(b"none" if how is None else repr((how.temperature, how.top_k, how.top_p, how.dtype)).encode())
+        for model in (self.policy, None if how is None else how.model, self.ref_logits):
+            h.update(b"none" if model is None else b"model")
+            for x in [] if model is None else [*model.parameters(), *model.buffers()]:
+                h.update(x.detach().cpu().contiguous().view(-1).numpy().tobytes())
+            if model is not None:
+                with torch.no_grad():
+                    said = torch.cat([model(torch.tensor([text]))[0, -1] for text in texts[:8]])
+                h.update((said.round(decimals=9) + 0.0).numpy().tobytes())
+        h.update(repr((self.sizes, self.kl_coefficient, self.entropy_coefficient)).encode())
         return h.hexdigest()[:16]
 
     def pinned(self, logits: Tensor) -> Tensor:
@@ -381,7 +549,7 @@ class Problem:
             raise ProblemError(f"draw: {draw!r}; it must be an integer of at least 0.")
         if draw == 0:
             return self
-        policy = _copy_policy(self.policy)
+        policy = copy.deepcopy(self.policy)
         generator = torch.Generator().manual_seed(draw)
         with torch.no_grad():
             for p in policy.parameters():
@@ -389,10 +557,9 @@ class Problem:
         return replace(self, policy=policy, name=f"{self.name}@{draw}")
 
 
-def _copy_policy(policy: nn.Module) -> nn.Module:
-    import copy
-
-    return copy.deepcopy(policy)
+def _same_weights(a: nn.Module, b: nn.Module) -> bool:
+    here, there = (dict(m.named_parameters()) for m in (a, b))
+    return here.keys() == there.keys() and all(torch.equal(here[name], there[name]) for name in here)
 
 
 # -- the registry of named problems

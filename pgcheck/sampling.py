@@ -2,7 +2,7 @@
 
 A *draw* is one whole batch of B rows. Draw number i of a stream is made from uniforms of its own, `width` of them, which a
 counter-based generator (Philox 4×64, Salmon et al. 2011) gives for i alone; rows are found from them by inverting the law
-of the start and of the rollout given the start.
+of the start and of the rollout given the start, or of each token given what stands before it.
 
 Guarantee: draw i of (seed, problem) is the same whatever was drawn before it, in blocks of any size and in any order, and for
 every estimator; global generators are not touched.
@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pgcheck.trajectories import Trajectories
+from pgcheck.envs.language import PrefixTree
+from pgcheck.trajectories import Paths, Trajectories
 
 _PER_COUNT = 4  # 64-bit numbers that one step of the counter gives
 
@@ -100,3 +101,79 @@ class TableSampler:
         # s + u is rounded, and may have become s + 1
         place = torch.minimum(place, begins[of_row + 1] - 1)
         return self.table, order[place]
+
+
+def inverted(law: Tensor, u: Tensor) -> Tensor:
+    """The outcome of each row of cumulative probabilities `law` `[n, A]` (up to 1, exactly) at `u` `[n]` in [0, 1)."""
+    return torch.searchsorted(law, u.unsqueeze(-1), right=True).squeeze(-1)
+
+
+_GATHERED = 2**24  # entries of a law that are gathered at once
+
+
+@dataclass(frozen=True)
+class TreeSampler:
+    """Batches from a tree of prefixes: a prompt for each group, then one token after another, all rows at once.
+
+    Probabilities of whole rollouts are not filled in (NaN), values are: V of the reward alone.
+    """
+
+    tree: PrefixTree
+    logits: Tensor  # [K, V] of the target policy
+    behavior_logits: Tensor  # [K, V]
+    ref_logits: Tensor  # [K, V]
+    value: Tensor  # [S]
+    labels: Tensor  # [B]
+    stream: Stream
+    kl_coefficient: float = 0.0
+    entropy_coefficient: float = 0.0
+
+    @cached_property
+    def _law(self) -> Tensor:
+        upto = torch.softmax(self.behavior_logits, -1).cumsum(-1)
+        return upto / upto[:, -1:]
+
+    @cached_property
+    def _logps(self) -> list[Tensor]:
+        return [torch.log_softmax(z, -1).flatten() for z in (self.logits, self.behavior_logits, self.ref_logits)]
+
+    def draw(self, first: int, count: int) -> tuple[Trajectories, Tensor]:
+        """As `Sampler.draw`: a table of `count` · B rows, each drawn once."""
+        tree, device = self.tree, self.logits.device
+        B, groups, T = len(self.labels), int(self.labels[-1]) + 1, tree.steps
+        u = self.stream.uniforms(first, count, groups + B * (len(tree.begins) - 1)).to(device)
+        prompt = (u[:, :groups] * tree.prompts).long().clamp(max=tree.prompts - 1)[:, self.labels].flatten()
+        u = u[:, groups:].reshape(count * B, -1)  # [N, tokens]
+        row, at = torch.arange(count * B, device=device), prompt
+        state, context, action = (torch.full((count * B, T), -1, device=device) for _ in range(3))
+        reward, value = (torch.zeros(count * B, T + x, dtype=torch.float64, device=device) for x in (0, 1))
+        end = torch.zeros(count * B, dtype=torch.int64, device=device)
+        for t in range(len(tree.begins) - 1):
+            k, position = tree.context[at], tree.position[at]
+            token = self._tokens(k, u[row, t])
+            state[row, position], context[row, position], action[row, position] = at, k, token
+            reward[row, position], value[row, position] = tree.reward[at, token], self.value[at]
+            end[row] = position + 1
+            goes_on = tree.child[at, token] >= 0
+            row, at = row[goes_on], tree.child[at, token][goes_on]
+        acts = action >= 0
+        for t in range(T - 2, 0, -1):  # while a tool speaks, of the token that comes next
+            value[:, t] = torch.where(acts[:, t], value[:, t], value[:, t + 1])
+        paths = Paths(
+            start=prompt, state=state, context=context, action=action, reward=reward, mask=acts.to(torch.float64),
+            env_probability=torch.ones(count * B, dtype=torch.float64, device=device),
+            start_probability=torch.full((tree.prompts,), 1.0 / tree.prompts, dtype=torch.float64, device=device), end=end,
+        )  # fmt: skip
+        cell = context.clamp(min=0) * self.logits.shape[1] + action.clamp(min=0)
+        logp, behavior_logp, ref_logp = (torch.where(acts, x[cell], 0.0) for x in self._logps)
+        unknown = torch.full((count * B,), torch.nan, dtype=torch.float64, device=device)
+        table = Trajectories(
+            paths, self.logits, logp, behavior_logp, ref_logp, value, unknown, unknown,
+            kl_coefficient=self.kl_coefficient, entropy_coefficient=self.entropy_coefficient,
+        )  # fmt: skip
+        return table, torch.arange(count * B, device=device).reshape(count, B)
+
+    def _tokens(self, context: Tensor, u: Tensor) -> Tensor:
+        size = max(1, _GATHERED // self._law.shape[1])
+        parts = zip(context.split(size), u.split(size), strict=True)
+        return torch.cat([inverted(self._law[k], x) for k, x in parts])

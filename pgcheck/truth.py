@@ -11,6 +11,9 @@ reference plus α times the entropy. Where γ = 1, they are those of whole rollo
   the table of rollouts. The gradient of the cost itself is (β + α) ∇log π(a_t|k_t), of mean 0;
 * central differences of fourth order of J, each logit in turn.
 
+On a tree of prefixes (`pgcheck.envs.language.PrefixTree`) the first two are: V(s) = Σ_a π(a|s) Q(s,a) from the last tokens
+backward, and ∇J[k, ·] = Σ_{s reads k} P(s) π (Q − V); and J = Σ P(s) π(a|s) (r − cost) from the prompts onward, by autograd.
+
 Guarantee: `agreed_gradient` returns only when two of them agree to 1e-11 relative to the size of the returns.
 """
 
@@ -22,6 +25,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from pgcheck.envs.language import PrefixTree
 from pgcheck.envs.tabular import TabularMDP
 from pgcheck.errors import TruthError
 from pgcheck.trajectories import Paths, Trajectories
@@ -118,6 +122,45 @@ def gradient_by_step(trajectories: Trajectories, cost: Tensor | None = None) -> 
         out[t].index_put_((k, a), w, accumulate=True)
         out[t].index_add_(0, k, -w.unsqueeze(-1) * pi[k])
     return out
+
+
+def tree_values(tree: PrefixTree, logits: Tensor, cost: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Q `[S, V]` and V `[S]` of every prefix, of the reward less the cost of tokens yet to be written."""
+    pi = torch.softmax(logits, -1)
+    Q, V = tree.reward.clone(), tree.reward.new_zeros(len(tree.reward))
+    for low, high in zip(tree.begins[-2::-1], tree.begins[:0:-1], strict=True):
+        k, child = tree.context[low:high], tree.child[low:high]
+        Q[low:high] += torch.where(child >= 0, V[child.clamp(min=0)], 0.0)
+        if cost is not None:
+            Q[low:high] -= cost[k]
+        V[low:high] = (pi[k] * Q[low:high]).sum(-1)
+    return Q, V
+
+
+def tree_visits(tree: PrefixTree, logits: Tensor) -> list[Tensor]:
+    """P(s) of every prefix, by level, differentiable in `logits`; prompts are equally likely."""
+    pi = torch.softmax(logits, -1)
+    visits = [logits.new_full((tree.prompts,), 1.0 / tree.prompts)]
+    for low, high in zip(tree.begins, tree.begins[1:-1], strict=False):
+        onward = visits[-1].unsqueeze(-1) * pi[tree.context[low:high]]
+        visits.append(onward[tree.child[low:high] >= 0])  # in the order of the next level
+    return visits
+
+
+def tree_value(tree: PrefixTree, logits: Tensor, cost: Tensor | None = None) -> Tensor:
+    """J = Σ_{s,a} P(s) π(a|s) (r(s, a) − cost(s, a)), differentiable in `logits` and `cost`."""
+    paid = tree.reward if cost is None else tree.reward - cost[tree.context]
+    reached = torch.cat(tree_visits(tree, logits)).unsqueeze(-1) * torch.softmax(logits, -1)[tree.context]
+    return (reached * paid).sum()
+
+
+def tree_gradient_by_step(tree: PrefixTree, logits: Tensor, cost: Tensor | None = None) -> Tensor:
+    """Σ_{s at t reads k} P(s) π(a|s) (Q(s, a) − V(s)), `[T, K, V]`, without autograd; the sum over t is ∇J."""
+    (Q, V), pi = tree_values(tree, logits, cost), torch.softmax(logits, -1)
+    weight = torch.cat(tree_visits(tree, logits)).unsqueeze(-1) * pi[tree.context] * (Q - V.unsqueeze(-1))
+    K, A = logits.shape
+    place = tree.position * K + tree.context
+    return logits.new_zeros(tree.steps * K, A).index_add_(0, place, weight).unflatten(0, (tree.steps, K))
 
 
 def gradient_by_autograd(value: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor:

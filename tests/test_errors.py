@@ -486,8 +486,6 @@ for title, changes in {
     "a prompt without tokens": "prompts=[(1,), ()]",
     "a prompt outside the vocabulary": "prompts=[(1, 7)]",
     "a prompt given twice": "prompts=[(1,), (1,)]",
-    "too many completions": "vocab_size=50, max_new_tokens=8",
-    "too many completions of any length": "vocab_size=50_000, max_new_tokens=4096",
 }.items():
     case(title, f"task({changes})")
 for title, changes in {
@@ -498,6 +496,9 @@ for title, changes in {
     "a batched reward of another length": "reward=lambda prompts, completions: [1.0], batched=True",
     "a batched reward that is one number": "reward=lambda prompts, completions: torch.tensor(1.0), batched=True",
     "a reward that looks at other rows": "reward=lambda prompts, completions: range(len(completions)), batched=True",
+    "too many completions": "vocab_size=50, max_new_tokens=8",
+    "too many completions of any length": "vocab_size=50_000, max_new_tokens=4096",
+    "a reward that is not among its returns": "returns=(0, 1)",
     "a tool that raises": "tool=lambda prompt, completion: completion[7]",
     "a tool that does not repeat itself": "tool=lambda prompt, completion, n=iter(range(9)): (next(n),)",
     "a tool that says what is no token": "tool=lambda prompt, completion: (9,)",
@@ -507,6 +508,25 @@ case("a reward that counts its calls", '''
 calls = []
 task(reward=lambda prompt, completion: float(len(calls.append(1) or calls))).paths()
 ''')  # fmt: skip
+case("too many prefixes", '''
+task(vocab_size=50, max_new_tokens=8).tree
+''')  # fmt: skip
+case("an estimator that needs the table of all completions", '''
+problem = pgcheck.Problem(task(max_completions=4), pgcheck.TinyGPT(3))
+problem.sampler(needs=pgcheck.as_estimator("vineppo").needs)
+''')  # fmt: skip
+case("a table of logits for contexts that cannot be listed", '''
+pgcheck.Problem(task(vocab_size=50, max_new_tokens=8), torch.zeros(7, 50))
+''')  # fmt: skip
+case("draws that do not fit", '''
+large = task(vocab_size=50_000, max_new_tokens=4)
+pgcheck.Problem(large, pgcheck.TinyGPT(50_000, width=2)).sampler().draw(0, 1000)
+''')  # fmt: skip
+for title, changes in {
+    "a temperature of zero": "temperature=0",
+    "a precision that is none": "dtype=torch.int64",
+}.items():
+    case(title, f"pgcheck.Decoding({changes})")
 case("a prompt longer than the model's context", '''
 pgcheck.Problem(task(prompts=[(1,) * 8]), pgcheck.TinyGPT(3, context=8))
 ''')  # fmt: skip

@@ -6,20 +6,25 @@ sits on its last token, and the context of a token is what the model reads: prom
 
     completions of a prompt = Σ_{t ≤ T} (V − 1)^(t−1) + (V − 1)^T        (V^T without an eos)
 
-Guarantee: the number of completions is known, and refused if too large, before one is made; the reward is called twice on
-everything, in opposite order, and a reward that depends on anything but (prompt, completion) is an error.
+A task comes in three sizes (`LMTask.size`): all its completions fit a *table*; or all its prefixes fit a *tree*, on which
+J and ∇J are exact and batches are drawn; or neither does, and completions are *generated* by the model.
+
+Guarantee: the number of completions is known, and refused where they do not fit, before one is made; the reward is called
+twice on everything, in opposite order, and a reward that depends on anything but (prompt, completion) is an error.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
+from itertools import islice
 from numbers import Integral
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from pgcheck.errors import BudgetError, ProblemError, in_words
 from pgcheck.trajectories import Paths, is_count
@@ -30,6 +35,38 @@ Reward = Callable[[Any, Any], Any]
 # everything after the prompt: the policy's tokens, a tool's, and the eos if it was written.
 Tool = Callable[[Tokens, Tokens], Sequence[int]]
 # (prompt, what follows it so far, the last token just written) -> tokens that are put after it, often none
+
+TREE_COMPLETIONS = 4_000_000  # that a tree has at most: each is scored; about 16 columns of them, half a gigabyte
+_SCORED_AT_ONCE = 65_536
+
+
+@dataclass(frozen=True)
+class PrefixTree:
+    """The S prefixes of a task, by the number of tokens that the policy has written; those of the prompts come first.
+
+    A completion is a prefix and a last token: `reward[s, a]` where `child[s, a]` is -1.
+    """
+
+    context: Tensor  # [S], what the model reads
+    position: Tensor  # [S], tokens after the prompt
+    child: Tensor  # [S, V], the prefix once token a is written, and what a tool says to it; -1: finished
+    reward: Tensor  # [S, V], 0 where the text goes on
+    begins: tuple[int, ...]  # prefixes begins[t] … begins[t + 1] − 1 wait for the policy's token number t
+
+    @property
+    def prompts(self) -> int:
+        """Number of roots."""
+        return self.begins[1]
+
+    @property
+    def steps(self) -> int:
+        """T, most positions of a completion."""
+        return int(self.position.max()) + 1
+
+
+def _blocks(items: Iterator[tuple[int, Tokens]], size: int) -> Iterator[list[tuple[int, Tokens]]]:
+    while block := list(islice(items, size)):
+        yield block
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,11 +81,13 @@ class LMTask:
         reward: see `Reward`; what is correct is correct for these tokens and nothing else.
         batched: whether `reward` takes lists of prompts and completions.
         tool: see `Tool`; it is not asked after the last token.
-        max_completions: more are refused.
+        max_completions: most that are listed in a table.
+        max_prefixes: most that are listed in a tree, where the completions are too many.
+        returns: the values that the reward may take, if they are known: what is not listed is an error, and claims about
+            rewards of 0 and 1 apply without a look at every completion.
 
     Raises:
         ProblemError: naming the argument, the value and the mend.
-        BudgetError: too many completions; with their number and what to change.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -60,6 +99,8 @@ class LMTask:
     batched: bool = False
     tool: Tool | None = None
     max_completions: int = 10_000
+    max_prefixes: int = 200_000
+    returns: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
         if not is_count(self.vocab_size) or self.vocab_size < 2:
@@ -82,8 +123,16 @@ class LMTask:
         if len(set(given)) < len(given):
             raise ProblemError(f"prompts: {next(p for p in given if given.count(p) > 1)} is given twice.")
         object.__setattr__(self, "prompts", tuple(given))
-        if self._digits > 18 or self.completions > self.max_completions:
-            raise BudgetError(self._too_many())
+        if self.returns is not None:
+            object.__setattr__(self, "returns", tuple(float(x) for x in self.returns))
+
+    @property
+    def size(self) -> Literal["table", "tree", "generated"]:
+        """What of the task can be listed: every completion, every prefix, or neither."""
+        if self._digits <= 18 and self.completions <= self.max_completions:
+            return "table"
+        few = self._digits <= 18 and self.prefix_count <= self.max_prefixes
+        return "tree" if few and self.completions <= TREE_COMPLETIONS else "generated"
 
     def _is_token(self, x: Any) -> bool:
         return isinstance(x, Integral) and not isinstance(x, bool) and 0 <= int(x) < self.vocab_size
@@ -98,6 +147,12 @@ class LMTask:
             return int(self.vocab_size) ** tokens
         others = self.vocab_size - 1
         return sum(others**t for t in range(tokens)) + others**tokens
+
+    @property
+    def prefix_count(self) -> int:
+        """S: every text after which the policy writes a token, of all prompts together."""
+        others = int(self.vocab_size) - (self.eos is not None)
+        return len(self.prompts) * sum(others**t for t in range(self.max_new_tokens))
 
     @property
     def _digits(self) -> float:
@@ -123,23 +178,52 @@ class LMTask:
 
     @cached_property
     def texts(self) -> tuple[tuple[int, Tokens, tuple[bool, ...]], ...]:
-        """Every completion: number of the prompt, tokens, and which of them the policy wrote; short ones first."""
-        finished = []
-        growing: list[tuple[int, Tokens, tuple[bool, ...]]] = [(s, (), ()) for s in range(len(self.prompts))]
-        for t in range(self.max_new_tokens):
-            grown = []
-            for s, text, own in growing:
-                for token in range(self.vocab_size):
-                    longer = (*text, token)
-                    if token == self.eos or t + 1 == self.max_new_tokens:
-                        finished.append((s, longer, (*own, True)))
-                    else:
-                        said = self._said_by_tool(s, longer)
-                        grown.append((s, (*longer, *said), (*own, True, *[False] * len(said))))
-            growing = grown
-        return tuple(finished)
+        """Every completion: number of the prompt, tokens, and which of them the policy wrote; short ones first.
 
-    def _said_by_tool(self, s: int, text: Tokens) -> Tokens:
+        Raises:
+            BudgetError: too many completions; with their number and what to change.
+        """
+        if self.size != "table":
+            raise BudgetError(self._too_many())
+        return tuple(
+            (s, (*text, token), (*own, True))
+            for t, level in enumerate(self.prefixes)
+            for s, text, own in level
+            for token in range(self.vocab_size)
+            if self.ends(t, token)
+        )
+
+    @cached_property
+    def prefixes(self) -> tuple[list[tuple[int, Tokens, tuple[bool, ...]]], ...]:
+        """Texts after which the policy writes its token number t, for each t; columns as those of `texts`.
+
+        Raises:
+            BudgetError: too many prefixes.
+        """
+        if self.size == "generated":
+            number = f"{self.prefix_count:,}" if self._digits < 12 else f"10^{self._digits:.0f}"
+            raise BudgetError(
+                f"max_new_tokens: {self.max_new_tokens} with vocab_size={self.vocab_size} and {len(self.prompts)} prompt(s)"
+                f" makes {number} prefixes; at most {self.max_prefixes:,} (max_prefixes) with {TREE_COMPLETIONS:,} completions"
+                " are listed, and J and ∇J are exact only there. Completions can still be drawn, by the model itself."
+            )
+        levels: list[list[tuple[int, Tokens, tuple[bool, ...]]]] = [[(s, (), ()) for s in range(len(self.prompts))]]
+        for t in range(self.max_new_tokens - 1):
+            grown = []
+            for s, text, own in levels[-1]:
+                for token in range(self.vocab_size):
+                    if not self.ends(t, token):
+                        said = self.said_by_tool(s, (*text, token))
+                        grown.append((s, (*text, token, *said), (*own, True, *[False] * len(said))))
+            levels.append(grown)
+        return tuple(levels)
+
+    def ends(self, t: int, token: int) -> bool:
+        """Whether this token, number t of the policy's, is the last."""
+        return token == self.eos or t + 1 == self.max_new_tokens
+
+    def said_by_tool(self, s: int, text: Tokens) -> Tokens:
+        """What follows `text`, which ends with a token of the policy's, before it writes again."""
         if self.tool is None:
             return ()
         where = f"after prompt {self.prompts[s]}, completion {text}"
@@ -156,8 +240,33 @@ class LMTask:
     @cached_property
     def contexts(self) -> tuple[Tokens, ...]:
         """What the model reads before each token that it writes, prompt + completion so far: `[K]`, short ones first."""
-        found = {(*self.prompts[s], *text[:t]): None for s, text, own in self.texts for t in range(len(own)) if own[t]}
+        found = {(*self.prompts[s], *text): None for level in self.prefixes for s, text, _ in level}
         return tuple(sorted(found, key=lambda tokens: (len(tokens), tokens)))
+
+    def probe_completions(self) -> list[tuple[int, Tokens, tuple[bool, ...]]]:
+        """One fixed random completion of each prompt, eight at most, as long as can be; columns as those of `texts`."""
+        generator = torch.Generator().manual_seed(0)
+        found = []
+        for s in range(min(8, len(self.prompts))):
+            text: Tokens = ()
+            own: tuple[bool, ...] = ()
+            for t in range(self.max_new_tokens):
+                token = int(torch.randint(self.vocab_size, (), generator=generator))
+                token = (token + 1) % self.vocab_size if token == self.eos else token
+                said = () if self.ends(t, token) else self.said_by_tool(s, (*text, token))
+                text, own = (*text, token, *said), (*own, True, *[False] * len(said))
+            found.append((s, text, own))
+        return found
+
+    def probes(self) -> list[Tokens]:
+        """Contexts of those: what a model will be asked to read."""
+        found = {
+            (*self.prompts[s], *text[:t]): None
+            for s, text, own in self.probe_completions()
+            for t in range(len(text))
+            if own[t]
+        }
+        return list(found)
 
     def paths(self) -> Paths:
         """The table of all completions.
@@ -174,7 +283,7 @@ class LMTask:
         states: dict[tuple[int, Tokens], int] = {}  # two prompts may meet in one context, never in one state
         state, context, action = (torch.full((N, T), -1) for _ in range(3))
         reward = torch.zeros(N, T, dtype=torch.float64)
-        scores = self._scores()
+        scores = self.scores([(s, text) for s, text, _ in self.texts])
         for n, (s, text, own) in enumerate(self.texts):
             for t in range(len(text)):
                 if own[t]:
@@ -190,18 +299,65 @@ class LMTask:
             end=torch.tensor([len(text) for _, text, _ in self.texts]),
         )  # fmt: skip
 
+    @cached_property
+    def tree(self) -> PrefixTree:
+        """The tree of prefixes, every completion scored in blocks.
+
+        Raises:
+            BudgetError: too many prefixes.
+            ProblemError: as `paths`.
+        """
+        levels, V = self.prefixes, int(self.vocab_size)
+        number = {tokens: k for k, tokens in enumerate(self.contexts)}
+        states = [(s, text) for level in levels for s, text, _ in level]
+        begins = [0]
+        for level in levels:
+            begins.append(begins[-1] + len(level))
+        child = torch.full((len(states), V), -1)
+        for t in range(len(levels) - 1):  # the children of a level in order are the next level
+            goes_on = torch.tensor([not self.ends(t, token) for token in range(V)])
+            onward = child[begins[t] : begins[t + 1]]
+            onward[goes_on.expand_as(onward)] = torch.arange(begins[t + 1], begins[t + 2])
+        reward = torch.zeros(len(states), V, dtype=torch.float64)
+        reward[child < 0] = torch.tensor(
+            [x for block in _blocks(self._finished(levels), _SCORED_AT_ONCE) for x in self.scores(block)],
+            dtype=torch.float64,
+        )
+        return PrefixTree(
+            context=torch.tensor([number[(*self.prompts[s], *text)] for s, text in states]),
+            position=torch.tensor([len(text) for _, text in states]),
+            child=child, reward=reward, begins=tuple(begins),
+        )  # fmt: skip
+
+    def _finished(self, levels: Sequence[list[tuple[int, Tokens, tuple[bool, ...]]]]) -> Iterator[tuple[int, Tokens]]:
+        """Completions, in the order of (prefix, last token)."""
+        for t, level in enumerate(levels):
+            last = [token for token in range(self.vocab_size) if self.ends(t, token)]
+            for s, text, _ in level:
+                for token in last:
+                    yield s, (*text, token)
+
     # -- the reward
 
-    def _scores(self) -> list[float]:
-        prompts = [tuple(self.prompts[s]) for s, _, _ in self.texts]
-        texts = [text for _, text, _ in self.texts]
-        first = self._scored(prompts, texts)
-        second = self._scored(prompts[::-1], texts[::-1])[::-1]
-        for prompt, text, a, b in zip(prompts, texts, first, second, strict=True):
+    def scores(self, texts: Sequence[tuple[int, Tokens]]) -> list[float]:
+        """The reward of each (number of the prompt, completion), asked for twice.
+
+        Raises:
+            ProblemError: it raises, is no finite number, or depends on more than (prompt, completion).
+        """
+        prompts, completions = [tuple(self.prompts[s]) for s, _ in texts], [text for _, text in texts]
+        first = self._scored(prompts, completions)
+        second = self._scored(prompts[::-1], completions[::-1])[::-1]
+        for prompt, text, a, b in zip(prompts, completions, first, second, strict=True):
             if a != b:
                 raise ProblemError(
                     f"reward: {a:.6g}, and {b:.6g} when asked again, for prompt {prompt}, completion {text}; it must depend on"
                     " nothing else: no randomness, no state, no other row."
+                )
+            if self.returns is not None and a not in self.returns:
+                raise ProblemError(
+                    f"returns: {list(self.returns)}, but the reward is {a:.6g} for prompt {prompt}, completion {text}; list"
+                    " every value, or leave it out."
                 )
         return first
 

@@ -1,6 +1,17 @@
 """Policies: maps from contexts to logits, `[K, A]`."""
 
 from pgcheck.policies.tabular import LinearPolicy, ModulePolicy, Policy, SoftmaxTable, as_policy
-from pgcheck.policies.transformer import LMPolicy, TinyGPT, truncated
+from pgcheck.policies.transformer import Decoding, LanguageModel, LMPolicy, TinyGPT, truncated
 
-__all__ = ["LMPolicy", "LinearPolicy", "ModulePolicy", "Policy", "SoftmaxTable", "TinyGPT", "as_policy", "truncated"]
+__all__ = [
+    "Decoding",
+    "LMPolicy",
+    "LanguageModel",
+    "LinearPolicy",
+    "ModulePolicy",
+    "Policy",
+    "SoftmaxTable",
+    "TinyGPT",
+    "as_policy",
+    "truncated",
+]

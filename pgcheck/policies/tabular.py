@@ -71,7 +71,9 @@ def as_policy(policy: Any, contexts: int) -> nn.Module:
     Raises:
         ProblemError: logits that are not a finite `[K, A]` table of numbers.
     """
-    if isinstance(policy, (SoftmaxTable, ModulePolicy, LMPolicy)):
+    if isinstance(policy, LMPolicy):
+        return copy.deepcopy(policy)  # it was checked when it was made
+    if isinstance(policy, (SoftmaxTable, ModulePolicy)):
         built: nn.Module = copy.deepcopy(policy)  # a problem is frozen, whatever an optimiser does later
     elif isinstance(policy, nn.Module):
         built = ModulePolicy(policy, contexts=contexts)
@@ -81,6 +83,12 @@ def as_policy(policy: Any, contexts: int) -> nn.Module:
         logits = built().detach()
     except Exception as error:
         raise ProblemError(f"policy: calling it raises {in_words(error)}.") from error
+    check_logits(logits)
+    return built
+
+
+def check_logits(logits: Tensor) -> None:
+    """Raise `ProblemError` unless they are a finite table `[K, A]`."""
     if logits.dim() != 2:
         raise ProblemError(f"policy_logits: shape {list(logits.shape)}, expected [K, A].")
     if not bool(torch.isfinite(logits).all()):
@@ -88,7 +96,6 @@ def as_policy(policy: Any, contexts: int) -> nn.Module:
         raise ProblemError(
             f"policy_logits: every logit must be finite (a behaviour policy's may be -inf), got {first}."
         )
-    return built
 
 
 JACOBIAN_ELEMENTS = 2**27  # 1 GiB: most entries of a dense dz/dθ
@@ -113,9 +120,20 @@ def in_parameters(policy: nn.Module, x: Tensor) -> Tensor:
         ProblemError: the policy has no parameters.
     """
     leaves = {name: p.clone().requires_grad_(True) for name, p in _parameters_of(policy).items()}
-    z: Tensor = torch.func.functional_call(policy, leaves, ())
-    found = torch.autograd.grad(z, list(leaves.values()), x.reshape(z.shape), materialize_grads=True)
-    return torch.cat([g.reshape(-1) for g in found])
+    total = torch.zeros(sum(p.numel() for p in leaves.values()), dtype=x.dtype, device=x.device)
+    for rows, contexts in in_parts(policy):
+        z: Tensor = torch.func.functional_call(policy, leaves, rows)
+        own = x if contexts is None else x.reshape(-1, z.shape[-1])[contexts]
+        found = torch.autograd.grad(z, list(leaves.values()), own.reshape(z.shape), materialize_grads=True)
+        total += torch.cat([g.reshape(-1) for g in found])
+    return total
+
+
+def in_parts(policy: nn.Module) -> list[tuple[tuple[slice, ...], Tensor | None]]:
+    """Arguments with which a policy gives some of its contexts at a time, and those contexts; (nothing, None) for all."""
+    if not isinstance(policy, LMPolicy) or len(policy.parts) < 2:
+        return [((), None)]
+    return [((rows,), policy.contexts_of(rows)) for rows in policy.parts]
 
 
 def logit_jacobian(policy: nn.Module) -> Tensor:
@@ -135,9 +153,9 @@ def logit_jacobian(policy: nn.Module) -> Tensor:
             " smaller model."
         )
 
-    def jacobian(*part: int) -> Tensor:
+    def jacobian(*rows: slice) -> Tensor:
         def logits(parameters: dict[str, Tensor]) -> Tensor:
-            out: Tensor = torch.func.functional_call(policy, parameters, part)
+            out: Tensor = torch.func.functional_call(policy, parameters, rows)
             return out.reshape(-1)
 
         found = torch.func.jacrev(logits)(named)
@@ -146,8 +164,9 @@ def logit_jacobian(policy: nn.Module) -> Tensor:
     if not isinstance(policy, LMPolicy):
         return jacobian()
     out = torch.empty(K, A, P, dtype=torch.float64)
-    for part, contexts in enumerate(policy.parts):  # a context's logits depend on its own text only
-        out[contexts] = jacobian(part).unflatten(0, (-1, A))
+    for i in range(len(policy.tokens)):  # a context's logits depend on its own text only
+        row = slice(i, i + 1)
+        out[policy.contexts_of(row)] = jacobian(row).unflatten(0, (-1, A))
     return out.flatten(0, 1)
 
 
