@@ -500,12 +500,8 @@ class Judge:
         return Interval(share(math.sqrt(max(U, 0.0)), kappa.value), share(low, ends[1]), share(high, least))
 
     def _variance_interval(self) -> Interval:
-        n, spread = self.draws, self._ever[1:]
-        gap = float((self._sum / n - self._centre).square().sum())
-        value = (float(spread.mean[0]) - gap) * n / (n - 1)
-        low, high = interval(spread, confidence=CONFIDENCE)
-        shift = value - float(spread.mean[0])
-        return Interval(value, max(float(low[0]) + shift, 0.0), float(high[0]) + shift)
+        gap = (self._sum / self.draws - self._centre).square().sum().reshape(1).cpu().numpy()
+        return Interval(*(float(x[0]) for x in total_variance(self._ever[1:], gap)))
 
     def _tails(self, along: Scores) -> Tails:
         body = self._tail[-max(5, min(_TAIL, int(3 * math.sqrt(self.draws)))) :]
@@ -590,6 +586,14 @@ _NUMBERS = (
     "decided", "next_look", "_norms2", "_norms", "_weight2", "_looked", "_spent", "_eps", "_frozen", "_frozen_at",
     "_shown", "_failed", "_passed", "_last", "_aside_low",
 )  # fmt: skip
+
+
+def total_variance(spread: Scores, gap: Floats) -> tuple[Floats, Floats, Floats]:
+    """Tr Cov X with its interval, from scores ‖X − c‖² and gap = ‖X̄ − c‖², c a mean of few draws: E‖X − c‖² − ‖E X − c‖²."""
+    value = (spread.mean - gap) * spread.n / (spread.n - 1)
+    low, high = interval(spread, confidence=CONFIDENCE)
+    shift = value - spread.mean
+    return value, np.maximum(low + shift, 0.0), high + shift
 
 
 def _scores_from(rows: Tensor) -> Scores:
