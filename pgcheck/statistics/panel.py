@@ -30,7 +30,7 @@ _SHRINK = 1e-3  # a loud direction keeps at least this share
 
 @dataclass(frozen=True)
 class Loud:
-    """The loudest directions `[P, L]` of a pilot, and the share that is kept along each, `[L]`."""
+    """The loudest directions `[..., P, L]` of a pilot, and the share that is kept along each, `[..., L]`."""
 
     directions: Tensor
     kept: Tensor
@@ -39,39 +39,48 @@ class Loud:
 def loud_directions(d: Tensor) -> Loud:
     """Of draws `[m, P]`: eigenvectors of their covariance, kept in the ratio of the next eigenvalue to each."""
     centred = d - d.mean(0)
-    small = centred.shape[1] <= len(centred)
-    value, vector = torch.linalg.eigh(centred.T @ centred if small else centred @ centred.T)
-    value, vector = value.flip(0).clamp(min=0.0), vector.flip(1)
-    number = min(LOUD, len(value) - 1, int((value > _QUIET * value[0]).sum()))
-    top, rest = value[:number], value[number] if number < len(value) else value.new_zeros(())
-    padded = torch.zeros(d.shape[1], LOUD, dtype=d.dtype)
-    kept = torch.ones(LOUD, dtype=d.dtype)
-    padded[:, :number] = vector[:, :number] if small else centred.T @ vector[:, :number] / top.sqrt()
-    kept[:number] = (rest / top).clamp(min=_SHRINK)
-    return Loud(padded, kept)
+    if centred.shape[1] <= len(centred):
+        return loudest(*torch.linalg.eigh(centred.T @ centred))
+    value, vector = torch.linalg.eigh(centred @ centred.T)
+    value = value.clamp(min=0.0)
+    size = torch.where(value > _QUIET * value[-1], value.sqrt(), torch.inf)
+    return loudest(value, centred.T @ vector / size)
+
+
+def loudest(value: Tensor, vector: Tensor) -> Loud:
+    """The last 16 of eigenvalues `[..., m]` in ascending order, with their vectors `[..., P, m]`."""
+    number = min(LOUD, value.shape[-1] - 1)
+    value = value.clamp(min=0.0)
+    top = value[..., value.shape[-1] - number :]
+    rest = value[..., -number - 1].unsqueeze(-1)
+    live = top > _QUIET * value[..., -1:]
+    kept = torch.where(live, rest / torch.where(live, top, 1.0), 1.0).clamp(min=_SHRINK)
+    # contiguous, as a layout decides the order of sums, and a checkpoint keeps none
+    return Loud(vector[..., vector.shape[-1] - number :].contiguous(), kept.contiguous())
 
 
 def directions(total: Tensor, squares: Tensor, n: int, *, along: Tensor, loud: Loud, aside: bool) -> Tensor:
-    """Unit directions `[P, 7]`: the six witnesses, and the mean of D across μ*.
+    """Unit directions `[..., P, 7]`: the six witnesses, and the mean of D across μ*.
 
     Args:
-        total, squares: Σ D and Σ D² of the n earlier draws, `[P]`.
-        along: μ*/‖μ*‖.
+        total, squares: Σ D and Σ D² of the n earlier draws, `[..., P]`.
+        along: μ*/‖μ*‖, `[P]`.
         aside: make the learned ones orthogonal to μ*.
     """
     mean = total / n
     s2 = squares / n - mean**2
-    live = s2 > _QUIET * s2.max()
+    live = s2 > _QUIET * s2.amax(-1, keepdim=True)
     precision = torch.where(live, 1 / torch.where(live, s2, 1.0), 0.0)
     white = mean * precision
     z = (mean * (n * precision).sqrt()).abs()
-    threshold = min(math.sqrt(2 * math.log(max(len(mean), 2))), float(z.max()))
+    threshold = z.amax(-1, keepdim=True).clamp(max=math.sqrt(2 * math.log(max(along.numel(), 2))))
     sparse = torch.where(z >= threshold, white, 0.0)
-    deflated = mean - loud.directions @ ((1 - loud.kept) * (loud.directions.T @ mean))
-    across = mean - along * (along @ mean)
-    learned = torch.stack([along * precision, mean, white, sparse, deflated, across], 1)
+    share = (1 - loud.kept) * (loud.directions.mT @ mean.unsqueeze(-1)).squeeze(-1)
+    deflated = mean - (loud.directions @ share.unsqueeze(-1)).squeeze(-1)
+    across = mean - along * (mean @ along).unsqueeze(-1)
+    learned = torch.stack([along * precision, mean, white, sparse, deflated, across], -1)
     if aside:
-        learned = learned - torch.outer(along, along @ learned)
-    size = learned.norm(dim=0)
+        learned = learned - along.unsqueeze(-1) * (along @ learned).unsqueeze(-2)
+    size = learned.norm(dim=-2, keepdim=True)
     learned = torch.where(size > 0, learned / torch.where(size > 0, size, 1.0), 0.0)
-    return torch.cat([along.unsqueeze(1), learned], 1)
+    return torch.cat([along.unsqueeze(-1).expand(*mean.shape, 1), learned], -1)

@@ -32,7 +32,7 @@ from torch import Tensor
 from pgcheck.errors import NotFiniteError, UsageError
 from pgcheck.statistics.certificate import GRAM, Spectrum, draws_to_certify, p_value, upper_bound
 from pgcheck.statistics.guarded import Floats, Scores, draws_for_tails, interval, pareto_k, z_of, z_scores
-from pgcheck.statistics.panel import LOUD, TWO_SIDED, WITNESSES, Loud, directions, loud_directions
+from pgcheck.statistics.panel import TWO_SIDED, WITNESSES, Loud, directions, loud_directions
 from pgcheck.statistics.status import Status
 
 GRAIN = 1024  # draws summed at once; every sum is a merge of these
@@ -185,7 +185,7 @@ class Judge:
         self._norms2, self._norms = 0.0, 0.0  # Σ‖D‖², Σ‖D‖
         self._v = torch.zeros(P, _CONFIRM + 1, dtype=torch.float64)
         self._v[:, 0] = self._along
-        self._loud = Loud(torch.zeros(P, LOUD, dtype=torch.float64), torch.ones(LOUD, dtype=torch.float64))
+        self._loud = Loud(torch.zeros(P, 0, dtype=torch.float64), torch.ones(0, dtype=torch.float64))
         self._whole, self._across = Spectrum(), Spectrum()
         self._ever = Scores.none(2)  # along μ*, and ‖X − centre‖²: all draws
         self._block = Scores.none(_W + 1)  # of the directions in use: the draws they have not seen
@@ -500,12 +500,8 @@ class Judge:
         return Interval(share(math.sqrt(max(U, 0.0)), kappa.value), share(low, ends[1]), share(high, least))
 
     def _variance_interval(self) -> Interval:
-        n, spread = self.draws, self._ever[1:]
-        gap = float((self._sum / n - self._centre).square().sum())
-        value = (float(spread.mean[0]) - gap) * n / (n - 1)
-        low, high = interval(spread, confidence=CONFIDENCE)
-        shift = value - float(spread.mean[0])
-        return Interval(value, max(float(low[0]) + shift, 0.0), float(high[0]) + shift)
+        gap = (self._sum / self.draws - self._centre).square().sum().reshape(1).cpu().numpy()
+        return Interval(*(float(x[0]) for x in total_variance(self._ever[1:], gap)))
 
     def _tails(self, along: Scores) -> Tails:
         body = self._tail[-max(5, min(_TAIL, int(3 * math.sqrt(self.draws)))) :]
@@ -569,8 +565,8 @@ class Judge:
         if tuple(state["total"].shape) != tuple(judge._total.shape) or f"part{settings.stages - 1}" in state:
             raise UsageError("state: it belongs to another reference or to other settings.")
         for name in _TENSORS:
-            setattr(judge, f"_{name}", state[name].clone())
-        judge._loud = Loud(state["loud"].clone(), state["kept"].clone())
+            setattr(judge, f"_{name}", state[name].contiguous().clone())
+        judge._loud = Loud(state["loud"].contiguous().clone(), state["kept"].contiguous().clone())
         for name in _ARRAYS:
             setattr(judge, f"_{name}", state[name].numpy().copy())
         judge._ever, judge._block = _scores_from(state["ever"]), _scores_from(state["block"])
@@ -590,6 +586,14 @@ _NUMBERS = (
     "decided", "next_look", "_norms2", "_norms", "_weight2", "_looked", "_spent", "_eps", "_frozen", "_frozen_at",
     "_shown", "_failed", "_passed", "_last", "_aside_low",
 )  # fmt: skip
+
+
+def total_variance(spread: Scores, gap: Floats) -> tuple[Floats, Floats, Floats]:
+    """Tr Cov X with its interval, from scores ‖X − c‖² and gap = ‖X̄ − c‖², c a mean of few draws: E‖X − c‖² − ‖E X − c‖²."""
+    value = (spread.mean - gap) * spread.n / (spread.n - 1)
+    low, high = interval(spread, confidence=CONFIDENCE)
+    shift = value - spread.mean
+    return value, np.maximum(low + shift, 0.0), high + shift
 
 
 def _scores_from(rows: Tensor) -> Scores:
