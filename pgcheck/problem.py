@@ -383,6 +383,13 @@ class Problem:
         return bool((length == length[0]).all())
 
     @property
+    def most_decisions(self) -> int:
+        """Policy positions of the longest rollout."""
+        if isinstance(self.env, LMTask):
+            return int(self.env.max_new_tokens)
+        return int(self._paths.mask.sum(-1).max())
+
+    @property
     def one_start(self) -> bool:
         """Every rollout begins in the same start state, or from the same prompt."""
         if isinstance(self.env, LMTask):

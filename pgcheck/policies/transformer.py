@@ -152,6 +152,17 @@ class LMPolicy(nn.Module):
         logits: Tensor = self.model(self.tokens[rows])[row - rows.start, position]
         return logits
 
+    def at(self, contexts: Tensor) -> LMPolicy:
+        """The same model, on some of the contexts."""
+        part = copy.copy(self)
+        rows, row = torch.unique(self.where[0, contexts], return_inverse=True)
+        part._buffers = {
+            **self._buffers,
+            "tokens": self.tokens[rows],
+            "where": torch.stack([row, self.where[1, contexts]]),
+        }
+        return part
+
     @property
     def parts(self) -> list[slice]:
         """The rows, as many at once as a forward pass takes."""

@@ -1,0 +1,443 @@
+"""Gradient estimates in θ, seen through a few directions: x = v·ĝ_θ = Σ_(i,t) c[i,t] ∂log π(a_it | k_it)/∂v.
+
+∂logits/∂v of every context is one forward-mode pass of the model, whatever the number of batches and of estimators: an
+estimator then costs its coefficients, and a weighted sum of rows of a table. On a task whose contexts can be listed that
+pass is made once for a whole run; where a model writes, once for each table of rollouts.
+
+With u = ∇J/‖∇J‖ (where it is known) and D random directions v of independent signs, the coordinates are
+
+    x₀ = ⟨ĝ, u⟩,        x_d = ⟨ĝ − u ⟨ĝ, u⟩, v_d⟩ / √D        so that E_v ⟨x, y⟩ = ⟨ĝ_x, ĝ_y⟩:
+
+what lies along ∇J is exact, squared lengths are unbiased, with a relative error of √(2/D) at most in the part across it.
+
+Guarantee: where the model has no forward-mode derivative, backward passes give the same numbers, one a batch and estimator;
+memory is predicted and refused before it is taken.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, Protocol
+
+import torch
+from scipy import stats
+from torch import Tensor, nn
+
+from pgcheck.engines.coefficients import coefficients_of
+from pgcheck.engines.moments import Moments, Progress
+from pgcheck.engines.threads import one_thread
+from pgcheck.errors import BudgetError, UsageError, names_problem
+from pgcheck.estimators.base import Estimator, registered_estimators
+from pgcheck.generation import MEMORY, Written
+from pgcheck.policies.tabular import in_parameters, in_parts
+from pgcheck.policies.transformer import LanguageModel, LMPolicy
+from pgcheck.problem import Problem
+from pgcheck.sampling import Stream
+from pgcheck.trajectories import Trajectories, is_count
+
+GRAIN = 1024  # draws that are evaluated at once, and summed before they are added to others
+TRUSTED = ("leave_one_out", "reinforce", "trajectory_is", "kl_in_reward(k1)", "entropy_in_reward")
+_AT_ONCE = 8  # directions of one forward-mode pass
+
+
+class Space(Protocol):
+    """Where estimates are looked at: `[count, P]`, one row a draw, and ∇J there (None: not known)."""
+
+    @property
+    def reference(self) -> Tensor | None: ...
+    def project(self, c: Tensor, table: Trajectories, index: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, eq=False)
+class ParameterSpace:
+    """x = ĝ_θ `[count, P]`, one backward pass a batch and estimator."""
+
+    problem: Problem
+
+    def __post_init__(self) -> None:
+        P = _parameters(self.problem)
+        if GRAIN * P * 8 > MEMORY:
+            raise BudgetError(
+                f"{GRAIN:,} estimates in {P:,} parameters take {GRAIN * P * 8 / 2**30:.1f} GiB; {MEMORY / 2**30:.0f} GiB are"
+                " allowed. Take space='sketch'."
+            )
+
+    @cached_property
+    def reference(self) -> Tensor | None:
+        """∇_θ J."""
+        return None if self.problem.written else self.problem.parameter_gradient()
+
+    def project(self, c: Tensor, table: Trajectories, index: Tensor) -> Tensor:
+        """ĝ_θ `[M, P]` of the batches `index` `[M, B]` with coefficients `c` `[M, B, T]` (`[M, B, T, A]`: on logits)."""
+        return torch.stack(list(_in_parameters(c, table, index, self.problem)))
+
+
+@dataclass(frozen=True, eq=False)
+class SketchSpace:
+    """x `[count, R]`, the coordinates above: R = D + 1, or D where ∇J is not known or 0.
+
+    Args:
+        directions: `[R, P]`, what each coordinate is the product with.
+        reference: `[R]`, the coordinates of ∇J; None: not known.
+    """
+
+    problem: Problem
+    directions: Tensor
+    reference: Tensor | None
+
+    @classmethod
+    def of(cls, problem: Problem, *, directions: int = 32, seed: int = 0) -> SketchSpace:
+        """D directions that `seed` and the problem decide, and that of ∇J.
+
+        Raises:
+            UsageError: `directions` is no count.
+            BudgetError: the tables do not fit.
+        """
+        if not is_count(directions):
+            raise UsageError(f"directions: {directions!r}; it must be an integer of at least 1.")
+        P = _parameters(problem)
+        _refuse_if_too_large(problem, directions, P)
+        signs = Stream(seed, (problem.digest, "sketches")).uniforms(0, directions, P) < 0.5
+        v = (2.0 * signs.to(torch.float64) - 1.0) / math.sqrt(directions)
+        if problem.written:
+            return cls(problem, v, None)
+        g = problem.parameter_gradient()
+        if not (size := float(g.norm())):
+            return cls(problem, v, v.new_zeros(len(v)))
+        u = (g / size).unsqueeze(0)
+        return cls(problem, torch.cat([u, v - (v @ u.T) * u]), torch.cat([g.new_tensor([size]), g.new_zeros(len(v))]))
+
+    @cached_property
+    def lane(self) -> Literal["forward", "backward"]:
+        """Whether the policy has a forward-mode derivative."""
+        policy = self.problem.policy
+        if isinstance(policy, LanguageModel):
+            assert self.problem.written
+            prompt = torch.tensor([self.problem.env.prompts[0]])  # type: ignore[union-attr]
+            policy = LMPolicy.reading(policy.model, prompt, torch.tensor([[0], [0]]))
+        elif isinstance(policy, LMPolicy):
+            policy = policy.at(torch.tensor([0]))
+        try:
+            next(tangents(policy, self.directions[:1]))
+        except (RuntimeError, NotImplementedError):  # it was called before, without a tangent, and said nothing
+            return "backward"
+        return "forward"
+
+    def project(self, c: Tensor, table: Trajectories, index: Tensor) -> Tensor:
+        """x `[M, R]` of the batches `index` `[M, B]` with coefficients `c` `[M, B, T]` (`[M, B, T, A]`: on logits)."""
+        if self.lane == "backward":
+            return torch.stack([self.directions @ g for g in _in_parameters(c, table, index, self.problem)])
+        scores, place = self._scores(table, on_logits=c.dim() == 4)
+        weight = c.to(torch.float64).flatten(1)
+        return nn.functional.embedding_bag(place[index].flatten(1), scores, mode="sum", per_sample_weights=weight)
+
+    def _scores(self, table: Trajectories, *, on_logits: bool) -> tuple[Tensor, Tensor]:
+        """∂log π/∂v (`on_logits`: ∂z/∂v) as a table `[C, R]`, and which row of it each position of a rollout has."""
+        if isinstance(table, Written):
+            last, on, found = self.__dict__.get("_last", (None, None, None))
+            if last is not table or on != on_logits:
+                found = self._of_written(table, on_logits)
+                self.__dict__["_last"] = table, on_logits, found
+            assert found is not None
+            return found
+        if on_logits:
+            return self._listed.flatten(0, 1), table.logit_cells
+        return self._listed_scores.flatten(0, 1), table.cell
+
+    @cached_property
+    def _listed(self) -> Tensor:
+        """∂z/∂v of every context of the problem, `[K, A, R]`: once for a whole run."""
+        parts = list(tangents(self.problem.policy, self.directions))
+        dz = torch.cat([found for _, _, found in parts])
+        contexts = [k for k, _, _ in parts if k is not None]
+        return dz[torch.cat(contexts).argsort()] if contexts else dz
+
+    @cached_property
+    def _listed_scores(self) -> Tensor:
+        pi = torch.softmax(self.problem.logits, -1).unsqueeze(1)
+        return self._listed - pi @ self._listed
+
+    def _of_written(self, table: Written, on_logits: bool) -> tuple[Tensor, Tensor]:
+        """Of the tokens that are in the table, or of all that could be."""
+        K, A = table.logits.shape
+        context, action = table.paths.context.flatten(), table.paths.action.flatten()
+        _refuse_bytes((K * A if on_logits else len(context)) * len(self.directions) * 8, "a table of rollouts")
+        out = table.logits.new_zeros(K * A if on_logits else len(context), len(self.directions))
+        for contexts, z, dz in tangents(table.policy, self.directions):
+            k = torch.arange(K, device=z.device) if contexts is None else contexts
+            if on_logits:
+                out.view(K, A, -1)[k] = dz
+                continue
+            inside = k.new_full((K + 1,), -1)
+            inside[k] = torch.arange(len(k), device=k.device)
+            here = inside[context]  # padding has context -1, which is the last entry
+            hit = here >= 0
+            mean = (torch.softmax(z, -1).unsqueeze(1) @ dz).squeeze(1)
+            out[hit] = dz[here[hit], action[hit]] - mean[here[hit]]
+        place = (
+            table.logit_cells if on_logits else torch.arange(len(out), device=out.device).view(table.paths.action.shape)
+        )
+        return out, place
+
+
+def tangents(policy: nn.Module, directions: Tensor) -> Iterator[tuple[Tensor | None, Tensor, Tensor]]:
+    """Some contexts at a time (None: all), their logits `[k, A]`, and ∂z/∂v of each direction `[R, P]`, `[k, A, R]`."""
+    named = {name: p.detach() for name, p in policy.named_parameters()}
+    sizes = [p.numel() for p in named.values()]
+    v = {
+        name: part.reshape(-1, *p.shape)
+        for (name, p), part in zip(named.items(), directions.split(sizes, 1), strict=True)
+    }
+    for rows, contexts in in_parts(policy):
+
+        def logits(parameters: dict[str, Tensor], rows: tuple[slice, ...] = rows) -> Tensor:
+            z: Tensor = torch.func.functional_call(policy, parameters, rows)
+            return z
+
+        def along(tangent: dict[str, Tensor], f: object = logits) -> tuple[Tensor, Tensor]:
+            return torch.func.jvp(f, (named,), (tangent,))  # type: ignore[arg-type, return-value]
+
+        found = []
+        with torch.no_grad(), warnings.catch_warnings():
+            # torch reads its own table of forward derivatives with a function that it has deprecated
+            warnings.filterwarnings("ignore", message=".*torch.jit.script", category=DeprecationWarning)
+            for low in range(0, len(directions), _AT_ONCE):
+                some = {name: x[low : low + _AT_ONCE] for name, x in v.items()}
+                z, dz = torch.func.vmap(along, out_dims=(None, 0))(some)  # type: ignore[arg-type]
+                found.append(dz.detach())
+        yield contexts, z, torch.cat(found).permute(1, 2, 0)
+
+
+def _in_parameters(c: Tensor, table: Trajectories, index: Tensor, problem: Problem) -> Iterator[Tensor]:
+    """ĝ_θ `[P]` of one batch after the other: its C (`pgcheck.engines.coefficients`) and a backward pass."""
+    A, policy = table.actions, table.policy if isinstance(table, Written) else problem.policy
+    for weights, rows in zip(c, index, strict=True):
+        acts = table.paths.mask[rows] > 0
+        contexts, where = torch.unique(table.paths.context[rows][acts], return_inverse=True)
+        x = torch.zeros(len(contexts), A, dtype=torch.float64, device=c.device)
+        if weights.dim() == 3:
+            x.index_add_(0, where, weights[acts].to(torch.float64))
+        else:
+            cell = where * A + table.paths.action[rows][acts]
+            x.view(-1).index_add_(0, cell, weights[acts].to(torch.float64))
+            x -= torch.softmax(table.logits[contexts], -1) * x.sum(-1, keepdim=True)
+        if isinstance(policy, LMPolicy):
+            yield in_parameters(policy.at(contexts), x)
+        else:
+            yield in_parameters(policy, torch.zeros_like(table.logits).index_copy_(0, contexts, x))
+
+
+def _parameters(problem: Problem) -> int:
+    found = sum(p.numel() for p in problem.policy.parameters())
+    if not found:
+        raise UsageError("policy: it has no parameters, so there is nothing to take a gradient in.")
+    return found
+
+
+def _refuse_bytes(need: int, what: str) -> None:
+    if need > MEMORY:
+        raise BudgetError(
+            f"directions: their derivatives of {what} take {need / 2**30:.1f} GiB; {MEMORY / 2**30:.0f} GiB are allowed. Take"
+            " fewer directions."
+        )
+
+
+def _refuse_if_too_large(problem: Problem, directions: int, P: int) -> None:
+    _refuse_bytes(directions * P * 8 * 3, f"{P:,} parameters")
+    if not problem.written:
+        K, A = problem.logits.shape
+        _refuse_bytes(2 * K * A * (directions + 1) * 8, f"{K:,} contexts with {A:,} actions")
+
+
+# -- moments
+
+
+@dataclass(frozen=True)
+class SketchMoments:
+    """Moments of ĝ_θ, and of its difference from ∇J, in the coordinates of a sketch; unbiased in both.
+
+    Across ∇J a form vᵀAv of random signs has mean tr A and variance 2 tr A² at most; that of a covariance of effective rank
+    r = (tr A)²/tr A² acts like χ² of D·r degrees of freedom over D directions, that of a bias (rank one) like χ² of D. A
+    spread between few such numbers would understate their error where they are too small, so it is not used.
+    """
+
+    batches: int | None  # None: every batch was enumerated
+    along: int  # how many of the coordinates lie along ∇J, 0 or 1; the others are random
+    mean: Tensor  # [R]
+    covariance: Tensor  # [R, R], of one batch
+    bias: Tensor  # [R], the mean of ĝ − ∇J, or of ĝ − r with a trusted estimate r where ∇J is not known
+    bias_covariance: Tensor  # [R, R], of one batch
+    spread: float  # variance of ‖x − E x‖² over draws
+
+    @property
+    def total_variance(self) -> float:
+        """tr Cov ĝ_θ of one batch."""
+        return float(self.covariance.diagonal().sum())
+
+    @property
+    def total_variance_error(self) -> float:
+        """Its standard error: of the directions and of the draws."""
+        _, across, freedom = self._across
+        return math.hypot(across * math.sqrt(2 / freedom), self._drawn)
+
+    def total_variance_interval(self, level: float = 0.95) -> tuple[float, float]:
+        """χ² for the directions, normal for the draws; at half of what may be missed each."""
+        along, across, freedom = self._across
+        missed = (1 - level) / 4
+        by_chance = float(stats.norm.isf(missed)) * self._drawn
+        low, high = (across * freedom / float(stats.chi2.isf(q, freedom)) for q in (missed, 1 - missed))
+        return along + low - by_chance, along + high + by_chance
+
+    @property
+    def _drawn(self) -> float:
+        return math.sqrt(self.spread / self.batches) if self.batches else 0.0
+
+    @property
+    def _across(self) -> tuple[float, float, float]:
+        """tr Cov along ∇J and across it, and the degrees of freedom of the latter: D·r."""
+        S = self.covariance[self.along :, self.along :]
+        D, across = len(S), float(S.diagonal().sum())
+        square = (
+            float((S * S).sum() - (S.diagonal() ** 2).sum()) * D / max(D - 1, 1)
+        )  # of tr Cov², from D (D − 1) pairs
+        rank = max(across**2 / square, 1.0) if square > 0 else 1.0
+        return self.total_variance - across, across, D * rank
+
+    @property
+    def bias_square(self) -> float:
+        """‖E ĝ_θ − ∇_θ J‖²; may be below 0 where it is small."""
+        return float(self._bias_squares.sum())
+
+    @property
+    def bias_square_error(self) -> float:
+        """Its standard error: of the directions and of the draws."""
+        n, S, b = self.batches, self.bias_covariance, self.bias
+        drawn = 2 * float((S * S).sum()) / n**2 + 4 * max(float(b @ S @ b), 0.0) / n if n else 0.0
+        across = self._bias_squares[self.along :]
+        return math.sqrt(drawn + 2 / len(across) * max(float(across.sum()), 0.0) ** 2)
+
+    @property
+    def _bias_squares(self) -> Tensor:
+        return self.bias**2 - (self.bias_covariance.diagonal() / self.batches if self.batches else 0.0)
+
+    def bias_interval(self, level: float = 0.95) -> Tensor:
+        """Of the bias along each direction, by Student's t, `[R, 2]`."""
+        if self.batches is None:
+            return torch.stack([self.bias, self.bias], -1)
+        half = (
+            float(stats.t.ppf((1 + level) / 2, self.batches - 1))
+            * (self.bias_covariance.diagonal() / self.batches).sqrt()
+        )
+        return torch.stack([self.bias - half, self.bias + half], -1)
+
+
+def exact_in_sketch(moments: Moments, space: SketchSpace) -> SketchMoments:
+    """Exact moments in logit space, carried to a sketch: tr Cov ĝ_θ of a model whose dz/dθ does not fit, for D passes.
+
+    Raises:
+        UsageError: ∇J of the problem is not known, or there is no forward mode.
+    """
+    if space.reference is None or space.lane == "backward":
+        raise UsageError("space: exact moments need a list of contexts and a policy with a forward-mode derivative.")
+    dz = space._listed.flatten(0, 1)
+    mean, cov = dz.T @ moments.mean.flatten(), dz.T @ moments.covariance @ dz
+    return SketchMoments(
+        None, int(len(mean) > 0 and bool(space.reference[0])), mean, cov, mean - space.reference, cov, 0.0
+    )
+
+
+class _Sums:
+    """n, mean and scatter of rows, added grain by grain (Chan et al. 1983)."""
+
+    def __init__(self, R: int) -> None:
+        self.n, self.mean, self.scatter = 0, torch.zeros(R, dtype=torch.float64), torch.zeros(R, R, dtype=torch.float64)
+
+    def add(self, x: Tensor) -> None:
+        n, mean = len(x), x.mean(0)
+        centred, gap = x - mean, mean - self.mean
+        self.scatter += centred.T @ centred + torch.outer(gap, gap) * (self.n * n / (self.n + n))
+        self.mean += gap * (n / (self.n + n))
+        self.n += n
+
+    @property
+    def covariance(self) -> Tensor:
+        return self.scatter / (self.n - 1)
+
+
+def trusted_estimator(problem: Problem) -> Estimator:
+    """One that is known to be unbiased there: what others are compared with where ∇J cannot be had.
+
+    Raises:
+        UsageError: none is, as support is broken.
+    """
+    known = registered_estimators()
+    for name in TRUSTED:
+        e = known[name]
+        if e.fits(problem) and any(c.kind == "unbiased" and c.applies(problem) for c in e.claims):
+            return e
+    raise UsageError(
+        f"{problem.name}: ∇J is not known, and no estimator is known to be unbiased, as the behaviour policy never writes some"
+        " of the completions; compare on a task whose prefixes can be listed."
+    )
+
+
+@one_thread()
+@names_problem
+def sketch_moments(
+    estimators: Sequence[Estimator],
+    problem: Problem,
+    *,
+    batches: int,
+    directions: int = 32,
+    seed: int = 0,
+    space: SketchSpace | None = None,
+    progress: Progress | None = None,
+) -> list[SketchMoments]:
+    """Moments of every estimator in one sketch, from the same `batches` draws.
+
+    Raises:
+        UsageError: too few batches; where ∇J is not known, no trusted estimator.
+        BudgetError: the tables of the sketch do not fit.
+        EstimatorError: coefficients that are not finite, or an estimator that needs more than its rows.
+    """
+    if not is_count(batches) or batches < 2:
+        raise UsageError(f"batches: {batches!r}; a variance needs two or more.")
+    space = space or SketchSpace.of(problem, directions=directions, seed=seed)
+    asked = list(estimators)
+    if space.reference is None:
+        asked.append(trusted_estimator(problem))
+    R = len(space.directions)
+    sums, gaps = [_Sums(R) for _ in asked], [_Sums(R) for _ in asked]
+    squares = [_Sums(1) for _ in asked]
+    centers: list[Tensor] = []
+    samplers = {e.needs: problem.sampler(seed=seed, needs=e.needs) for e in asked}
+    began = time.monotonic()
+    for first in range(0, batches, GRAIN):
+        drawn = {needs: s.draw(first, min(GRAIN, batches - first)) for needs, s in samplers.items()}
+        found = []
+        for e in asked:
+            table, index = drawn[e.needs]
+            batch = table.batch(index, problem.group_labels, logits=e.leaf == "logits")
+            found.append(space.project(coefficients_of(e, batch), table, index))
+        centers = centers or [x.mean(0) for x in found]
+        for j, x in enumerate(found):
+            sums[j].add(x)
+            squares[j].add(((x - centers[j]) ** 2).sum(-1, keepdim=True))
+            if space.reference is None:
+                gaps[j].add(x - found[-1])
+        if progress is not None and time.monotonic() - began > 2.0:
+            progress(f"{problem.name}: sketch", min(first + GRAIN, batches), batches)
+    along = int(space.reference is not None and bool(space.reference[0]))
+    out = []
+    for total, gap, square in list(zip(sums, gaps, squares, strict=True))[: len(estimators)]:
+        known = space.reference is not None
+        bias = total.mean - space.reference if space.reference is not None else gap.mean
+        spread = float(square.covariance)
+        of = total if known else gap
+        out.append(SketchMoments(batches, along, total.mean, total.covariance, bias, of.covariance, spread))
+    return out
