@@ -9,6 +9,7 @@ Guarantee: numbers and names only; what could not be enumerated is a row of `mis
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,11 +20,12 @@ from torch import Tensor
 
 from pgcheck.engines.exact import DEFAULT_BUDGET, exact_moments
 from pgcheck.engines.moments import Moments, Progress
-from pgcheck.errors import BudgetError
+from pgcheck.errors import BudgetError, UsageError
 from pgcheck.estimators.base import Estimator
 from pgcheck.policies.tabular import SoftmaxTable
 from pgcheck.problem import Problem
 from pgcheck.runs.report import EstimatorRow, ProblemRow, estimator_row, problem_row
+from pgcheck.trajectories import is_count
 from pgcheck.verdicts.quantities import find_quantity
 from pgcheck.verdicts.variance import approximations, blocks, relative, row_of, sources, step_covariance, step_rows
 from pgcheck.verdicts.verdict import Space, measure
@@ -48,6 +50,15 @@ class Sweeps:
     group_sizes: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 16)
     staleness: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     budget: int = 100_000
+
+    def __post_init__(self) -> None:
+        for name in ("groups", "group_sizes"):
+            wrong = [x for x in getattr(self, name) if not is_count(x)]
+            if wrong:
+                raise UsageError(f"{name}: {wrong[0]!r}; each must be an integer of at least 1.")
+        for x in self.staleness:
+            if not (isinstance(x, (int, float)) and 0 <= x < math.inf):
+                raise UsageError(f"staleness: {x!r}; each must be a number of at least 0.")
 
 
 KEYS = ("estimator", "problem")

@@ -5,7 +5,8 @@ With m = E ĝ, b = m − ∇J, V = tr Cov ĝ of one batch and c its cost in roll
     MSE(N) = ‖b‖² + V/N,    and two estimators A, B are even at    N* = (V_A − V_B)/(‖b_B‖² − ‖b_A‖²);
 
 at a budget of R rollouts N = R/c, so that R* is the same with V c in place of V. V/V' alone flatters whoever takes shorter
-steps; the batches it takes to the same signal-to-noise ratio, (SNR'/SNR)², do not.
+steps; the batches that have as much signal for their noise, (V/κ²)/(V'/κ'²), do not: signal is κ‖∇J‖, κ = ⟨m, ∇J⟩/‖∇J‖²,
+the part of E ĝ along ∇J, as a step in another direction is none.
 
 Functions on frames need the columns they name and nothing of where the numbers come from: exact rows have NAME_low =
 NAME = NAME_high, sampled ones an interval.
@@ -66,9 +67,10 @@ def relative(table: pd.DataFrame, *, to: str | None = None) -> pd.DataFrame:
     """The table with each row compared to the reference `to` (default: the first estimator) on the same problem.
 
     Added: `relative_to`; `ratio`, tr Cov over the reference's, with `ratio_low`, `ratio_high`; `batches_to_match`, the
-    batches that have the signal-to-noise ratio of one batch of the reference; `rollouts_to_match`, the same in units of
-    the reference's cost; `better` and `break_even`, when its MSE is below the reference's and N*; `better_per_rollout` and
-    `break_even_rollouts`, the same for equal numbers of rollouts, R*. N* is NaN where there is none.
+    batches that have as much signal for their noise as one batch of the reference (∞ where E ĝ points away from ∇J, NaN
+    where ∇J = 0); `rollouts_to_match`, the same in units of the reference's cost; `better` and `break_even`, when its MSE
+    is below the reference's and N*; `better_per_rollout` and `break_even_rollouts`, the same for equal numbers of
+    rollouts, R*. N* is NaN where there is none.
 
     `ratio_low` and `ratio_high` that a sampled engine has filled in (paired draws make them narrow) are kept; else they
     are the quotients of the ends, which are wide.
@@ -97,7 +99,7 @@ def _against(row: Mapping[str, Any], base: Mapping[str, Any], floor: float) -> d
     if row is base:
         ends = {"ratio_low": 1.0, "ratio_high": 1.0}
     given = {name: row[name] for name in ends if not pd.isna(row.get(name, math.nan))}
-    matched = _quotient(_noise(row, V), _noise(base, U))
+    matched = _quotient(noise(row["scale"], V), noise(base["scale"], U))
     squares = squared_bias(row), squared_bias(base)
     better, even = break_even((squares[0], V), (squares[1], U))
     per_rollout, even_rollouts = break_even((squares[0], V * row["cost"]), (squares[1], U * base["cost"]))
@@ -118,15 +120,17 @@ def _with_ends(row: Mapping[str, Any], floor: float) -> tuple[float, float, floa
     return (low, V, high) if floor < V else (0.0, 0.0, 0.0 if low == high else high)
 
 
-def _noise(row: Mapping[str, Any], V: float) -> float:
-    """V/‖m‖² = 1/SNR²."""
-    return 0.0 if V == 0 else _quotient(1.0, float(row["snr"]) ** 2)
+def noise(scale: float, variance: float) -> float:
+    """V/κ²: batches, up to the factor ‖∇J‖², until the average has as much signal as noise; ∞ for κ ≤ 0."""
+    if math.isnan(scale):
+        return math.nan
+    return variance / scale**2 if scale > 1e-12 else math.inf
 
 
 def _quotient(a: float, b: float) -> float:
-    if b == 0 or (math.isinf(a) and math.isinf(b)):
-        return math.inf if a > 0 and not math.isinf(b) else math.nan
-    return a / b
+    if math.isnan(a) or math.isnan(b) or (a == 0 and b == 0) or (math.isinf(a) and math.isinf(b)):
+        return math.nan
+    return math.inf if b == 0 else a / b
 
 
 def squared_bias(row: Mapping[str, Any]) -> float:
