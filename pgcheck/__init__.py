@@ -12,7 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _WHERE = {
-    "pgcheck.api": ("as_problems", "check_estimator", "compare", "moments"),
+    "pgcheck.api": ("as_problems", "check_estimator", "compare", "comparison", "moments"),
     "pgcheck.batch": ("Batch",),
     "pgcheck.engines.exact": ("exact_moments",),
     "pgcheck.engines.moments": ("Moments",),
@@ -27,6 +27,7 @@ _WHERE = {
     "pgcheck.estimators.lookup": ("as_estimator",),
     "pgcheck.policies": ("Decoding", "LinearPolicy", "ModulePolicy", "SoftmaxTable", "TinyGPT"),
     "pgcheck.problem": ("Problem",),
+    "pgcheck.runs.compare": ("Comparison", "Sweeps"),
     "pgcheck.runs.report": ("Report",),
     "pgcheck.trajectories": ("Paths", "Trajectories"),
 }  # fmt: skip
@@ -37,7 +38,7 @@ __all__ = sorted([*_MODULE_OF, *_SUBMODULES])
 
 if TYPE_CHECKING:
     from pgcheck import strategies, testing
-    from pgcheck.api import as_problems, check_estimator, compare, moments
+    from pgcheck.api import as_problems, check_estimator, compare, comparison, moments
     from pgcheck.batch import Batch
     from pgcheck.engines.exact import exact_moments
     from pgcheck.engines.moments import Moments
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from pgcheck.estimators.lookup import as_estimator
     from pgcheck.policies import Decoding, LinearPolicy, ModulePolicy, SoftmaxTable, TinyGPT
     from pgcheck.problem import Problem
+    from pgcheck.runs.compare import Comparison, Sweeps
     from pgcheck.runs.report import Report
     from pgcheck.trajectories import Paths, Trajectories
 

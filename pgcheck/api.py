@@ -1,4 +1,4 @@
-"""The library's doors: `check_estimator`, `compare`, `moments`."""
+"""The library's doors: `check_estimator`, `compare`, `comparison`, `moments`."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ from pgcheck.problem import Problem, problem_sets, registered_problems
 from pgcheck.render.code import Code, check_code
 from pgcheck.render.messages import BIAS_CHECKS, failure_message
 from pgcheck.render.progress import ProgressBar
+from pgcheck.runs import compare as runs_compare
+from pgcheck.runs.compare import Comparison, Sweeps, compared
 from pgcheck.runs.report import Report, measurement_of, not_asked_row, verdict_row
 from pgcheck.runs.runner import refuse_duplicates, run
 from pgcheck.runs.suite import problems_matching
 from pgcheck.verdicts.diagnose import diagnose, find_mistake, find_swap
-from pgcheck.verdicts.verdict import RTOL, NotAsked, Space, Status, Verdict, measure
+from pgcheck.verdicts.verdict import RTOL, NotAsked, Space, Status, Verdict
 
 AnyProblem = Problem | str
 Engine = Literal["exact"]
@@ -227,32 +229,62 @@ def compare(
     problems: AnyProblem | Sequence[AnyProblem],
     *,
     space: Space = "logits",
+    relative_to: AnyEstimator | None = None,
     budget: int = DEFAULT_BUDGET,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Bias and variance of several estimators on the same batches, one row each.
 
     Columns: estimator, problem, finding, rel, scale, cosine, off_axis, bias, variance (tr Cov ĝ of one batch), mse, snr,
-    batches (None: exact).
+    batches (None: exact), cost (rollouts a batch takes), the ends NAME_low and NAME_high of scale, rel, variance, mse and
+    snr (95%; the value itself where it is exact), and what `pgcheck.verdicts.variance.relative` adds: ratio,
+    batches_to_match, rollouts_to_match, better, break_even, …
 
     Args:
         space: `"parameters"`: of E ĝ_θ = (dz/dθ)ᵀ E ĝ against ∇_θ J, and tr Cov ĝ_θ; the finding in logits holds for every θ.
+        relative_to: the estimator that the others are compared to; default, the first.
 
     Raises:
         UsageError: two estimators of one name, or two problems; no such space.
+        UnknownNameError: `relative_to` is none of them.
         BudgetError: `space="parameters"` with more logits × parameters than fit.
     """
+    chosen, on = _to_compare(estimators, problems, space)
+    reference = None if relative_to is None else as_estimator(relative_to).name
+    with ProgressBar() as bar:
+        return compared(chosen, on, relative_to=reference, space=space, budget=budget, progress=progress or bar)
+
+
+def comparison(
+    estimators: Sequence[AnyEstimator],
+    problems: AnyProblem | Sequence[AnyProblem],
+    *,
+    space: Space = "logits",
+    relative_to: AnyEstimator | None = None,
+    sweeps: Sweeps | None = None,
+    budget: int = DEFAULT_BUDGET,
+    progress: Progress | None = None,
+) -> Comparison:
+    """What the variance comparison report shows, as tables: `compare`, and variance by step, source and block, and sweeps
+    over batch size, group size and staleness of the behavior policy (`pgcheck.Sweeps`).
+
+    Raises:
+        UsageError, UnknownNameError, BudgetError: as `compare`.
+    """
+    chosen, on = _to_compare(estimators, problems, space)
+    reference = None if relative_to is None else as_estimator(relative_to).name
+    with ProgressBar() as bar:
+        return runs_compare.comparison(
+            chosen, on, relative_to=reference, space=space, sweeps=Sweeps() if sweeps is None else sweeps,
+            budget=budget, progress=progress or bar,
+        )  # fmt: skip
+
+
+def _to_compare(
+    estimators: Sequence[AnyEstimator], problems: AnyProblem | Sequence[AnyProblem], space: Space
+) -> tuple[list[Estimator], list[Problem]]:
     if space not in get_args(Space):
         raise UsageError(f"space: {space!r} is not one of {', '.join(get_args(Space))}.")
-    rows = []
-    chosen = as_estimators(estimators)
-    names = ("estimator", "problem", "finding", "rel", "scale", "cosine", "off_axis", "bias")
-    on = as_problems(problems)
+    chosen, on = as_estimators(estimators), as_problems(problems)
     refuse_duplicates(chosen, on)
-    with ProgressBar() as bar:
-        for p in on:
-            for e, m in zip(chosen, exact_moments(chosen, p, budget=budget, progress=progress or bar), strict=True):
-                x = measure(e, p, m, space=space)
-                more = {"variance": x.total_variance, "mse": x.mse, "snr": x.snr, "batches": x.batches}
-                rows.append({**{name: getattr(x, name) for name in names}, **more})
-    return pd.DataFrame(rows)
+    return chosen, on

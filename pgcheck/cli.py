@@ -10,7 +10,7 @@ import json
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from pgcheck.problem import Problem
+    from pgcheck.runs.compare import Sweeps
     from pgcheck.runs.report import Report
 
 app = typer.Typer(
@@ -49,6 +50,13 @@ class Format(StrEnum):
     markdown = "markdown"
     html = "html"
     json = "json"
+
+
+class Space(StrEnum):
+    """Where a comparison measures."""
+
+    logits = "logits"
+    parameters = "parameters"
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -218,8 +226,26 @@ def compare(
         list[str] | None,
         typer.Option(help="a problem id or pattern; repeat for more (default: dialogue/two-turn)", metavar="ID"),
     ] = None,
+    relative_to: Annotated[
+        str | None, typer.Option(help="the one that the others are compared to (default: the first)", metavar="NAME")
+    ] = None,
+    space: Annotated[Space, typer.Option(help="where bias and variance are measured")] = Space.logits,
     out: Annotated[
-        Path | None, typer.Option(help="write the table there: .csv, .json, .md or .html", metavar="FILE")
+        Path | None,
+        typer.Option(
+            help="write the table there, .csv, .json or .md, or the report with figures, .html", metavar="FILE"
+        ),
+    ] = None,
+    tables: Annotated[
+        Path | None, typer.Option(help="write the report's tables as CSV and its figures as SVG and PNG", metavar="DIR")
+    ] = None,
+    sweeps: Annotated[bool, typer.Option(help="whether the report measures other batch sizes and samplers")] = True,
+    groups: Annotated[
+        str | None, typer.Option(help="numbers of groups in a batch to measure, as 1,2,4", metavar="N,N,…")
+    ] = None,
+    group_sizes: Annotated[str | None, typer.Option(help="sizes of the group to measure", metavar="N,N,…")] = None,
+    staleness: Annotated[
+        str | None, typer.Option(help="how far behind to sample, 0 (on-policy) to 1 (an older policy)", metavar="X,X,…")
     ] = None,
     as_json: AsJson = False,
     budget: Budget = None,
@@ -230,28 +256,55 @@ def compare(
     from pgcheck.errors import UsageError
     from pgcheck.render.progress import ProgressBar
 
-    if out is not None and out.suffix not in _WRITERS:
-        raise UsageError(f"out: {out.name}; its ending must be one of {', '.join(_WRITERS)}.")
+    endings = (*_WRITERS, ".html")
+    if out is not None and out.suffix not in endings:
+        raise UsageError(f"out: {out.name}; its ending must be one of {', '.join(endings)}.")
+    swept = _sweeps(sweeps, groups, group_sizes, staleness)
+    given: dict[str, Any] = {"relative_to": relative_to, "space": space.value, "budget": budget or DEFAULT_BUDGET}
+    on = problem or ["dialogue/two-turn"]
+    written = []
     with ProgressBar() as progress:
-        table = api.compare(
-            estimators, problem or ["dialogue/two-turn"], budget=budget or DEFAULT_BUDGET, progress=progress
-        )
+        if tables is None and (out is None or out.suffix != ".html"):
+            table = api.compare(estimators, on, progress=progress, **given)
+        else:
+            from pgcheck.render.comparison import report_html, write_tables
+
+            found = api.comparison(estimators, on, sweeps=swept, progress=progress, **given)
+            table = found.tables["comparison"]
+            if tables is not None:
+                files, remark = write_tables(found, tables)
+                written += [f"written: {tables} ({len(files)} files)", *([remark] if remark else [])]
     if out is not None:
         from pgcheck.render.files import write_all
 
-        write_all({out: _WRITERS[out.suffix](table)})
+        write_all({out: report_html(found) if out.suffix == ".html" else _WRITERS[out.suffix](table)})
+        written.insert(0, f"written: {out}")
     if as_json:
         typer.echo(table.to_json(orient="records", indent=1, force_ascii=False))
         return
     from pgcheck.render.terminal import print_comparison, stdout_console
 
     print_comparison(table, stdout_console())
+    for line in written:
+        typer.echo(line)
 
 
-def _html_table(table: pd.DataFrame) -> str:
-    from pgcheck.render.html import comparison_html
+def _sweeps(wanted: bool, groups: str | None, group_sizes: str | None, staleness: str | None) -> Sweeps:
+    from pgcheck.runs.compare import NO_SWEEPS, Sweeps
 
-    return comparison_html(table)
+    given: dict[str, Any] = {"groups": groups, "group_sizes": group_sizes, "staleness": staleness}
+    read: dict[str, Any] = {name: _numbers(name, text) for name, text in given.items() if text is not None}
+    return Sweeps(**read) if wanted else NO_SWEEPS
+
+
+def _numbers(name: str, text: str) -> tuple[float, ...]:
+    """`"1,2,4"` as numbers, those without a point as integers."""
+    from pgcheck.errors import UsageError
+
+    try:
+        return tuple(float(x) if "." in x else int(x) for x in text.split(",") if x.strip())
+    except ValueError:
+        raise UsageError(f"{name}: {text!r}; expected numbers with commas between them, as in 1,2,4.") from None
 
 
 def _markdown_table(table: pd.DataFrame) -> str:
@@ -264,7 +317,6 @@ _WRITERS = {
     ".csv": lambda table: table.to_csv(index=False),
     ".json": lambda table: table.to_json(orient="records", indent=1, force_ascii=False) + "\n",
     ".md": _markdown_table,
-    ".html": _html_table,
 }
 
 

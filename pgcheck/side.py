@@ -2,7 +2,8 @@
 
 Each class is a `SideTable`: called with `Trajectories` it returns them with more columns, or (auxiliary draws) with each
 row split into one for every outcome of the draw, probabilities and all. Everything after that, enumeration of batches
-included, does not know that it happened; so the draw's own randomness is part of the estimator's variance.
+included, does not know that it happened; so the draw's own randomness is part of the estimator's variance. What has to be
+rolled out for a column says so in `extra_rollouts`; what is computed (a value, an optimal baseline) costs none.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pgcheck.errors import BudgetError, UsageError
+from pgcheck.problem import Problem
 from pgcheck.trajectories import Trajectories, conditional_mean
 
 MAX_ROWS = 200_000
@@ -102,6 +104,10 @@ class GreedyReturn:
         paid = p.env_probability * greedy * table.rows_as_batch().episode_return
         by_start = torch.zeros_like(p.start_probability).index_add(0, p.start, paid)
         return table.with_side(greedy_return=by_start[p.start])
+
+    def extra_rollouts(self, problem: Problem) -> float:
+        """One greedy rollout for each group of a batch: it is the same for all its rows."""
+        return float(problem.groups)
 
 
 @dataclass(frozen=True)
@@ -201,6 +207,13 @@ class Continuations:
             behavior_probability=split.behavior_probability * factor,
         )
         return split.with_side(continuation_value=torch.cat(columns))
+
+    def extra_rollouts(self, problem: Problem) -> float:
+        """`draws` for each policy position of a batch, expected: B · draws · E_behavior[Σ mask]. A continuation from a late
+        position is shorter than a rollout and counts as one."""
+        p = problem.trajectories.paths
+        chance = problem.trajectories.behavior_probability * p.start_probability[p.start]
+        return problem.rows * self.draws * float(chance @ p.mask.sum(-1))
 
     def _law_of_mean(self, law: list[tuple[float, float]], scale: float) -> list[tuple[float, float]]:
         """Law of the mean of `draws` i.i.d. values, by repeated convolution."""

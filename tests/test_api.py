@@ -533,11 +533,20 @@ def test_no_error_at_the_probe_is_swallowed() -> None:
 
 COLUMNS = ["estimator", "problem", "finding", "rel", "scale", "cosine", "off_axis", "bias", "variance", "mse", "snr"]
 
+ENDS = [f"{name}_{end}" for name in ("scale", "rel", "variance", "mse", "snr") for end in ("low", "high")]
+RELATIVE = [
+    "ratio", "ratio_low", "ratio_high", "batches_to_match", "rollouts_to_match", "better", "break_even",
+    "better_per_rollout", "break_even_rollouts",
+]  # fmt: skip
+
 
 def test_compare() -> None:
     table = pgcheck.compare(["rloo", "grpo", grpo_like], [SOUND_PROBLEM, "bandit/two-arm"])
     assert isinstance(table, pd.DataFrame)
-    assert list(table.columns) == [*COLUMNS, "batches"]
+    assert list(table.columns) == [*COLUMNS, "batches", "cost", *ENDS, "relative_to", *RELATIVE]
+    for name in ("scale", "rel", "variance", "mse", "snr", "ratio"):
+        for end in ("low", "high"):
+            assert list(table[f"{name}_{end}"]) == list(table[name])  # exact
     assert list(table["estimator"]) == ["leave_one_out", "grpo", "grpo_like"] * 2
     assert list(table["problem"]) == [SOUND_PROBLEM] * 3 + ["bandit/two-arm"] * 3
     assert table["batches"].isna().all()

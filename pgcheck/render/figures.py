@@ -40,6 +40,13 @@ _COLORS = {  # stand-ins, and what stands for them in the page
     "#040404": "var(--bar)",
 }
 INK, FAINT, LINE, BAR = _COLORS
+SETTINGS: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "pgcheck",
+    "font.size": 9.5,
+    "font.family": "sans-serif",
+    "text.parse_math": False,
+}
 FINDINGS = ("unbiased", "proportional", "biased")
 _WORST = {"unbiased": "always unbiased", "proportional": "at worst proportional", "biased": "biased somewhere"}
 _DECADES = {0.1: ".1", 1.0: "1", 10.0: "10", 100.0: "100"}
@@ -202,13 +209,7 @@ def _sheet(
 ) -> Sheet:
     height = TOP + ROW * len(rows) + BOTTOM
     at = {key: TOP + ROW * (i + 0.5) for i, (key, _, _) in enumerate(rows)}
-    settings: dict[Any, Any] = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "pgcheck",
-        "font.size": 9.5,
-        "font.family": "sans-serif",
-    }
-    with mpl.rc_context(settings):
+    with mpl.rc_context(SETTINGS):
         figure = Figure(figsize=(WIDTH / 72, height / 72), dpi=72)
         FigureCanvasSVG(figure)
         for i, (column, panel) in enumerate(panels.items()):
@@ -217,7 +218,7 @@ def _sheet(
             _frame(ax, panel, rows, named=i == 0)
             if spread is not None:
                 _bars(ax, panel, spread, column, {key: i for i, (key, _, _) in enumerate(rows)})
-        return Sheet(name, height, _inline(figure, name), panels, at)
+        return Sheet(name, height, inline(figure, name, _COLORS), panels, at)
 
 
 def _frame(ax: Axes, panel: Panel, rows: Sequence[tuple[str, str, bool]], *, named: bool) -> None:
@@ -279,8 +280,9 @@ def _bars(ax: Axes, panel: Panel, table: pd.DataFrame, column: str, row: Mapping
     ax.set(xlabel=None, ylabel=None, xlim=(panel.low, panel.high), ylim=(len(row) - 0.5, -0.5), yticks=[])
 
 
-def _inline(figure: Figure, name: str) -> Markup:
-    """The figure's SVG without its envelope: CSS colours, ids of its own, no fonts."""
+def inline(figure: Figure, name: str, colors: Mapping[str, str]) -> Markup:
+    """The figure's SVG without its envelope: CSS colours for the stand-ins `colors`, ids of its own, no fonts; what was
+    drawn with the gid e0, e1, … has it as class."""
     out = io.StringIO()
     figure.savefig(out, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")), transparent=True)
     text = out.getvalue()
@@ -288,8 +290,9 @@ def _inline(figure: Figure, name: str) -> Markup:
     text = text[text.index(">") + 1 : text.rindex("</svg>")]
     text = re.sub(r"<defs>\s*<style.*?</defs>", "", text, flags=re.S)
     text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.S)
-    for color, variable in _COLORS.items():
+    for color, variable in colors.items():
         text = text.replace(color, variable)
+    text = re.sub(r' id="(e\d+)"', r' class="\1"', text)
     wanted = set(re.findall(r"#([\w-]+)[)\"]", text))
     text = re.sub(r' id="([^"]*)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in wanted else "", text)
     text = re.sub(r"#([\w-]+)([)\"])", lambda m: f"#{name}-{m[1]}{m[2]}", text)

@@ -28,7 +28,7 @@ def write_report(report: Report, folder: Path, messages: Mapping[str, str] | Non
     return write_all({folder / name: text for name, text in texts.items()})
 
 
-def write_all(texts: dict[Path, str]) -> list[Path]:
+def write_all(contents: Mapping[Path, str | bytes]) -> list[Path]:
     """Write every file beside its place first, then move all of them there.
 
     Raises:
@@ -36,12 +36,12 @@ def write_all(texts: dict[Path, str]) -> list[Path]:
     """
     waiting: list[tuple[Path, Path]] = []
     try:
-        for path, text in texts.items():
+        for path, content in contents.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
             waiting.append((Path(name), path))
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
+            with os.fdopen(handle, "wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
             Path(name).chmod(0o644)
         for temporary, path in waiting:
             temporary.replace(path)
@@ -50,4 +50,4 @@ def write_all(texts: dict[Path, str]) -> list[Path]:
     finally:
         for temporary, _ in waiting:
             temporary.unlink(missing_ok=True)
-    return list(texts)
+    return list(contents)

@@ -14,7 +14,7 @@ from markupsafe import Markup, escape
 
 from pgcheck.render.frames import measurements, overview
 from pgcheck.render.messages import failure_messages, first_sentence, number
-from pgcheck.render.tables import COMPARISON, case_message, case_rows, cells, columns, comparison_rows, matrix, summary
+from pgcheck.render.tables import case_message, case_rows, cells, columns, matrix, summary
 from pgcheck.runs.report import Report
 from pgcheck.verdicts.checks import registered_checks
 
@@ -53,15 +53,11 @@ def html(report: Report, messages: Mapping[str, str] | None = None) -> str:
         "failed_cases": [{"name": c.name, "part": _parts(case_message(c))[0]} for c in report.failed_cases],
         **(_figures(report, table) if pairs else {"sheets": {}, "figures": {}, "overview": None}),
     }
-    return _environment().get_template("report.html").render(page)
+    return environment().get_template("report.html").render(page)
 
 
-def comparison_html(table: pd.DataFrame) -> str:
-    """The table of `pgcheck.compare` as a self-contained page."""
-    return _environment().get_template("compare.html").render(rows=comparison_rows(table), names=COMPARISON)
-
-
-def _environment() -> Environment:
+def environment() -> Environment:
+    """Templates with the filters that numbers and names go through."""
     env = Environment(
         loader=PackageLoader("pgcheck.render"),
         autoescape=select_autoescape(default=True),

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pgcheck.engines.coefficients import coefficients_of, estimates
+from pgcheck.engines.declarations import row_order_is_free
 from pgcheck.engines.enumeration import Batches
 from pgcheck.engines.exact import exact_moments
 from pgcheck.engines.moments import Moments
@@ -354,11 +355,11 @@ def break_even(*, estimator: Estimator, against: Estimator, problem: Problem) ->
 
 
 @dataclass(frozen=True)
-class _Contributions:
-    """x_t = c_t ∇log π_t of every rollout, one rollout a batch."""
+class Contributions:
+    """x_t = B c_t ∇log π_t of every row of every batch, a row a batch where rows are independent; `chance` sums to 1."""
 
     x: Tensor  # [N, T, K·A]
-    c: Tensor  # [N, T]
+    c: Tensor  # [N, T], B c_t
     s: Tensor  # [N, T, K·A], ∇log π_t
     chance: Tensor  # [N]
     state: Tensor  # [N, T], -1 where the policy does not act
@@ -372,32 +373,45 @@ class _Contributions:
         return float(self.mean((x**2).sum(-1)) - (self.mean(x) ** 2).sum())
 
 
-@functools.lru_cache(maxsize=64)
-def _contributions(estimator: Estimator, problem: Problem) -> _Contributions:
-    if estimator.couples != "trajectory":
-        raise UsageError(
-            f"estimator '{estimator.name}': this quantity is about single rollouts, and its rows are coupled."
-        )
-    table = problem.trajectories_with(estimator.needs)
-    batch = table.batch(torch.arange(len(table)).unsqueeze(-1), torch.zeros(1, dtype=torch.int64))
-    c, s = coefficients_of(estimator, batch)[:, 0], score(table)
-    p = table.paths
-    chance = table.behavior_probability * p.start_probability[p.start]
-    return _Contributions(c.unsqueeze(-1) * s, c, s, chance, p.state, p.action)
+@functools.lru_cache(maxsize=16)
+def contributions(estimator: Estimator, problem: Problem, *, most: int = 5_000_000) -> Contributions | None:
+    """Of a row of a batch, any of them with equal chance. None where coefficients weigh every action's logit, or where
+    rows are coupled and there would be more than `most` numbers."""
+    table, coupled = problem.trajectories_with(estimator.needs), estimator.couples != "trajectory"
+    ordered = coupled and not row_order_is_free(estimator, problem, table)
+    batches = Batches(table, problem.sizes if coupled else (1,), ordered)
+    B, p = len(batches.labels), table.paths
+    numbers = batches.count * B * p.steps * table.contexts * table.actions
+    if estimator.leaf == "logits" or (coupled and numbers > most):
+        return None
+    blocks = list(batches.blocks(4096))
+    index, chance = (torch.cat(column) for column in zip(*blocks, strict=True))
+    c = torch.cat([coefficients_of(estimator, table.batch(i, batches.labels)) for i, _ in blocks]).flatten(0, 1) * B
+    rows, s = index.flatten(), score(table)
+    s = s[rows]
+    return Contributions(
+        c.unsqueeze(-1) * s, c, s, chance.repeat_interleave(B) / B, p.state[rows], p.action[rows]
+    )  # fmt: skip
 
 
-def _exact(e: Estimator, problem: Problem) -> float:
-    rows = _contributions(e, problem)
+def _contributions(estimator: Estimator, problem: Problem) -> Contributions:
+    coupled = estimator.couples != "trajectory"
+    found = None if coupled else contributions(estimator, problem)
+    if found is None:
+        why = "its rows are coupled" if coupled else "it weighs actions that were not drawn"
+        raise UsageError(f"estimator '{estimator.name}': this quantity is about single rollouts, and {why}.")
+    return found
+
+
+def _exact(rows: Contributions) -> float:
     return rows.variance(rows.x.sum(1))
 
 
-def _without_cross_terms(e: Estimator, problem: Problem) -> float:
-    rows = _contributions(e, problem)
+def _without_cross_terms(rows: Contributions) -> float:
     return sum(rows.variance(rows.x[:, t]) for t in range(rows.x.shape[1]))
 
 
-def _independent(e: Estimator, problem: Problem) -> float:
-    rows = _contributions(e, problem)
+def _independent(rows: Contributions) -> float:
     product = rows.mean((rows.s**2).sum(-1)) * rows.mean(rows.c**2)  # [T]
     return float(product.sum() - (rows.mean(rows.x) ** 2).sum())
 
@@ -408,7 +422,7 @@ APPROXIMATIONS = {"none": _exact, "no cross terms": _without_cross_terms, "indep
 def _approximation(name: str) -> Callable[[Estimator, Problem], float]:
     if name not in APPROXIMATIONS:
         raise UsageError(f"approximation: {name!r} is not one of {', '.join(APPROXIMATIONS)}.")
-    return APPROXIMATIONS[name]
+    return lambda estimator, problem: APPROXIMATIONS[name](_contributions(estimator, problem))
 
 
 @quantity
@@ -417,7 +431,7 @@ def approximate_variance(*, estimator: Estimator, problem: Problem, approximatio
 
     "no cross terms": Σ_t Var(c_t ∇log π_t). "independent": Σ_t (E‖∇log π_t‖² E c_t² − ‖E c_t ∇log π_t‖²).
     """
-    found, exact = _approximation(approximation)(estimator, problem), _exact(estimator, problem)
+    found, exact = (_approximation(name)(estimator, problem) for name in (approximation, "none"))
     return Found(found / exact, {"approximation": found, "exact": exact})
 
 
@@ -425,8 +439,7 @@ def approximate_variance(*, estimator: Estimator, problem: Problem, approximatio
 def rank_agreement(*, estimator: Estimator, against: Estimator, problem: Problem, approximation: str) -> Number:
     """(v − v')/max(v, v') · (u − u')/max(u, u'), v the exact variances of two estimators and u the approximate ones
     (`approximate_variance`): positive if the approximation ranks the two as the exact variance does."""
-    rule = _approximation(approximation)
-    v, u = (_exact(estimator, problem), _exact(against, problem)), (rule(estimator, problem), rule(against, problem))
+    v, u = ([_approximation(name)(e, problem) for e in (estimator, against)] for name in ("none", approximation))
     value = (v[0] - v[1]) / max(v) * (u[0] - u[1]) / max(u)
     return Found(value, {"exact": v[0], "the other's": v[1], "approximation": u[0], "the other's approximation": u[1]})
 
@@ -442,23 +455,30 @@ def optimal_constant_identity(*, problem: Problem, baseline: float) -> Number:
     rows = _contributions(other, problem)
     b_star = float(problem.trajectories_with(best.needs).side["optimal_constant"][0])
     size = float(rows.mean((rows.s.sum(1) ** 2).sum(-1)))
-    return (_exact(other, problem) - _exact(best, problem)) / (size * (baseline - b_star) ** 2)
+    return (_exact(rows) - _exact(_contributions(best, problem))) / (size * (baseline - b_star) ** 2)
 
 
 PARTS = ("rollout", "action", "state")
 
 
-def _parts(estimator: Estimator, problem: Problem) -> dict[str, float]:
-    rows = _contributions(estimator, problem)
-    out = dict.fromkeys((*PARTS, "steps"), 0.0)
+def parts_by_step(rows: Contributions) -> list[dict[str, float]]:
+    """Σ_τ, Σ_a and Σ_s of each position's x_t, and `steps`, Var(x_t), which is their sum."""
+    out = []
     for t in range(rows.x.shape[1]):
         x, s, a = rows.x[:, t], rows.state[:, t], rows.action[:, t]
         given_both, given_state = rows_mean(x, rows.chance, s, a), rows_mean(x, rows.chance, s)
-        out["rollout"] += float(rows.mean(((x - given_both) ** 2).sum(-1)))
-        out["action"] += float(rows.mean(((given_both - given_state) ** 2).sum(-1)))
-        out["state"] += float(rows.mean(((given_state - rows.mean(x)) ** 2).sum(-1)))
-        out["steps"] += rows.variance(x)
+        out.append({
+            "rollout": float(rows.mean(((x - given_both) ** 2).sum(-1))),
+            "action": float(rows.mean(((given_both - given_state) ** 2).sum(-1))),
+            "state": float(rows.mean(((given_state - rows.mean(x)) ** 2).sum(-1))),
+            "steps": rows.variance(x),
+        })  # fmt: skip
     return out
+
+
+def _parts(estimator: Estimator, problem: Problem) -> dict[str, float]:
+    by_step = parts_by_step(_contributions(estimator, problem))
+    return {name: sum(step[name] for step in by_step) for name in (*PARTS, "steps")}
 
 
 def rows_mean(x: Tensor, weight: Tensor, *keys: Tensor) -> Tensor:

@@ -1,0 +1,266 @@
+"""Estimators side by side: the table of `pgcheck.compare`, and everything the variance comparison report shows, as frames.
+
+A sweep measures the same estimators on the same problem with one thing moved: the number of groups in a batch, the size of
+the group, or how far the policy that draws the batches is behind. What it is measured by is an argument, so that a sampled
+engine fills the same columns.
+
+Guarantee: numbers and names only; what could not be enumerated is a row of `missing` with the reason, never an empty plot.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from pgcheck.engines.exact import DEFAULT_BUDGET, exact_moments
+from pgcheck.engines.moments import Moments, Progress
+from pgcheck.errors import BudgetError, UsageError
+from pgcheck.estimators.base import Estimator
+from pgcheck.policies.tabular import SoftmaxTable
+from pgcheck.problem import Problem
+from pgcheck.runs.report import EstimatorRow, ProblemRow, estimator_row, problem_row
+from pgcheck.trajectories import is_count
+from pgcheck.verdicts.quantities import find_quantity
+from pgcheck.verdicts.variance import approximations, blocks, relative, row_of, sources, step_covariance, step_rows
+from pgcheck.verdicts.verdict import Space, measure
+
+Measure = Callable[[Sequence[Estimator], Problem], pd.DataFrame]
+# the lines of `pgcheck.compare` of these estimators on one problem, all on the same batches
+
+
+@dataclass(frozen=True)
+class Sweeps:
+    """Where to measure besides the problem as it is; `()` leaves a sweep out.
+
+    Args:
+        groups: numbers of groups in a batch, of the problem's group size.
+        group_sizes: sizes of the group, one group a batch.
+        staleness: how far the logits that draw the batches are on the way from the policy's (0) to those of an older one
+            (1): the problem's own behavior policy, or else the policy at another θ (`Problem.at(1)`).
+        budget: most batches a point.
+    """
+
+    groups: tuple[int, ...] = (1, 2, 3, 4, 6, 8)
+    group_sizes: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 16)
+    staleness: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    budget: int = 100_000
+
+    def __post_init__(self) -> None:
+        for name in ("groups", "group_sizes"):
+            wrong = [x for x in getattr(self, name) if not is_count(x)]
+            if wrong:
+                raise UsageError(f"{name}: {wrong[0]!r}; each must be an integer of at least 1.")
+        for x in self.staleness:
+            if not (isinstance(x, (int, float)) and 0 <= x < math.inf):
+                raise UsageError(f"staleness: {x!r}; each must be a number of at least 0.")
+
+
+KEYS = ("estimator", "problem")
+NO_SWEEPS = Sweeps((), (), ())
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What the report is made of: `tables` by name, one row for each number or group of numbers that belong together."""
+
+    estimators: list[EstimatorRow]
+    problems: list[ProblemRow]
+    relative_to: str
+    space: Space
+    tables: Mapping[str, pd.DataFrame]
+
+
+def measured(
+    estimators: Sequence[Estimator],
+    problem: Problem,
+    *,
+    space: Space = "logits",
+    budget: int = DEFAULT_BUDGET,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
+    """A `Measure`, exact."""
+    found = exact_moments(estimators, problem, budget=budget, progress=progress)
+    return _lines(estimators, problem, found, space)
+
+
+def _lines(estimators: Sequence[Estimator], problem: Problem, found: Sequence[Moments], space: Space) -> pd.DataFrame:
+    pairs = zip(estimators, found, strict=True)
+    return pd.DataFrame([row_of(e, problem, measure(e, problem, m, space=space)) for e, m in pairs])
+
+
+def compared(
+    estimators: Sequence[Estimator],
+    problems: Sequence[Problem],
+    *,
+    relative_to: str | None = None,
+    space: Space = "logits",
+    budget: int = DEFAULT_BUDGET,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
+    """The table of `pgcheck.compare`."""
+    rows = [measured(estimators, p, space=space, budget=budget, progress=progress) for p in problems]
+    return relative(pd.concat(rows, ignore_index=True), to=relative_to) if rows else pd.DataFrame()
+
+
+@dataclass
+class _Tables:
+    """Rows as they are found."""
+
+    rows: dict[str, list[pd.DataFrame]] = field(default_factory=dict)
+    missing: list[dict[str, str]] = field(default_factory=list)
+
+    def add(self, name: str, lines: pd.DataFrame | Iterable[Mapping[str, Any]], more: Mapping[str, Any]) -> None:
+        table = lines if isinstance(lines, pd.DataFrame) else pd.DataFrame(list(lines))
+        if len(table):
+            at = len(KEYS) if set(KEYS) <= set(table) else 0  # what is moved stands behind the names
+            for i, (column, value) in enumerate(more.items()):
+                table.insert(at + i, column, value)
+            self.rows.setdefault(name, []).append(table)
+
+    def miss(self, estimator: str, problem: Problem, what: str, reason: str) -> None:
+        self.missing.append({"estimator": estimator, "problem": problem.name, "what": what, "reason": reason})
+
+    def frames(self) -> dict[str, pd.DataFrame]:
+        found = {name: pd.concat(tables, ignore_index=True) for name, tables in self.rows.items()}
+        return {**found, "missing": pd.DataFrame(self.missing, columns=["estimator", "problem", "what", "reason"])}
+
+
+def comparison(
+    estimators: Sequence[Estimator],
+    problems: Sequence[Problem],
+    *,
+    relative_to: str | None = None,
+    space: Space = "logits",
+    sweeps: Sweeps = NO_SWEEPS,
+    budget: int = DEFAULT_BUDGET,
+    progress: Progress | None = None,
+    by: Measure | None = None,
+) -> Comparison:
+    """Measure, sweep, and split by step, source and block.
+
+    Tables: `comparison` (the columns of `pgcheck.compare`), `steps`, `sources`, `approximations`, `blocks`; the sweeps
+    `groups`, `group_sizes`, `staleness` with the columns of `comparison` and what was moved; `missing`.
+
+    Args:
+        by: what measures; default, `measured` with this budget.
+
+    Raises:
+        UnknownNameError: `relative_to` is none of the estimators.
+        BudgetError: a problem as it is does not fit the budget; a point of a sweep that does not is `missing`.
+    """
+    made = _Tables()
+    for p in problems:
+        if by is None:
+            found = exact_moments(estimators, p, budget=budget, progress=progress)
+            table = _lines(estimators, p, found, space)
+            _blocks(made, estimators, p, found)
+        else:
+            table = by(estimators, p)
+        made.add("comparison", relative(table, to=relative_to), {})
+        for i, e in enumerate(estimators):
+            if progress is not None:
+                progress(f"{p.name}: by step and source", i, len(estimators))
+            _splits(made, e, p)
+        at = by or (lambda es, q: measured(es, q, space=space, budget=sweeps.budget))
+        for name, moved, q in _points(p, sweeps):
+            if progress is not None:
+                progress(f"{p.name}: {name}", 0, 1)
+            lines = _point(made, at, estimators, p, q, _point_name(name, moved))
+            if len(lines):
+                made.add(name, _relative_if_there(lines, relative_to or estimators[0].name), moved)
+    return Comparison(
+        [estimator_row(e) for e in estimators], [problem_row(p) for p in problems],
+        relative_to or estimators[0].name, space, made.frames(),
+    )  # fmt: skip
+
+
+def _relative_if_there(lines: pd.DataFrame, reference: str) -> pd.DataFrame:
+    return relative(lines, to=reference) if (lines["estimator"] == reference).any() else lines
+
+
+def _points(problem: Problem, sweeps: Sweeps) -> Iterable[tuple[str, dict[str, float], Problem]]:
+    """(sweep, what is moved, the problem so moved)."""
+    size = problem.sizes[0]
+    plans = [("groups", g, size) for g in sweeps.groups] + [("group_sizes", 1, G) for G in sweeps.group_sizes]
+    for name, groups, G in plans:
+        moved: dict[str, float] = {"groups": groups, "group_size": G, "rows": groups * G}
+        yield name, moved, problem.with_sampling(groups=groups, group_size=G)
+    for fraction in sweeps.staleness:
+        stale = replace(problem, behavior_logits=stale_logits(problem, fraction))
+        square = find_quantity("second_moment_of_weight")(problem=stale).value
+        yield "staleness", {"staleness": fraction, "effective_rows": 1.0 / square}, stale
+
+
+def _point_name(sweep: str, moved: Mapping[str, float]) -> str:
+    name = {"groups": "groups", "group_sizes": "group_size", "staleness": "staleness"}[sweep]
+    return f"{name} = {moved[name]:g}"
+
+
+def stale_logits(problem: Problem, fraction: float) -> Tensor:
+    """Logits `fraction` of the way to an older policy's; where that one never acts so, nor do these, but at 0."""
+    old = problem.at(1).logits if problem.behavior_logits is None else problem.behavior_logits
+    if fraction == 0.0:
+        return problem.logits
+    return torch.where(torch.isinf(old), old, (1.0 - fraction) * problem.logits + fraction * old)
+
+
+def _point(
+    made: _Tables, at: Measure, estimators: Sequence[Estimator], problem: Problem, moved: Problem, what: str
+) -> pd.DataFrame:
+    """The lines of those estimators that fit, each on its own if they do not all."""
+    asked = [e for e in estimators if e.fits(moved)]
+    for e in estimators:
+        if e not in asked:
+            made.miss(e.name, problem, what, "too small a batch for it")
+    try:
+        return at(asked, moved) if asked else pd.DataFrame()
+    except BudgetError:
+        pass
+    lines = []
+    for e in asked:
+        try:
+            lines.append(at([e], moved))
+        except BudgetError:
+            made.miss(e.name, problem, what, "more batches than the budget of a sweep")
+    return pd.concat(lines, ignore_index=True) if lines else pd.DataFrame()
+
+
+def _blocks(made: _Tables, estimators: Sequence[Estimator], problem: Problem, found: Sequence[Moments]) -> None:
+    spaces: tuple[Space, ...] = ("logits",) if isinstance(problem.policy, SoftmaxTable) else ("logits", "parameters")
+    for e, m in zip(estimators, found, strict=True):
+        for space in spaces:
+            try:
+                per_block = blocks(m, problem, space=space)
+            except BudgetError:
+                made.miss(e.name, problem, f"variance by {space}", "more logits × parameters than fit")
+                continue
+            total = sum(per_block.values())
+            rows = [
+                {"block": name, "variance": v, "share": v / total if total > 0 else 0.0}
+                for name, v in per_block.items()
+            ]
+            made.add("blocks", rows, {"estimator": e.name, "problem": problem.name, "space": space})
+
+
+_SPLIT_BUDGET = 200_000  # batches
+
+
+def _splits(made: _Tables, estimator: Estimator, problem: Problem) -> None:
+    names = {"estimator": estimator.name, "problem": problem.name}
+    covariance = step_covariance(estimator, problem, budget=_SPLIT_BUDGET)
+    if covariance is None:
+        made.miss(estimator.name, problem, "steps", "too many batches to split by step")
+    else:
+        made.add("steps", step_rows(covariance), names)
+    parts = sources(estimator, problem)
+    if parts is None:
+        made.miss(estimator.name, problem, "sources", "weights on logits, or too many batches to split by source")
+        return
+    made.add("sources", parts, names)
+    made.add("approximations", [approximations(estimator, problem) or {}], names)
