@@ -119,6 +119,11 @@ class LMPolicy(nn.Module):
         return self.model(self.tokens[part : part + 1])[0, position[self.parts[part]]]
 
     @property
+    def texts(self) -> list[tuple[int, ...]]:
+        """What the model reads in each context: prompt and prefix."""
+        return [tuple(self.tokens[row, : position + 1].tolist()) for row, position in self.where.T.tolist()]
+
+    @property
     def parts(self) -> list[Tensor]:
         """The contexts that `forward` reads off each of its rows; each context is read off one."""
         return [(self.where[0] == row).nonzero().flatten() for row in range(len(self.tokens))]
