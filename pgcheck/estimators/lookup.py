@@ -119,7 +119,9 @@ def imported(path: str) -> Estimator:
     """
     found = _looked_up(path)
     if isinstance(found, dict):
-        raise UsageError(f"estimator '{path}': a registry of {', '.join(found)}; name one: {path}[{next(iter(found))}].")
+        raise UsageError(
+            f"estimator '{path}': a registry of {', '.join(found)}; name one: {path}[{next(iter(found))}]."
+        )
     return found
 
 
@@ -213,7 +215,9 @@ def _called(path: str, make: Any, call: str) -> Any:
         if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
             raise ValueError("more than one call")
         args = [ast.literal_eval(x) for x in node.args]
-        named = {k.arg: ast.literal_eval(k.value) for k in node.keywords}  # `**x` has no name, and cannot be called with
+        named = {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
+        if any(k.arg is None for k in node.keywords):
+            raise ValueError("**arguments")
     except (SyntaxError, ValueError):
         raise UsageError(
             f"estimator '{path}': arguments of a factory are literals, as in make(0.2, over='group')."
@@ -232,7 +236,7 @@ def source_of(estimator: Estimator) -> tuple[Path, int] | None:
     while isinstance(code, functools.partial):
         code = code.func
     code = inspect.unwrap(code)
-    code = getattr(code, "__code__", None) or getattr(getattr(type(code), "__call__", None), "__code__", None)
+    code = getattr(code, "__code__", None) or getattr(vars(type(code)).get("__call__"), "__code__", None)
     if code is None:
         return None
     file = Path(code.co_filename)

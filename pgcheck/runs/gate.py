@@ -33,7 +33,7 @@ from pgcheck.runs.report import EstimatorRow, MeasurementRow, ProblemRow, Report
 from pgcheck.verdicts.verdict import RTOL, Finding, Status
 
 SCHEMA: Literal["pgcheck-baseline/1"] = "pgcheck-baseline/1"
-WHOLE = 64  # E ĝ of at most so many numbers is kept as it is, next to its sketch
+WHOLE = 64  # E ĝ of at most so many numbers is kept as it is, else its sketch
 DIRECTIONS = 8
 
 ExpectedFailures = Mapping[str, Mapping[str, str]]  # estimator → check → reason
@@ -57,8 +57,8 @@ class ExactEntry(_Row):
     off_axis: float | None
     size: float
     total_variance: float
-    sketch: list[float]  # ⟨E ĝ, v_j⟩, [DIRECTIONS]
-    mean: list[list[float]] | None  # E ĝ, [K, A]
+    mean: list[list[float]] | None  # E ĝ, [K, A], if it has no more than WHOLE numbers
+    sketch: list[float] | None  # else ⟨E ĝ, v_j⟩, [DIRECTIONS]
 
     @property
     def key(self) -> tuple[str, str]:
@@ -121,7 +121,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Gate:
-    """What a comparison found; `same` are the rows that agree with the baseline."""
+    """What a comparison found; `same` are the rows of the baseline that agree with the run."""
 
     same: list[ExactEntry | EstimatorEntry]
     differences: list[Difference]
@@ -135,6 +135,20 @@ class Gate:
     def updatable(self) -> bool:
         """Nothing stands against making a baseline of the run."""
         return all(d.is_change for d in self.differences)
+
+    def accepted(self) -> Baseline:
+        """The baseline with every change accepted.
+
+        Raises:
+            ValueError: it is not `updatable`.
+        """
+        if not self.updatable:
+            raise ValueError("a baseline is not made of a run that fails")
+        rows = [*self.same, *(d.after for d in self.differences if d.after is not None)]
+        return Baseline(
+            estimators=[x for x in rows if isinstance(x, EstimatorEntry)],
+            entries=[x for x in rows if isinstance(x, ExactEntry)],
+        )
 
 
 # -- from a report to a baseline
@@ -165,8 +179,8 @@ def entry_of(m: MeasurementRow, problem: ProblemRow) -> ExactEntry | None:
         digest=problem.digest,
         finding=m.finding,
         **{name: getattr(m, name) for name in ("rel", "scale", "cosine", "off_axis", "size", "total_variance")},
-        sketch=(directions(mean.size) @ mean.ravel()).tolist(),
         mean=m.expected if mean.size <= WHOLE else None,
+        sketch=(directions(mean.size) @ mean.ravel()).tolist() if mean.size > WHOLE else None,
     )
 
 
@@ -191,16 +205,16 @@ def baseline_of(report: Report) -> Baseline:
     _refuse_twice("report", "measurement", (f"{m.estimator}, {m.problem}" for m in report.measurements))
     stray = next((m for m in report.measurements if m.problem not in problems), None)
     if stray is not None:
-        raise UsageError(f"report: '{stray.problem}' is measured, but it is not among the problems; run the suite anew.")
+        raise UsageError(
+            f"report: '{stray.problem}' is measured, but it is not among the problems; run the suite anew."
+        )
     asked: dict[str, Counter[str]] = {e.name: Counter() for e in report.estimators}
     for v in report.verdicts:
         asked.setdefault(v.estimator, Counter())[v.check] += 1
     made = [entry_of(m, problems[m.problem]) for m in report.measurements]
     return Baseline(
         estimators=[
-            EstimatorEntry(
-                estimator=e.name, claims=claims_in_words(e), checks={c: n for c, n in sorted(asked[e.name].items())}
-            )
+            EstimatorEntry(estimator=e.name, claims=claims_in_words(e), checks=dict(sorted(asked[e.name].items())))
             for e in report.estimators
         ],
         entries=[entry for entry in made if entry is not None],
@@ -285,27 +299,24 @@ def compare(report: Report, baseline: Baseline, *, expected: ExpectedFailures | 
     differences = list(against_claims(report, expected or {}))
     entries = {e.key: e for e in now.entries}
     norms = {p.name: p.gradient_norm for p in report.problems}
-    for m in report.measurements:
-        if (m.estimator, m.problem) not in entries:
-            differences.append(Difference("number", m.estimator, m.problem))
-    numberless = {(d.estimator, d.problem) for d in differences if d.kind == "number"}
+    numberless = {(m.estimator, m.problem) for m in report.measurements} - set(entries)
+    differences += [Difference("number", *key) for key in sorted(numberless)]
     before_entries = {e.key: e for e in baseline.entries}
     for key in sorted({*entries, *before_entries} - numberless):
         before, after = before_entries.get(key), entries.get(key)
         kind = _kind(before, after, norms.get(key[1], 0.0))
-        if kind is None and after is not None:
-            same.append(after)
-        elif kind is not None:
+        if kind is not None:
             differences.append(Difference(kind, *key, before=before, after=after))
+        elif before is not None:
+            same.append(before)
     before_rows, rows = ({e.estimator: e for e in b.estimators} for b in (baseline, now))
     for name in sorted({*rows, *before_rows}):
         old, new = before_rows.get(name), rows.get(name)
-        if old is not None and new is not None:
-            found: list[Kind] = [k for k in ("claims", "checks") if getattr(old, k) != getattr(new, k)]  # type: ignore[misc]
-            differences += [Difference(k, name, "", before=old, after=new) for k in found]
-            same += [] if found else [new]
-        elif not any(key[0] == name for key in {*entries, *before_entries}):  # else its entries say so
-            differences.append(Difference("missing" if old is None else "orphaned", name, "", before=old, after=new))
+        kind = _kind_of_estimator(old, new)
+        if kind is not None:
+            differences.append(Difference(kind, name, "", before=old, after=new))
+        elif old is not None:
+            same.append(old)
     return Gate(same, differences)
 
 
@@ -324,6 +335,13 @@ def against_claims(report: Report, expected: ExpectedFailures) -> Iterator[Diffe
                 yield Difference("stale", estimator, "", check=name, reason=reason)
 
 
+def exit_code(report: Report, expected: ExpectedFailures) -> int:
+    """That of a run some of whose checks are expected to fail: 0, 1, or 5 if nothing was checked."""
+    if report.exit_code == 5:
+        return 5
+    return 1 if any(True for _ in against_claims(report, expected)) else 0
+
+
 def _kind(before: ExactEntry | None, after: ExactEntry | None, gradient_norm: float) -> Kind | None:
     if before is None:
         return "missing"
@@ -334,12 +352,20 @@ def _kind(before: ExactEntry | None, after: ExactEntry | None, gradient_norm: fl
     return None if agree(before, after, gradient_norm) else "changed"
 
 
+def _kind_of_estimator(before: EstimatorEntry | None, after: EstimatorEntry | None) -> Kind | None:
+    if before is None or after is None:
+        return "missing" if before is None else "orphaned"
+    if before.claims != after.claims:
+        return "claims"
+    return "checks" if before.checks != after.checks else None
+
+
 def agree(before: ExactEntry, after: ExactEntry, gradient_norm: float) -> bool:
     """Every number of two entries of one problem agrees, each to its tolerance."""
-    size, mean = after.size, np.linalg.norm(after.mean) if after.mean is not None else np.linalg.norm(after.sketch)
+    size, length = after.size, float(np.linalg.norm(np.array(after.sketch if after.mean is None else after.mean)))
     of_mean = RTOL * size
     of_truth = _over(of_mean, gradient_norm)
-    of_angle = _over(of_mean, float(mean)) + of_truth
+    of_angle = _over(of_mean, length) + of_truth
     return (
         before.finding == after.finding
         and _near(before.size, after.size, of_mean)
