@@ -1,4 +1,4 @@
-"""The command line: `pgcheck list | run | compare | explain | bench`.
+"""The command line: `pgcheck list | run | gate | compare | explain | bench`.
 
 Exit codes: 0 every verdict agrees with its claim · 1 a verdict failed or was inconclusive · 2 usage or unreadable
 input · 5 nothing was checked. Everything heavy is imported inside the commands, so that `--help` answers at once.
@@ -17,8 +17,9 @@ import typer
 if TYPE_CHECKING:
     import pandas as pd
 
-    from pgcheck.problem import Problem
+    from pgcheck.render.ci import Outcome
     from pgcheck.runs.compare import Sweeps
+    from pgcheck.runs.config import Plan
     from pgcheck.runs.report import Report
 
 app = typer.Typer(
@@ -50,6 +51,19 @@ class Format(StrEnum):
     markdown = "markdown"
     html = "html"
     json = "json"
+    junit = "junit"
+    sarif = "sarif"
+    github = "github"
+
+
+class GateFormat(StrEnum):
+    """How the findings of the gate are printed."""
+
+    terminal = "terminal"
+    markdown = "markdown"
+    junit = "junit"
+    sarif = "sarif"
+    github = "github"
 
 
 class Space(StrEnum):
@@ -155,10 +169,16 @@ def _listing(what: What) -> list[dict[str, object]]:
 
 @app.command()
 def run(
-    suite: Annotated[str, typer.Argument(help="a shipped suite (`pgcheck list suites`) or a .toml file")],
+    suite: Annotated[
+        str | None,
+        typer.Argument(help="a shipped suite (`pgcheck list suites`) or a .toml file; default, that of pyproject.toml"),
+    ] = None,
     estimator: Annotated[
         list[str] | None,
-        typer.Option(help="judge these instead of the suite's own: a name, or pkg.mod:function", metavar="NAME"),
+        typer.Option(
+            help="judge these instead: a name, pkg.mod:function, file.py:function, pkg.mod:make(eps=0.1), pkg.mod:REGISTRY",
+            metavar="NAME",
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="write report.json, report.md and report.html there", metavar="DIR")
@@ -167,36 +187,58 @@ def run(
     as_json: AsJson = False,
     budget: Budget = None,
 ) -> None:
-    """Run a suite: every estimator on every problem, exactly, against its claims."""
-    from pgcheck.estimators.lookup import as_estimator
+    """Run a suite: every estimator on every problem, exactly, against its claims. `[tool.pgcheck]` of pyproject.toml says
+    what is run; each argument takes the place of its line there."""
+    from pgcheck.render.ci import on_github, outcomes_of_run, places_of, tell_github
     from pgcheck.render.files import write_report
     from pgcheck.render.progress import ProgressBar
-    from pgcheck.runs.suite import load_suite
+    from pgcheck.runs.config import load_config, plan
+    from pgcheck.runs.gate import exit_code
 
-    loaded = load_suite(suite)
-    own = [as_estimator(name) for name in estimator] if estimator else None
+    form = Format.json if as_json else form
+    planned = plan(load_config(Path.cwd()), suite=suite, estimators=estimator or (), budget=budget)
     with ProgressBar() as progress:
-        report = loaded.run(estimators=own, budget=budget, progress=progress)
-        messages = _explained(report, estimator or [], loaded.resolve_problems(own=own is not None))
+        report = planned.run(progress=progress)
+        messages = _explained(report, planned)
+    places = places_of(planned.estimators or [], Path.cwd())
     if out is not None:
-        write_report(report, out, messages)
-    _print_report(report, Format.json if as_json else form, messages)
-    if out is not None and not as_json and form is Format.terminal:
+        write_report(report, out, messages, places=places)
+    outcomes = outcomes_of_run(report, messages, places, planned.expected)
+    if form in _OF_OUTCOMES:
+        _print_outcomes(outcomes, form.value, report.suite)
+    else:
+        _print_report(report, form, messages)
+    if on_github():
+        typer.echo(tell_github(outcomes, report.suite), err=True, nl=False)
+    if out is not None and form is Format.terminal:
         typer.echo(f"written: {out / 'report.html'}, report.md, report.json and its tables as .csv")
-    raise typer.Exit(report.exit_code)
+    raise typer.Exit(exit_code(report, planned.expected))
 
 
-def _explained(report: Report, given: list[str], problems: list[Problem]) -> dict[str, str]:
+_OF_OUTCOMES = (Format.junit, Format.sarif, Format.github)
+
+
+def _print_outcomes(outcomes: list[Outcome], form: str, title: str) -> None:
+    from pgcheck.render import ci
+
+    text = {
+        "junit": lambda: ci.junit(outcomes, title),
+        "sarif": lambda: ci.sarif(outcomes),
+        "github": lambda: ci.github(outcomes),
+        "markdown": lambda: ci.step_summary(outcomes, title),
+    }[form]()
+    typer.echo(text, nl=False)
+
+
+def _explained(report: Report, planned: Plan) -> dict[str, str]:
     """The failure message of every estimator that failed, with its cause."""
     from pgcheck.api import explain_failure
-    from pgcheck.estimators.lookup import as_estimator, command_name
 
-    by_name = {as_estimator(name).name: name for name in given}
-    failed = dict.fromkeys(v.estimator for v in report.failures)
+    by_name = {e.name: e for e in planned.resolve_estimators()} if report.failures else {}
+    problems = planned.resolve_problems() if report.failures else []
     messages = {}
-    for name in failed:
-        given_as = by_name.get(name, name)
-        messages[name] = explain_failure(as_estimator(given_as), problems, report, command=command_name(given_as))
+    for name in dict.fromkeys(v.estimator for v in report.failures):
+        messages[name] = explain_failure(by_name[name], problems, report, command=planned.commands.get(name, name))
     return messages
 
 
@@ -217,6 +259,56 @@ def _print_report(report: Report, form: Format, messages: dict[str, str]) -> Non
         print_matrix(report, stdout_console())
         for message in messages.values():
             typer.echo("\n" + message)
+
+
+@app.command()
+def gate(
+    report: Annotated[Path, typer.Argument(help="report.json of `pgcheck run --out DIR`", metavar="REPORT")],
+    baseline: Annotated[
+        Path | None, typer.Option(help="what it is held against; default, that of pyproject.toml", metavar="FILE")
+    ] = None,
+    update: Annotated[
+        bool, typer.Option("--update", help="accept what changed: write the baseline anew, for review")
+    ] = False,
+    form: Annotated[GateFormat, typer.Option("--format", help="what is printed")] = GateFormat.terminal,
+) -> None:
+    """Hold a report against a baseline: whatever changed is named, and fails until it is accepted with --update."""
+    from pgcheck.errors import UsageError
+    from pgcheck.render import gate as words
+    from pgcheck.render.ci import on_github, outcomes_of_gate, tell_github
+    from pgcheck.render.files import write_all
+    from pgcheck.render.messages import failure_messages
+    from pgcheck.render.provenance import read_places
+    from pgcheck.runs.config import expected_failures, load_config
+    from pgcheck.runs.gate import Baseline, baseline_of, compare, read_baseline, read_report
+
+    config = load_config(Path.cwd())
+    if baseline is None and config.baseline is None:
+        raise UsageError("baseline: none given; name it with --baseline FILE, or in [tool.pgcheck] of pyproject.toml.")
+    path = baseline or Path(str(config.baseline))
+    run_of = read_report(report)
+    fresh = update and not path.exists()
+    known = Baseline(estimators=[], entries=[]) if fresh else read_baseline(path)
+    found = compare(run_of, known, expected=expected_failures(config))
+    names = words.Places(report=str(report), baseline=str(path))
+    messages = failure_messages(run_of)
+    outcomes = outcomes_of_gate(found, names, messages, read_places(report))
+    empty = not baseline_of(run_of).entries
+    write = update and found.updatable and not empty
+    if write:
+        write_all({path: found.accepted().to_json()})
+    if form is not GateFormat.terminal:
+        _print_outcomes(outcomes, form.value, "gate")
+    else:
+        texts = [words.headline(d) if write else words.message(d, names, messages) for d in words.shown(found)]
+        for text in dict.fromkeys(texts):
+            typer.echo(text)
+        typer.echo(words.summary(found))
+        if update:
+            typer.echo(f"written: {path}" if write else f"not written: {words.why_not(found)}")
+    if on_github() and not write:
+        typer.echo(tell_github(outcomes, "gate"), err=True, nl=False)
+    raise typer.Exit(0 if write else 5 if empty and not found.differences else found.exit_code)
 
 
 @app.command()

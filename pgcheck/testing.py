@@ -24,7 +24,7 @@ from pgcheck.estimators.base import Claim, Estimator, proportional, unbiased
 from pgcheck.estimators.lookup import AnyEstimator, as_estimator, as_estimators, command_name
 from pgcheck.problem import Problem
 from pgcheck.render.messages import BIAS_CHECKS
-from pgcheck.runs.report import Report
+from pgcheck.runs.report import Report, VerdictRow
 from pgcheck.runs.runner import refuse_duplicates, run, wanted_checks
 from pgcheck.verdicts.checks import Check, find_check
 from pgcheck.verdicts.verdict import RTOL, Status
@@ -87,12 +87,12 @@ def parametrize_with_checks(
         ) from None
     as_estimators(estimators)  # refuses what is no list
     names = wanted_checks(checks)
-    judge = _Judge(as_problems(problems), names, None if claim is None else as_claim(claim), budget, rtol)
+    judge = Judge(as_problems(problems), names, None if claim is None else as_claim(claim), budget, rtol)
     made = [judge.add(given) for given in estimators]
     refuse_duplicates(made, judge.problems)
     items = []
     for given, e in zip(estimators, made, strict=True):
-        expected = _expected(expected_failed_checks, given)
+        expected = expected_failures(expected_failed_checks, given)
         for name in names:
             mark = pytest.mark.xfail(reason=expected[name], strict=True, raises=CheckFailed) if name in expected else ()
             check = EstimatorCheck(find_check(name), judge, expected_to_fail=name in expected)
@@ -100,7 +100,12 @@ def parametrize_with_checks(
     return pytest.mark.parametrize(("estimator", "check"), items)
 
 
-def _expected(given: ExpectedFailures | None, estimator: AnyEstimator) -> Mapping[str, str]:
+def expected_failures(given: ExpectedFailures | None, estimator: AnyEstimator) -> Mapping[str, str]:
+    """{check: reason} of one estimator.
+
+    Raises:
+        UsageError: an unknown check, or a reason that is empty.
+    """
     expected = given(estimator) if callable(given) else given or {}
     if not isinstance(expected, Mapping):
         raise UsageError(f"expected_failed_checks: {expected!r}; expected {{check: reason}}, or a function to that.")
@@ -111,15 +116,17 @@ def _expected(given: ExpectedFailures | None, estimator: AnyEstimator) -> Mappin
     return expected
 
 
-class _Judge:
+class Judge:
     """Reports of estimators on one set of problems, each made once; they go when the items go."""
 
     def __init__(
         self, problems: list[Problem], checks: list[str], claim: Claim | None, budget: int, rtol: float
     ) -> None:
         self.problems, self.checks, self.claim, self.budget, self.rtol = problems, checks, claim, budget, rtol
+        self.commands: dict[str, str] = {}  # what the command line calls an estimator, where its code does not say
         self._made: dict[int, tuple[AnyEstimator, Estimator]] = {}  # by id; the estimator is kept, so its id is its own
         self._reports: dict[int, Report] = {}
+        self._messages: dict[tuple[int, str], str] = {}
 
     def add(self, given: AnyEstimator) -> Estimator:
         if id(given) not in self._made:
@@ -134,14 +141,30 @@ class _Judge:
             self._reports[id(given)] = made
         return self._reports[id(given)]
 
+    def begun(self, given: AnyEstimator) -> bool:
+        """Its report is made."""
+        return id(given) in self._reports
+
+    def explain(self, given: AnyEstimator, check: str, failed: Sequence[VerdictRow]) -> str:
+        """The message of a check that failed, with the cause; the same however many items show it."""
+        if (id(given), check) not in self._messages:
+            report = self.report(given)
+            passed = [v for v in report.verdicts if v.check == check and v.status is Status.PASS]
+            shown = report.model_copy(update={"verdicts": [*passed, *failed]})
+            e = self.add(given)
+            command = self.commands.get(e.name) or command_name(given)
+            self._messages[id(given), check] = explain_failure(e, self.problems, shown, command=command)
+        return self._messages[id(given), check]
+
 
 @dataclass(frozen=True)
 class EstimatorCheck:
     """One check as a callable: `check(estimator)` returns, skips the item, or raises `CheckFailed` (or `BiasError`)."""
 
     check: Check
-    judge: _Judge
+    judge: Judge
     expected_to_fail: bool = False
+    problem: str = ""  # on this problem only
 
     def __repr__(self) -> str:
         return self.check.name
@@ -158,15 +181,19 @@ class EstimatorCheck:
 
         e, report = self.judge.add(estimator), self.judge.report(estimator)
         name = self.check.name
-        own = [v for v in report.verdicts if v.check == name]
+        of_check = [v for v in report.verdicts if v.check == name]
+        own = [v for v in of_check if self.problem in ("", v.problem)]
         claimed = name in {c.kind for c in e.claims}
         in_the_way = [v for v in report.failures if v.check in (*KINDS, "finite")] if claimed else []
-        failed = [v for v in own if v.status is not Status.PASS] or in_the_way
-        if failed:
-            shown = report.model_copy(update={"verdicts": [v for v in own if v.status is Status.PASS] + failed})
-            message = explain_failure(e, self.judge.problems, shown, command=command_name(estimator))
+        if self.problem and own:
+            in_the_way = []  # whatever it is, it was not here
+        if any(v.status is not Status.PASS for v in own) or in_the_way:
+            failed = [v for v in of_check if v.status is not Status.PASS] or in_the_way
+            message = self.judge.explain(estimator, name, failed)
             if failed == in_the_way:
                 message = f"{e.name}: {name} could not be judged.\n{message}"
+            elif self.problem:
+                message = f"{e.name} on {self.problem}: {name} is {own[0].status}.\n{message}"
             raise (BiasError if any(v.check in BIAS_CHECKS for v in failed) else CheckFailed)(message, report=report)
         if claimed and not own:
             raise CheckFailed(nothing_checked(e, self.judge.problems), report=report)

@@ -1,13 +1,19 @@
-"""From what a user writes to an `Estimator`: a name of the zoo, `pkg.mod:function`, a plain loss.
+"""From what a user writes to an `Estimator`: a name of the zoo, `pkg.mod:function` and its kin, a plain loss.
 
 Importing this module fills the registries of estimators and problems.
 """
 
 from __future__ import annotations
 
+import ast
+import functools
+import hashlib
 import importlib
+import inspect
+import re
 import sys
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +32,7 @@ from pgcheck.seeding import random_state_kept
 AnyEstimator = Estimator | str | Callable[..., Any]
 
 FILLED_BY = (named_problems, notes_problems, zoo)
+PACKAGE = Path(__file__).parent.parent
 
 
 def as_estimator(estimator: AnyEstimator) -> Estimator:
@@ -73,7 +80,13 @@ def as_estimators(estimators: Sequence[AnyEstimator]) -> list[Estimator]:
     """
     if isinstance(estimators, str) or not isinstance(estimators, Sequence) or not estimators:
         raise UsageError(f"estimators: {estimators!r}; expected a list of losses, estimators or names.")
-    return [as_estimator(e) for e in estimators]
+    return [made for e in estimators for made in _each(e)]
+
+
+def _each(estimator: AnyEstimator) -> list[Estimator]:
+    """A registry counts as its entries."""
+    from_code = isinstance(estimator, str) and ":" in estimator
+    return all_imported(str(estimator)) if from_code else [as_estimator(estimator)]
 
 
 def command_name(estimator: AnyEstimator) -> str:
@@ -92,31 +105,139 @@ def command_name(estimator: AnyEstimator) -> str:
     return name if "<" in qualified else f"{module}:{qualified}"  # what is made inside a function has no path
 
 
+_PATH = re.compile(
+    r"(?P<where>.+?\.py|[\w.]+):(?P<what>[^\W\d][\w.]*)(?:\[(?P<key>[^\[\]]+)\]|(?P<call>\(.*\)))?", re.DOTALL
+)
+_FORMS = "pkg.mod:function, path/to/file.py:function, pkg.mod:make(eps=0.2), pkg.mod:REGISTRY, pkg.mod:REGISTRY[name]"
+
+
 def imported(path: str) -> Estimator:
-    """The estimator `pkg.mod:attribute`; the current directory is importable.
+    """The one estimator that `path` names, as of `all_imported`.
 
     Raises:
-        UsageError: the module or the attribute is not there, or importing it fails.
+        UsageError: as `all_imported`; or it names a whole registry.
     """
-    module_name, _, attribute = path.partition(":")
+    found = _looked_up(path)
+    if isinstance(found, dict):
+        raise UsageError(
+            f"estimator '{path}': a registry of {', '.join(found)}; name one: {path}[{next(iter(found))}]."
+        )
+    return found
+
+
+def all_imported(path: str) -> list[Estimator]:
+    """Estimators from the user's code; the current directory is importable.
+
+        pkg.mod:function            a loss or an `Estimator`; so is path/to/file.py:function
+        pkg.mod:make(eps=0.2)       what a factory returns; its arguments are literals
+        pkg.mod:REGISTRY            every entry of a mapping of name → loss or `Estimator`
+        pkg.mod:REGISTRY[name]      one of them
+
+    Raises:
+        UsageError: the module, the attribute or the entry is not there; importing or calling it fails; it is no estimator.
+    """
+    found = _looked_up(path)
+    return list(found.values()) if isinstance(found, dict) else [found]
+
+
+def _looked_up(path: str) -> Estimator | dict[str, Estimator]:
+    parts = _PATH.fullmatch(path)
+    if parts is None:
+        raise UsageError(f"estimator '{path}': expected {_FORMS}.")
+    where, what, key = parts["where"], parts["what"], parts["key"]
+    found: Any = _module_of_file(path, Path(where)) if where.endswith(".py") else _module(path, where)
+    for part in what.split("."):
+        if not hasattr(found, part):
+            raise UsageError(f"estimator '{path}': '{where}' has no attribute '{what}'.{nearest(part, dir(found))}")
+        found = getattr(found, part)
+    if parts["call"] is not None:
+        return _made(path, _called(path, found, parts["call"]), what + parts["call"])
+    if not isinstance(found, Mapping):
+        if key is not None:
+            raise UsageError(f"estimator '{path}': '{what}' is no registry, a mapping of name → loss.")
+        return _made(path, found, what)
+    if not found or not all(isinstance(name, str) and name for name in found):
+        raise UsageError(f"estimator '{path}': a registry maps names to losses, one at least; this is {found!r}.")
+    if key is not None and key not in found:
+        raise UsageError(f"estimator '{path}': '{what}' has no entry '{key}'.{nearest(key, found)}")
+    chosen = found if key is None else {key: found[key]}
+    made = {name: replace(_made(f"{path}[{name}]", x, name), name=name) for name, x in chosen.items()}
+    return made if key is None else made[key]
+
+
+def _made(path: str, found: Any, name: str) -> Estimator:
+    if not (isinstance(found, Estimator) or callable(found)):
+        raise UsageError(f"estimator '{path}': {found!r} is neither an Estimator nor a loss `batch -> scalar`.")
+    made = as_estimator(found)
+    return made if isinstance(found, Estimator) else replace(made, name=name)
+
+
+def _module(path: str, name: str) -> Any:
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
     try:
-        found: Any = importlib.import_module(module_name)
+        return importlib.import_module(name)
+    except UsageError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise UsageError(
+            f"estimator '{path}': importing '{name}' failed: {in_words(error).rstrip('.')}. It is looked for in the"
+            " current directory and among the installed packages."
+        ) from error
+
+
+def _module_of_file(path: str, file: Path) -> Any:
+    """The module of a file, run once a process; what lies beside the file is importable, as for a script."""
+    if not file.is_file():
+        raise UsageError(f"estimator '{path}': there is no file {file}.")
+    full = file.resolve()
+    name = f"{file.stem}_{hashlib.sha256(str(full).encode()).hexdigest()[:8]}"
+    if name not in sys.modules:
+        if str(full.parent) not in sys.path:
+            sys.path.insert(0, str(full.parent))
+        module = sys.modules[name] = types.ModuleType(name)
+        module.__file__ = str(full)
+        try:
+            exec(compile(full.read_bytes(), str(full), "exec"), module.__dict__)
+        except (Exception, SystemExit) as error:
+            del sys.modules[name]
+            if isinstance(error, UsageError):
+                raise
+            raise UsageError(f"estimator '{path}': importing {file} failed: {in_words(error).rstrip('.')}.") from error
+    return sys.modules[name]
+
+
+def _called(path: str, make: Any, call: str) -> Any:
+    """What a factory returns for literal arguments; nothing else is evaluated."""
+    try:
+        node: Any = ast.parse("f" + call, mode="eval").body
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
+            raise ValueError("more than one call")
+        args = [ast.literal_eval(x) for x in node.args]
+        named = {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
+        if any(k.arg is None for k in node.keywords):
+            raise ValueError("**arguments")
+    except (SyntaxError, ValueError):
+        raise UsageError(
+            f"estimator '{path}': arguments of a factory are literals, as in make(0.2, over='group')."
+        ) from None
+    try:
+        return make(*args, **named)
     except UsageError:
         raise
     except Exception as error:
-        raise UsageError(
-            f"estimator '{path}': importing '{module_name}' failed: {in_words(error).rstrip('.')}. It is looked for in the"
-            " current directory and among the installed packages."
-        ) from error
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            near = nearest(part, dir(found))
-            raise UsageError(f"estimator '{path}': '{module_name}' has no attribute '{attribute}'.{near}")
-        found = getattr(found, part)
-    if not (isinstance(found, Estimator) or callable(found)):
-        raise UsageError(f"estimator '{path}': {found!r} is neither an Estimator nor a loss `batch -> scalar`.")
-    made = as_estimator(found)
-    return made if isinstance(found, Estimator) else replace(made, name=path.rpartition(":")[2])
+        raise UsageError(f"estimator '{path}': calling it failed: {in_words(error).rstrip('.')}.") from error
+
+
+def source_of(estimator: Estimator) -> tuple[Path, int] | None:
+    """The file and the line where the user's function begins; None if it has none, or is pgcheck's own."""
+    code: Any = getattr(estimator.coefficients, "loss", estimator.coefficients)
+    while isinstance(code, functools.partial):
+        code = code.func
+    code = inspect.unwrap(code)
+    code = getattr(code, "__code__", None) or getattr(vars(type(code)).get("__call__"), "__code__", None)
+    if code is None:
+        return None
+    file = Path(code.co_filename)
+    return (file, code.co_firstlineno) if file.is_file() and not file.is_relative_to(PACKAGE) else None

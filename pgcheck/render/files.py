@@ -1,4 +1,7 @@
-"""Report files on disk: whole or not at all."""
+"""Report files on disk: whole or not at all, and beside report.json where it comes from.
+
+Guarantee: whenever the process is killed, a file that was there is the old one or the new one, whole.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,26 @@ from pgcheck.errors import UsageError
 from pgcheck.render.frames import csv, frames
 from pgcheck.render.html import html
 from pgcheck.render.markdown import markdown
+from pgcheck.render.provenance import provenance
 from pgcheck.runs.report import Report
 
 
-def write_report(report: Report, folder: Path, messages: Mapping[str, str] | None = None) -> list[Path]:
-    """report.json, report.md, report.html and the tables as CSV in `folder`; all rendered before the first is written.
+def write_report(
+    report: Report,
+    folder: Path,
+    messages: Mapping[str, str] | None = None,
+    *,
+    places: Mapping[str, tuple[str, int]] | None = None,
+) -> list[Path]:
+    """report.json, report.md, report.html, the tables as CSV and the provenance in `folder`; all rendered before the first
+    is written.
 
     `messages`: the failure message of each estimator that failed, if they were worked out with a cause.
+    `places`: file and line of the user's estimators.
     """
     texts = {
         "report.json": report.to_json(),
+        "report.provenance.json": provenance(report, places=places),
         "report.md": markdown(report, messages),
         "report.html": html(report, messages),
         **{f"{name}.csv": csv(table) for name, table in frames(report).items()},
@@ -42,6 +55,8 @@ def write_all(contents: Mapping[Path, str | bytes]) -> list[Path]:
             waiting.append((Path(name), path))
             with os.fdopen(handle, "wb") as file:
                 file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())  # else a crash may keep the new name and lose what it names
             Path(name).chmod(0o644)
         for temporary, path in waiting:
             temporary.replace(path)

@@ -9,11 +9,14 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Sequence
+from importlib import metadata
 from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
+from pgcheck.errors import UsageError
 from pgcheck.estimators.base import Claim, Estimator
 from pgcheck.problem import Problem
 from pgcheck.verdicts.verdict import Measurement, NotAsked, Space, Status, Verdict, along, as_list, finite_or_none
@@ -203,6 +206,35 @@ class Report(_Row):
                 text = f"[\n  {rows}\n ]"
             parts.append(f" {json.dumps(key)}: {text}")
         return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def merged(reports: Sequence[Report], *, suite: str) -> Report:
+    """One report of several, of different estimators, in the order given; problems in the order in which they first come.
+
+    Raises:
+        UsageError: two problems of one name, or two estimators.
+    """
+    problems: dict[str, ProblemRow] = {}
+    names: list[str] = []
+    for report in reports:
+        for p in report.problems:
+            if problems.setdefault(p.name, p).digest != p.digest:
+                raise UsageError(f"problems: '{p.name}' is two different problems; give one of them another name.")
+        names += [e.name for e in report.estimators]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UsageError(f"estimators: '{twice}' is given twice; give one of them another name.")
+    place = {name: i for i, name in enumerate(problems)}
+    measurements = [m for report in reports for m in report.measurements]
+    return Report(
+        suite=suite,
+        version=reports[0].version if reports else metadata.version("pgcheck"),
+        problems=list(problems.values()),
+        estimators=[e for report in reports for e in report.estimators],
+        measurements=sorted(measurements, key=lambda m: place[m.problem]),
+        verdicts=[v for report in reports for v in report.verdicts],
+        not_asked=[n for report in reports for n in report.not_asked],
+    )
 
 
 def problem_row(problem: Problem) -> ProblemRow:

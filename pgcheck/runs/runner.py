@@ -112,10 +112,9 @@ def run(
             progress("problems", done, len(problems))
         asked = []
         for e in clean:
-            if not e.fits(problem):
-                not_asked.append(NotAsked(e.name, problem.name, _too_small(e)))
-            elif not problem.plain_objective and not claims_on(e, problem):
-                not_asked.append(NotAsked(e.name, problem.name, "it is made for another objective"))
+            why_not = why_not_measured(e, problem)
+            if why_not:
+                not_asked.append(NotAsked(e.name, problem.name, why_not))
             else:
                 asked.append(e)
         for e, moments in _moments(asked, problem, budget, progress):
@@ -154,10 +153,14 @@ def _judged(cases: Sequence[Case], progress: Progress | None) -> list[CaseRow]:
     return judged
 
 
-def _too_small(e: Estimator) -> str:
-    return (
-        f"needs groups of at least {e.min_group_size}" if e.min_group_size > 1 else "needs at least 2 rows to compare"
-    )
+def why_not_measured(e: Estimator, problem: Problem) -> str:
+    """Why the batches of a problem are not enumerated for an estimator; "" if they are."""
+    if not e.fits(problem):
+        few = f"groups of at least {e.min_group_size}" if e.min_group_size > 1 else "at least 2 rows to compare"
+        return f"needs {few}"
+    if not problem.plain_objective and not claims_on(e, problem):
+        return "it is made for another objective"
+    return ""
 
 
 def _always_shown(v: Verdict) -> bool:

@@ -1,0 +1,147 @@
+"""What the gate found, in words: before → after, which way, and the command that mends it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from pgcheck.render.messages import number
+from pgcheck.runs.gate import Difference, EstimatorEntry, ExactEntry, Gate
+from pgcheck.verdicts.verdict import Status
+
+_VISIBLE = 1e-4  # relative; smaller changes of a number do not show in its four digits
+
+
+@dataclass(frozen=True)
+class Places:
+    """What the commands in a message name."""
+
+    report: str = "REPORT"
+    baseline: str = "FILE"
+    update: str = ""  # the command that accepts a change; default, that of `pgcheck gate`
+
+    @property
+    def accept(self) -> str:
+        return self.update or f"pgcheck gate {self.report} --baseline {self.baseline} --update"
+
+
+def subject(d: Difference) -> str:
+    """`grpo-lm/binary-reward`, or the estimator alone."""
+    return f"{d.estimator}-{d.problem}" if d.problem else d.estimator
+
+
+def headline(d: Difference) -> str:
+    """One line: what differs, before → after."""
+    where = f"{d.estimator} on {d.problem}" if d.problem else d.estimator
+    return f"{where}: {_what(d)}"
+
+
+def message(d: Difference, places: Places, verdicts: Mapping[str, str] | None = None) -> str:
+    """The headline and what to do; `verdicts`: the failure messages of estimators, if they were worked out."""
+    if d.kind == "verdict" and verdicts and d.estimator in verdicts:
+        return verdicts[d.estimator]
+    return f"{headline(d)}\n  next      {_next(d, places)}"
+
+
+def shown(gate: Gate) -> list[Difference]:
+    """The differences that a reader needs: an estimator that is new or gone stands for all its entries."""
+    whole = {(d.estimator, d.kind) for d in gate.differences if not d.problem and d.kind in ("missing", "orphaned")}
+    return [d for d in gate.differences if not d.problem or (d.estimator, d.kind) not in whole]
+
+
+def summary(gate: Gate) -> str:
+    """How many entries agree and how many do not."""
+    entries = sum(isinstance(x, ExactEntry) for x in gate.same)
+    if gate.exit_code == 5:
+        return "nothing was compared: the report and the baseline are empty"
+    found = f"{entries} entries as in the baseline"
+    return f"{found}, {len(gate.differences)} differences" if gate.differences else found
+
+
+def why_not(gate: Gate) -> str:
+    """Why no baseline is made of a run."""
+    other = [d for d in gate.differences if not d.is_change]
+    if not other:
+        return "the report has no entries"
+    return f"{len(other)} of these are no changes but failures; mend them first: {headline(other[0])}"
+
+
+def _what(d: Difference) -> str:
+    before, after = d.before, d.after
+    if d.kind == "changed" and isinstance(before, ExactEntry) and isinstance(after, ExactEntry):
+        return changes(before, after)
+    if d.kind == "problem" and isinstance(before, ExactEntry) and isinstance(after, ExactEntry):
+        return f"the problem is another one (digest {before.digest} → {after.digest}); " + changes(before, after)
+    if d.kind in ("claims", "checks") and isinstance(before, EstimatorEntry) and isinstance(after, EstimatorEntry):
+        said = [f"the claims changed: {_listed(before.claims)} → {_listed(after.claims)}"] if d.kind == "claims" else []
+        names = sorted({*before.checks, *after.checks})
+        pairs = [(n, before.checks.get(n, 0), after.checks.get(n, 0)) for n in names]
+        moved = ", ".join(f"{n} {a} → {b}" for n, a, b in pairs if a != b)
+        return "; ".join([*said, *([f"checks asked on another number of problems: {moved}"] if moved else [])])
+    if d.kind == "missing":
+        return "not in the baseline: it is new, or was renamed"
+    if d.kind == "orphaned":
+        return "in the baseline, and not in the run: it was deleted, renamed or deselected"
+    if d.kind == "number":
+        return "E ĝ or its variance is no number (NaN or infinite)"
+    if d.kind == "stale":
+        return f"{d.check} is expected to fail ({d.reason}), and does not"
+    status = d.verdict.status if d.verdict else Status.FAIL
+    spoken = (d.verdict.reason if d.verdict else d.reason) or (
+        f"measured {number(d.verdict.measured)}, allowed {number(d.verdict.allowed)}" if d.verdict else ""
+    )
+    return f"{d.check} is {status}: {spoken}"
+
+
+def _listed(claims: list[str]) -> str:
+    return ", ".join(claims) or "none"
+
+
+def changes(before: ExactEntry, after: ExactEntry) -> str:
+    """“scale 0.75 → 1, now unbiased (was proportional); variance 0.1 → 0.13, grew ×1.3”."""
+    said = []
+    for name in ("scale", "rel", "off_axis", "cosine"):
+        a, b = getattr(before, name), getattr(after, name)
+        if a != b and (a is None or b is None or abs(a - b) > _VISIBLE * max(abs(a), abs(b), 1e-6)):
+            said.append(f"{name} {_short(a)} → {_short(b)}")
+    if before.finding != after.finding:
+        said.append(f"now {after.finding} (was {before.finding})")
+    elif said:
+        said.append(f"still {after.finding}")
+    old, new = before.total_variance, after.total_variance
+    if abs(old - new) > _VISIBLE * max(abs(old), abs(new)) and abs(old - new) > 1e-9 * after.size**2:
+        way = "grew" if new > old else "fell"
+        times = f" ×{number(new / old)}" if old > 1e-12 * before.size**2 else ""
+        said.append(f"variance {number(old)} → {number(new)}, {way}{times}")
+    if said:
+        return ", ".join(said)
+    moved = (
+        float(np.linalg.norm(_vector(before) - _vector(after)))
+        if _vector(before).shape == _vector(after).shape
+        else 0.0
+    )
+    part = moved / after.size if after.size > 0 else moved
+    return f"E ĝ moved by {number(part)} of its size, variance by {number(abs(new - old))}; {after.finding} as before"
+
+
+def _vector(entry: ExactEntry) -> np.ndarray:
+    return np.array(entry.sketch if entry.mean is None else entry.mean, dtype=float)
+
+
+def _short(x: float | None) -> str:
+    """Rounding shows as 0."""
+    return number(0.0 if x is not None and abs(x) < 1e-9 else x)
+
+
+def _next(d: Difference, places: Places) -> str:
+    if d.kind == "verdict":
+        return f"pgcheck explain {d.check}" if d.check != "case" else "pgcheck run the suite, and read the case"
+    if d.kind == "stale":
+        return f"take '{d.check}' out of expected_failed_checks"
+    if d.kind == "number":
+        return "pgcheck explain finite"
+    if d.kind == "orphaned":
+        return f"bring it back; or, if it is meant to be gone: {places.accept}"
+    return f"if this is meant: {places.accept}"
