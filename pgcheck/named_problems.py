@@ -22,14 +22,14 @@ from pgcheck.batch import DiscountClock
 from pgcheck.envs import language
 from pgcheck.envs.language import LMTask
 from pgcheck.envs.tabular import TabularMDP
-from pgcheck.policies.transformer import TinyGPT, truncated
+from pgcheck.policies.transformer import Decoding, TinyGPT, truncated
 from pgcheck.problem import Problem, register_problem
 
 INF = math.inf
 
 
 def named(
-    name: str, *, belongs_to: str | None = "core", double_of: str | None = None
+    name: str, *, belongs_to: str | None = "core", double_of: str | None = None, sampled: bool = False
 ) -> Callable[[Callable[[], Problem]], Callable[[], Problem]]:
     """Register a builder as `name`, with its docstring as the problem's `about`; see `pgcheck.problem.register_problem`."""
 
@@ -41,7 +41,7 @@ def named(
             object.__setattr__(problem, "about", " ".join((build.__doc__ or "").split()))
             return problem
 
-        register_problem(name, built, belongs_to=belongs_to, double_of=double_of)
+        register_problem(name, built, belongs_to=belongs_to, double_of=double_of, sampled=sampled)
         return built
 
     return decorate
@@ -517,3 +517,30 @@ def _lm_top_k() -> Problem:
     """A transformer sampled with top-k = 2 of 3 tokens, as serving engines do: support is broken."""
     problem = written_by(_one_prompt(), 27, groups=1, group_size=2)
     return replace(problem, behavior_logits=truncated(problem.logits, top_k=2))
+
+
+# -- language models whose completions are too many for a table; drawn, never enumerated
+
+
+@named("lm-large/sum-mod", belongs_to=None, sampled=True)
+def _large_sum_mod() -> Problem:
+    """A transformer of 26 thousand parameters writes up to five of eight tokens: 39 216 completions, a tree with exact ∇J."""
+    task = language.sum_mod(3, max_new_tokens=5, vocab_size=8)
+    return Problem(task, TinyGPT(8, context=7, seed=31), groups=1, group_size=8)
+
+
+@named("lm-large/sum-mod-stale", belongs_to=None, sampled=True)
+def _large_sum_mod_stale() -> Problem:
+    """The same, drawn by other weights at temperature .9."""
+    problem = _large_sum_mod()
+    old = Decoding(TinyGPT(8, context=7, seed=32), temperature=0.9)
+    return Problem(
+        language.sum_mod(3, max_new_tokens=5, vocab_size=8), problem.policy, behavior_logits=old, group_size=8
+    )
+
+
+@named("lm-large/written", belongs_to=None, sampled=True)
+def _written() -> Problem:
+    """A small transformer writes up to sixteen of eight tokens, 10^13 completions: nothing can be listed, ∇J is not known."""
+    task = replace(language.sum_mod(3, max_new_tokens=16, vocab_size=8), returns=(0, 1))
+    return Problem(task, TinyGPT(8, context=17, width=8, layers=1, seed=33), groups=1, group_size=4)

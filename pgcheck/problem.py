@@ -574,23 +574,30 @@ def _same_weights(a: nn.Module, b: nn.Module) -> bool:
 _BUILDERS: dict[str, Callable[[], Problem]] = {}
 _SETS: dict[str, list[str]] = {"core": [], "off-policy": [], "penalized": []}
 _DOUBLES: dict[str, str] = {}
+_SAMPLED: dict[str, Callable[[], Problem]] = {}
 
 
 def register_problem(
-    name: str, build: Callable[[], Problem], *, belongs_to: str | None = None, double_of: str | None = None
+    name: str,
+    build: Callable[[], Problem],
+    *,
+    belongs_to: str | None = None,
+    double_of: str | None = None,
+    sampled: bool = False,
 ) -> None:
     """Add a named problem, to the set "core", "off-policy" or "penalized" on which estimators are judged or to none.
 
     `double_of`: the problem of a set that shows whatever this one shows; it is kept for its range, and belongs to no set.
+    `sampled`: its batches can be drawn and not enumerated; it is found by its name, and not among `registered_problems`.
 
     Raises:
         ProblemError: the name is taken, or has an @ (what follows it names a θ).
     """
     if "@" in name:
         raise ProblemError(f"problem '{name}': a name has no @; NAME@1 is the problem NAME at another θ.")
-    if name in _BUILDERS:
+    if name in _BUILDERS or name in _SAMPLED:
         raise ProblemError(f"problem '{name}' is registered already; choose another name.")
-    _BUILDERS[name] = build
+    (_SAMPLED if sampled else _BUILDERS)[name] = build
     if double_of is not None:
         _DOUBLES[name] = double_of
     elif belongs_to is not None:
@@ -619,6 +626,11 @@ def registered_problems() -> dict[str, Callable[[], Problem]]:
     return dict(_BUILDERS)
 
 
+def sampled_problems() -> dict[str, Callable[[], Problem]]:
+    """Builders of those that can only be sampled; some take a while."""
+    return dict(_SAMPLED)
+
+
 def find_problem(name: str) -> Problem:
     """The registered problem `family/setting`, or `family/setting@1` for its second θ.
 
@@ -626,8 +638,9 @@ def find_problem(name: str) -> Problem:
         UnknownNameError: no such problem; suggests the nearest.
     """
     base, _, draw = name.partition("@")
-    if base in _BUILDERS and draw and not draw.isdecimal():
+    known = _BUILDERS | _SAMPLED
+    if base in known and draw and not draw.isdecimal():
         raise UnknownNameError("problem", name, (), hint=f"After the @ stands the number of a θ: {base}@1.")
-    if base not in _BUILDERS:
-        raise UnknownNameError("problem", name, _BUILDERS)
-    return _BUILDERS[base]().at(int(draw or 0))
+    if base not in known:
+        raise UnknownNameError("problem", name, known)
+    return known[base]().at(int(draw or 0))

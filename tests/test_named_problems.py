@@ -13,7 +13,7 @@ from pgcheck import truth
 from pgcheck.errors import ProblemError, UnknownNameError
 from pgcheck.estimators.lookup import FILLED_BY  # noqa: F401  (fills the registries)
 from pgcheck.policies import LinearPolicy
-from pgcheck.problem import Problem, find_problem, register_problem, registered_problems
+from pgcheck.problem import Problem, find_problem, register_problem, registered_problems, sampled_problems
 from pgcheck.trajectories import Paths
 
 # N rollouts and K contexts of each, with the count that gives them
@@ -322,3 +322,33 @@ def test_an_unknown_name_suggests_the_nearest(wrong: str, nearest: str) -> None:
 def test_a_theta_is_a_number(wrong: str) -> None:
     with pytest.raises(UnknownNameError):
         find_problem(wrong)
+
+
+# -- those that can only be drawn
+
+SAMPLED = {  # completions, prefixes: Σ 7^t for t < 5 and 7^5 more, of two prompts; Σ 7^t for t < 5 of each
+    "lm-large/sum-mod": (2 * (2_801 + 16_807), 2 * 2_801),
+    "lm-large/sum-mod-stale": (2 * (2_801 + 16_807), 2 * 2_801),
+    "lm-large/written": (2 * (sum(7**t for t in range(16)) + 7**16), None),
+}
+
+
+def test_sampled_problems() -> None:
+    """Not among those that are enumerated; of the sizes they say; drawn, and the gradient known where prefixes are few."""
+    assert list(SAMPLED) == list(sampled_problems())
+    assert not set(SAMPLED) & set(registered_problems())
+    for name, (completions, prefixes) in SAMPLED.items():
+        problem = find_problem(name)
+        assert problem.name == name
+        assert problem.env.completions == completions
+        assert problem.written == (prefixes is None)
+        batch = problem.sample(16, seed=1)
+        assert set(batch.reward.unique().tolist()) == {0.0, 1.0}
+        assert problem.binary_return
+        assert problem.on_policy == ("stale" not in name)
+        if prefixes:
+            assert problem.tree is not None
+            assert len(problem.tree.reward) == prefixes
+            assert float(problem.gradient().norm()) > 1e-3
+    with pytest.raises(UnknownNameError, match="lm-large/sum-mod"):
+        find_problem("lm-large/sum-mud")

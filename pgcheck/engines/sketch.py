@@ -42,7 +42,8 @@ from pgcheck.trajectories import Trajectories, is_count
 
 GRAIN = 1024  # draws that are evaluated at once, and summed before they are added to others
 TRUSTED = ("leave_one_out", "reinforce", "trajectory_is", "kl_in_reward(k1)", "entropy_in_reward")
-_AT_ONCE = 8  # directions of one forward-mode pass
+_AT_ONCE = 8  # directions of one forward-mode pass, and
+_TOKENS_AT_ONCE = 2048  # tokens: what stays in cache
 
 
 class Space(Protocol):
@@ -193,7 +194,7 @@ def tangents(policy: nn.Module, directions: Tensor) -> Iterator[tuple[Tensor | N
         name: part.reshape(-1, *p.shape)
         for (name, p), part in zip(named.items(), directions.split(sizes, 1), strict=True)
     }
-    for rows, contexts in in_parts(policy):
+    for rows, contexts in in_parts(policy, tokens=_TOKENS_AT_ONCE):
 
         def logits(parameters: dict[str, Tensor], rows: tuple[slice, ...] = rows) -> Tensor:
             z: Tensor = torch.func.functional_call(policy, parameters, rows)

@@ -129,11 +129,14 @@ def in_parameters(policy: nn.Module, x: Tensor) -> Tensor:
     return total
 
 
-def in_parts(policy: nn.Module) -> list[tuple[tuple[slice, ...], Tensor | None]]:
-    """Arguments with which a policy gives some of its contexts at a time, and those contexts; (nothing, None) for all."""
-    if not isinstance(policy, LMPolicy) or len(policy.parts) < 2:
+def in_parts(policy: nn.Module, *, tokens: int | None = None) -> list[tuple[tuple[slice, ...], Tensor | None]]:
+    """Arguments with which a policy gives some of its contexts at a time, and those contexts; (nothing, None) for all.
+
+    `tokens`: most of them that a language model is to read at once, if not as many as it likes.
+    """
+    if not isinstance(policy, LMPolicy) or len(parts := policy.in_parts_of(tokens)) < 2:
         return [((), None)]
-    return [((rows,), policy.contexts_of(rows)) for rows in policy.parts]
+    return [((rows,), policy.contexts_of(rows)) for rows in parts]
 
 
 def logit_jacobian(policy: nn.Module) -> Tensor:

@@ -171,7 +171,12 @@ class LMPolicy(nn.Module):
     @property
     def parts(self) -> list[slice]:
         """The rows, as many at once as a forward pass takes."""
-        n, size = len(self.tokens), rows_at_once(self.tokens.shape[1])
+        return self.in_parts_of(None)
+
+    def in_parts_of(self, tokens: int | None) -> list[slice]:
+        """The rows, so many at once that a forward pass reads about so many tokens."""
+        n, L = self.tokens.shape
+        size = rows_at_once(L) if tokens is None else max(1, tokens // L)
         return [slice(low, min(low + size, n)) for low in range(0, n, size)]
 
     def contexts_of(self, rows: slice) -> Tensor:
