@@ -12,8 +12,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _WHERE = {
-    "pgcheck.api": ("as_problems", "check_estimator", "compare", "moments"),
+    "pgcheck.api": ("as_problems", "check_estimator", "check_training_step", "compare", "moments"),
     "pgcheck.batch": ("Batch",),
+    "pgcheck.engines.direct": ("TrainingStep", "direct_estimates"),
     "pgcheck.engines.exact": ("exact_moments",),
     "pgcheck.engines.moments": ("Moments",),
     "pgcheck.envs.language": ("LMTask",),
@@ -27,6 +28,7 @@ _WHERE = {
     "pgcheck.estimators.lookup": ("as_estimator",),
     "pgcheck.policies": ("Decoding", "LinearPolicy", "ModulePolicy", "SoftmaxTable", "TinyGPT"),
     "pgcheck.problem": ("Problem",),
+    "pgcheck.rollouts": ("Rollouts",),
     "pgcheck.runs.report": ("Report",),
     "pgcheck.trajectories": ("Paths", "Trajectories"),
 }  # fmt: skip
@@ -37,8 +39,9 @@ __all__ = sorted([*_MODULE_OF, *_SUBMODULES])
 
 if TYPE_CHECKING:
     from pgcheck import strategies, testing
-    from pgcheck.api import as_problems, check_estimator, compare, moments
+    from pgcheck.api import as_problems, check_estimator, check_training_step, compare, moments
     from pgcheck.batch import Batch
+    from pgcheck.engines.direct import TrainingStep, direct_estimates
     from pgcheck.engines.exact import exact_moments
     from pgcheck.engines.moments import Moments
     from pgcheck.envs.language import LMTask
@@ -61,6 +64,7 @@ if TYPE_CHECKING:
     from pgcheck.estimators.lookup import as_estimator
     from pgcheck.policies import Decoding, LinearPolicy, ModulePolicy, SoftmaxTable, TinyGPT
     from pgcheck.problem import Problem
+    from pgcheck.rollouts import Rollouts
     from pgcheck.runs.report import Report
     from pgcheck.trajectories import Paths, Trajectories
 

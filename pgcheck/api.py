@@ -5,22 +5,31 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import pandas as pd
+from torch import nn
 
+from pgcheck.engines.direct import DEFAULT_BUDGET as DIRECT_BUDGET
+from pgcheck.engines.direct import Step, StepRunner, TrainingStep
 from pgcheck.engines.exact import DEFAULT_BUDGET, exact_moments
 from pgcheck.engines.moments import Moments, Progress
+from pgcheck.envs.language import LMTask
+from pgcheck.envs.tabular import TabularMDP
 from pgcheck.errors import BiasError, CheckFailed, UnknownNameError, UsageError
 from pgcheck.estimators.base import Claim, Estimator, find_estimator, proportional, unbiased
 from pgcheck.estimators.lookup import AnyEstimator, as_estimator, as_estimators, command_name
+from pgcheck.policies.transformer import LMPolicy
 from pgcheck.problem import Problem, problem_sets, registered_problems
 from pgcheck.render.code import Code, check_code
-from pgcheck.render.messages import BIAS_CHECKS, failure_message
+from pgcheck.render.messages import BIAS_CHECKS, failure_message, step_message
 from pgcheck.render.progress import ProgressBar
+from pgcheck.rollouts import Padding
+from pgcheck.runs.direct import run_step
 from pgcheck.runs.report import Report, measurement_of, not_asked_row, verdict_row
 from pgcheck.runs.runner import refuse_duplicates, run
 from pgcheck.runs.suite import problems_matching
+from pgcheck.trajectories import Paths
 from pgcheck.verdicts.diagnose import diagnose, find_mistake, find_swap
 from pgcheck.verdicts.verdict import RTOL, NotAsked, Space, Status, Verdict, measure
 
@@ -129,6 +138,127 @@ def check_estimator(
     message = explain_failure(e, [*chosen, *smallest], shown, command=command_name(estimator)) + words
     kind = BiasError if any(v.check in BIAS_CHECKS for v in report.failures) else CheckFailed
     raise kind(message, report=report)
+
+
+def check_training_step(
+    step: Step,
+    model: nn.Module | None,
+    task: LMTask | TabularMDP | Paths | AnyProblem,
+    *,
+    groups: int | None = None,
+    group_size: int | Sequence[int] | None = None,
+    behavior: Any = None,
+    reference: Any = None,
+    claim: str | Claim | None = None,
+    same_as: str | None = None,
+    padding: Padding = "right",
+    pad_token_id: int | None = None,
+    name: str | None = None,
+    budget: int = DIRECT_BUDGET,
+    rtol: float = RTOL,
+    progress: Progress | None = None,
+) -> Report:
+    """Judge a whole training step: run it on every batch that the task can give, and compare −E[.grad] with ∇_θ J.
+
+        def step(model, rollouts):              # pgcheck.Rollouts: tokens [B, L], masks, rewards, old log-probabilities
+            model.zero_grad()
+            logp = torch.log_softmax(model(rollouts.input_ids)[:, :-1], -1)
+            logp = logp.gather(-1, rollouts.input_ids[:, 1:, None])[..., 0]
+            adv = rollouts.rewards - rollouts.rewards.mean()
+            (-(adv[:, None] * logp * rollouts.response_mask[:, 1:]).sum() / rollouts.rows).backward()
+
+        pgcheck.check_training_step(step, pgcheck.TinyGPT(3), task)
+
+    A step minimises: its .grad is −ĝ. Masks, shifts, gathers, micro-batches and gradient accumulation are all inside.
+
+    Args:
+        step: `(model, rollouts) -> anything`, which leaves `.grad` on the model's parameters and does not move them; called once
+            for each batch. With a task it gets `Rollouts`, with any other problem the `Batch` `[B, T]`.
+        model: with a task, tokens `[n, L]` -> logits `[n, L, V]`; with a `TabularMDP` or `Paths`, a module over one-hot contexts,
+            or a table of logits; the step gets a copy in float64. None: the policy that a `Problem` has; a table is then called
+            with nothing.
+        task: an `LMTask`, an environment, or a `Problem` (or the id of one), whose policy `model` replaces.
+        groups, group_size: rows of a batch; default 2 and 2, or those of the problem. Groups of two hide a standard deviation.
+        behavior: the policy that draws the rollouts, `old_log_probs`: a model, or logits `[K, V]`. Default: the model itself,
+            and then every ratio is 1 and no mistake in one shows.
+        reference: likewise, for `ref_log_probs`.
+        claim: `"unbiased"` (the default without `same_as`), `"proportional"`, or a `Claim`.
+        same_as: name of the estimator that the step implements; it must leave the same gradient on every batch tried.
+        padding: `"right"`, or `"left"` for prompts as in verl and TRL (the model must then read masks or positions itself).
+        pad_token_id: default, the eos of the task, else 0.
+        name: default, the function's own.
+        budget: most batches. A step that notices the order of rows (micro-batches) gets every order, which are more.
+        rtol, progress: as of `check_estimator`.
+
+    Returns:
+        The report, if every check passed; `report.parameters` has the gap of each named parameter.
+
+    Raises:
+        BiasError: E ĝ_θ contradicts the claim; with the likeliest cause, found by trying.
+        CheckFailed: the step is random, keeps state, moves the model, leaves NaN, or is not what `same_as` says.
+        BudgetError: too many batches; with their number, how long they would take, and the nearest plan that fits.
+        UsageError: the model, the task or a policy cannot be used; the step raises or leaves no gradient.
+    """
+    if not callable(step):
+        raise UsageError(f"step: {step!r}; expected a function of (model, rollouts).")
+    if not (isinstance(rtol, (int, float)) and 0.0 < rtol < 1.0):
+        raise UsageError(f"rtol: {rtol!r}; it must lie between 0 and 1.")
+    problem = _problem_of_step(model, task, groups, group_size, behavior, reference)
+    eos = task.eos if isinstance(task, LMTask) else None
+    pad = (0 if eos is None else eos) if pad_token_id is None else pad_token_id
+    called = name or str(getattr(step, "__name__", type(step).__name__))
+    runner = StepRunner(TrainingStep(step, called, padding, pad), problem)
+    other = None if same_as is None else find_estimator(same_as)
+    claims = () if claim is None and other is not None else (as_claim("unbiased" if claim is None else claim),)
+    with ProgressBar() as bar:
+        done = run_step(runner, claims=claims, same_as=other, budget=budget, rtol=rtol, progress=progress or bar)
+    judged = any(v.check in (*BIAS_CHECKS, "same_as") for v in done.report.verdicts)
+    if done.report.exit_code == 0 and judged:
+        return done.report
+    if not done.report.failures:
+        raise CheckFailed(f"{called}: nothing was checked: the claim does not apply to this problem.", report=done.report)
+    bias = any(v.check in BIAS_CHECKS for v in done.report.failures)
+    message = step_message(done.report, done.moments)
+    raise (BiasError if bias else CheckFailed)(message, report=done.report)
+
+
+def _problem_of_step(
+    model: nn.Module | None,
+    task: LMTask | TabularMDP | Paths | AnyProblem,
+    groups: int | None,
+    group_size: int | Sequence[int] | None,
+    behavior: Any,
+    reference: Any,
+) -> Problem:
+    policies = {"behavior_logits": behavior, "ref_logits": reference}
+    if isinstance(task, (str, Problem)):
+        chosen = as_problems(task)
+        if len(chosen) != 1:
+            raise UsageError(f"task: {task!r} names {len(chosen)} problems; a training step is judged on one at a time.")
+        given = {name: x for name, x in policies.items() if x is not None}
+        problem = _with_policies(chosen[0], model, given)
+    elif model is None:
+        raise UsageError("model: None; a task has no policy of its own, so give the model that is trained.")
+    else:
+        problem = Problem(task, model, **policies, groups=2, group_size=2, name="task/training-step")
+    plan = {
+        "groups": problem.groups if groups is None else groups,
+        "group_size": problem.group_size if group_size is None else group_size,
+    }
+    return problem.with_sampling(**plan)
+
+
+def _with_policies(problem: Problem, model: Any, others: Mapping[str, Any]) -> Problem:
+    """The problem with other policies; for one of a language model, models are language models."""
+    policy = problem.policy
+
+    def read(given: Any) -> Any:
+        if isinstance(policy, LMPolicy) and isinstance(given, nn.Module) and not isinstance(given, LMPolicy):
+            return LMPolicy(given, policy.texts, vocab_size=problem.logits.shape[1])
+        return given
+
+    changes = {name: x().detach() if isinstance(x := read(given), nn.Module) else x for name, given in others.items()}
+    return replace(problem, policy=policy if model is None else read(model), **changes)
 
 
 def nothing_checked(estimator: Estimator, problems: Sequence[Problem]) -> str:

@@ -18,7 +18,7 @@ estimator declares (`couples`, no dependence on the order of rows) is verified b
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -161,7 +161,7 @@ def accumulate(
             x = scattered(c, cell, cells)
             wx = x * weight.unsqueeze(-1)
             of_start = wx.sum(0, keepdim=True) if start is None else torch.zeros_like(first[j]).index_add_(0, start, wx)
-            _compensated_add(first[j], lost[j], of_start)
+            compensated_add(first[j], lost[j], of_start)
             if sparse:  # x = Σ c e_cell, so that x xᵀ = Σ c c' e_cell e_cell'ᵀ
                 flat = c.flatten(1)
                 products = flat.unsqueeze(2) * (flat * weight.unsqueeze(-1)).unsqueeze(1)
@@ -188,7 +188,7 @@ def accumulate(
     return out
 
 
-def _compensated_add(total: Tensor, lost: Tensor, x: Tensor) -> None:
+def compensated_add(total: Tensor, lost: Tensor, x: Tensor) -> None:
     """Neumaier's sum: `lost` collects what `total` rounds away."""
     new = total + x
     lost += torch.where(total.abs() >= x.abs(), (total - new) + x, (x - new) + total)
@@ -241,17 +241,32 @@ def _refuse_if_too_large(
 
 
 def _nearest_that_fits(estimator: Estimator, problem: Problem, table: Trajectories, plan: _Plan, budget: int) -> str:
-    """The plan with the most rows, then the most groups, that fits."""
+    found = nearest_plan(
+        problem, table, budget=budget, ordered=plan.ordered, one_group=plan.couples == "group", fits=estimator.fits
+    )
+    if found is None:
+        return "No smaller batch fits; raise the budget or shorten the horizon."
+    groups, size, n = found
+    return f"The nearest that fits: groups={groups}, group_size={size} ({n:,} batches); or pass a larger budget."
+
+
+def nearest_plan(
+    problem: Problem,
+    table: Trajectories,
+    *,
+    budget: int,
+    ordered: bool,
+    one_group: bool = False,
+    fits: Callable[[Problem], bool] = lambda problem: True,
+) -> tuple[int, int, int] | None:
+    """(groups, group_size, batches) of the plan with the most rows, then the most groups, that fits the budget; `one_group`:
+    groups are enumerated one at a time."""
     largest = max(problem.sizes)
-    fits = []
+    found = []
     for groups in range(problem.groups, 0, -1):
         for size in range(largest, 0, -1):
-            sizes = (size,) if plan.couples == "group" else (size,) * groups
-            n = Batches(table, sizes, plan.ordered).count
-            if n <= budget and estimator.fits(problem.with_sampling(groups=groups, group_size=size)):
-                fits.append((groups * size, groups, size, n))
+            n = Batches(table, (size,) if one_group else (size,) * groups, ordered).count
+            if n <= budget and fits(problem.with_sampling(groups=groups, group_size=size)):
+                found.append((groups * size, groups, size, n))
                 break
-    if not fits:
-        return "No smaller batch fits; raise the budget or shorten the horizon."
-    _, groups, size, n = max(fits)
-    return f"The nearest that fits: groups={groups}, group_size={size} ({n:,} batches); or pass a larger budget."
+    return max(found)[1:] if found else None

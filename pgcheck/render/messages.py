@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from pgcheck.engines.direct import DirectMoments
 from pgcheck.problem import registered_problems
 from pgcheck.render.code import estimator_code
-from pgcheck.runs.report import MeasurementRow, Report, VerdictRow
+from pgcheck.runs.report import MeasurementRow, ParameterRow, Report, VerdictRow
 from pgcheck.verdicts.checks import find_check
 from pgcheck.verdicts.diagnose import Diagnosis, Swap
 from pgcheck.verdicts.verdict import Status
@@ -169,7 +170,7 @@ def _bias_part(
 
 
 def _at(report: Report, m: MeasurementRow) -> str:
-    k, a = m.worst_context, m.worst_action
+    k, a = m.worst_context or 0, m.worst_action or 0
     truth = next(p.gradient for p in report.problems if p.name == m.problem)
     return f"E ĝ = {m.expected[k][a]:+.6g}, ∇J = {truth[k][a]:+.6g}"
 
@@ -198,3 +199,58 @@ def _check_part(estimator: str, failures: Sequence[VerdictRow], mistake: Diagnos
         rows.append(("cause", cause_of(mistake)))
     rows.append(("next", f"pgcheck explain {mistake.subject if mistake else first.check}"))
     return f"{estimator} fails {first.check}.\n" + _lines(rows)
+
+
+# -- training steps
+
+
+def step_message(report: Report, run: DirectMoments | None, cause: str = "") -> str:
+    """Everything a reader needs about a training step's failed checks; `cause` in words, if one was found."""
+    name = report.estimators[0].name
+    bias = [v for v in report.failures if v.check in BIAS_CHECKS]
+    parts = [_step_bias_part(report, name, bias[0], run, cause)] if bias and run is not None else []
+    for v in report.failures:
+        if v.check not in BIAS_CHECKS:
+            parts.append(_check_part(name, [v]) if v.check != "same_as" else _step_differs(name, v, "" if bias else cause))
+    return "\n\n".join(parts)
+
+
+def _step_bias_part(report: Report, name: str, v: VerdictRow, run: DirectMoments, cause: str) -> str:
+    m = report.measurements[0]
+    claim = "E ĝ = ∇J" if v.check == "unbiased" else "E ĝ ≠ ∇J" if v.check == "biased" else "E ĝ = κ ∇J"
+    order = " in every order, as the gradient depends on it" if run.ordered else ""
+    rows = [
+        ("what", f"{claim} in the {len(run.mean):,} parameters does not hold, where ĝ = −.grad; exact, no sampling error"),
+        ("how", f"{run.enumerated:,} runs of the step, one for each batch{order}, in {run.seconds:.0f} s"),
+        ("where", _worst_parameters(report.parameters)),
+        (
+            "measured",
+            f"{number(v.measured)} of max(‖∇J‖, √E‖ĝ‖²)  (rel {number(m.rel)}, scale {number(m.scale)}, cosine"
+            f" {number(m.cosine)}, off_axis {number(m.off_axis)})",
+        ),
+        ("allowed", number(v.allowed)),
+        ("cause", cause or "no known mistake in what was tried has this expectation"),
+    ]
+    if m.finding == "proportional" and v.check == "unbiased":
+        rows.append(("note", "the direction is right; if the factor is meant, claim proportional()"))
+    if run.zeroing == "adds":
+        rows.append(("note", "the step adds to a .grad that is there: whoever calls it zeroes gradients between batches"))
+    return f"{name} is not {v.check}.\n" + _lines(rows)
+
+
+def _worst_parameters(rows: Sequence[ParameterRow]) -> str:
+    worst = sorted(rows, key=lambda p: -p.gap)[:2]
+    shown = [
+        f"{p.name}: ‖E ĝ‖ = {number(p.expected_norm)}, ‖∇J‖ = {number(p.gradient_norm)}, gap {number(p.gap)}" for p in worst
+    ]
+    return "; ".join(shown) + (f"; {len(rows)} parameters in all" if len(rows) > len(worst) else "")
+
+
+def _step_differs(name: str, v: VerdictRow, cause: str) -> str:
+    rows = [
+        ("what", "every batch gives the gradient of the estimator that the step implements"),
+        ("measured", f"{number(v.measured)} (relative to the largest gradient), over random batches"),
+        ("allowed", number(v.allowed)),
+        ("cause", cause or "no known mistake in what was tried has this expectation"),
+    ]
+    return f"{name} fails same_as.\n" + _lines(rows)

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from pgcheck.estimators.base import Claim, Estimator
 from pgcheck.problem import Problem
-from pgcheck.verdicts.verdict import Measurement, NotAsked, Status, Verdict, along, as_list, finite_or_none
+from pgcheck.verdicts.verdict import Measurement, NotAsked, Space, Status, Verdict, along, as_list, finite_or_none
 
 SCHEMA: Literal["pgcheck-report/1"] = "pgcheck-report/1"
 
@@ -91,11 +91,22 @@ class MeasurementRow(_Row):
     batches: int | None
     enumerated: int
     lane: str
-    worst_context: int
-    worst_action: int
+    worst_context: int | None  # of a verdict in parameters: null
+    worst_action: int | None
     worst_step: int | None
-    expected: list[list[float]]  # E ĝ in logit space, [K, A]
+    expected: list[list[float]]  # E ĝ in logit space, [K, A]; of a verdict in parameters: empty
     by_step: list[StepRow]  # what each position contributes to it; empty if the engine does not say
+
+
+class ParameterRow(_Row):
+    """What one named parameter has of E ĝ_θ and of ∇_θ J: their norms, and the norm of the difference."""
+
+    estimator: str
+    problem: str
+    name: str
+    expected_norm: float
+    gradient_norm: float
+    gap: float
 
 
 class VerdictRow(_Row):
@@ -151,6 +162,7 @@ class Report(_Row):
     verdicts: list[VerdictRow]
     not_asked: list[NotAskedRow]
     cases: list[CaseRow] = []
+    parameters: list[ParameterRow] = []  # of verdicts in parameters; left out of the document where there are none
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
@@ -183,6 +195,8 @@ class Report(_Row):
         """The document as text: keys in a fixed order, one row of a table a line, so that a diff reads well."""
         parts = []
         for key, value in self.model_dump(mode="json", by_alias=True).items():
+            if key == "parameters" and not value:
+                continue
             text = json.dumps(value, ensure_ascii=False)
             if isinstance(value, list) and value:
                 rows = ",\n  ".join(json.dumps(row, ensure_ascii=False) for row in value)
@@ -226,11 +240,11 @@ def estimator_row(estimator: Estimator) -> EstimatorRow:
     return EstimatorRow(**words, claims=[claim_row(c) for c in estimator.claims])
 
 
-def measurement_row(m: Measurement) -> MeasurementRow:
-    """A measurement's line of the report."""
+def measurement_row(m: Measurement, *, space: Space = "logits") -> MeasurementRow:
+    """A measurement's line of the report; `space` is that of its E ĝ."""
     same = ("estimator", "problem", "finding", "batches", "enumerated", "lane")
     maybe = ("rel", "scale", "cosine", "off_axis", "bias", "size", "total_variance", "mse", "snr")
-    context, action = m.worst
+    context, action = m.worst if space == "logits" else (None, None)
     numbers: dict[str, Any] = {name: getattr(m, name) for name in same}
     numbers |= {name: finite_or_none(getattr(m, name)) for name in maybe}
     return MeasurementRow(
@@ -238,7 +252,7 @@ def measurement_row(m: Measurement) -> MeasurementRow:
         worst_context=context,
         worst_action=action,
         worst_step=m.worst_step,
-        expected=as_list(m.expected),
+        expected=as_list(m.expected) if space == "logits" else [],
         by_step=[StepRow(along=finite_or_none(s.along), gap=finite_or_none(s.gap)) for s in m.by_step],
     )
 

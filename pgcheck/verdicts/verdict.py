@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -134,6 +134,19 @@ def measure(
     if space == "parameters":
         g, m = (x.unsqueeze(0) for x in (problem.parameter_gradient(), moments.mean_in_parameters()))
         variance = float((moments.covariance * problem.logit_gram()).sum())  # made once for all estimators
+    numbers = {name: getattr(moments, name) for name in ("batches", "enumerated", "lane")}
+    found = judged(estimator.name, problem, m, g, variance, rtol=rtol, **numbers)
+    if not split or moments.by_step is None:
+        return found
+    by_step = steps(moments.by_step, problem.gradient_by_step(), found.truth)
+    return replace(found, worst_step=_worst_step(moments, problem), by_step=by_step)
+
+
+def judged(
+    name: str, problem: Problem, m: Tensor, g: Tensor, variance: float, *, rtol: float = RTOL, **run: Any
+) -> Measurement:
+    """Judge m = E ĝ against g, both of one shape, in logits or in parameters; `variance` is tr Cov ĝ there, and `run` says
+    how they were had: batches, enumerated, lane."""
     numbers = direction(m, g)
     # E‖ĝ‖² ≥ ‖E ĝ‖²; said again because a variance of 0 is known to rounding only
     norms = [float(g.norm()), float(m.norm()), math.sqrt(max(variance + float((m**2).sum()), 0.0))]
@@ -152,7 +165,7 @@ def measure(
     elif numbers.scale > 0 and float((m - numbers.scale * g).norm()) <= rtol * size:
         finding = "proportional"
     return Measurement(
-        estimator=estimator.name,
+        estimator=name,
         problem=problem.name,
         finding=finding,
         rel=numbers.rel,
@@ -166,13 +179,9 @@ def measure(
         mse=bias**2 + variance,
         snr=float(m.norm()) / math.sqrt(variance) if variance > 0 else math.inf,
         rows=problem.rows,
-        batches=moments.batches,
-        enumerated=moments.enumerated,
-        lane=moments.lane,
         expected=m,
         truth=g,
-        worst_step=_worst_step(moments, problem) if split else None,
-        by_step=() if moments.by_step is None or not split else steps(moments.by_step, problem.gradient_by_step(), g),
+        **run,
     )
 
 
