@@ -31,6 +31,7 @@ from pgcheck.runs.runner import refuse_duplicates, run
 from pgcheck.runs.suite import problems_matching
 from pgcheck.trajectories import Paths
 from pgcheck.verdicts.diagnose import diagnose, find_mistake, find_swap
+from pgcheck.verdicts.steps import find_cause
 from pgcheck.verdicts.verdict import RTOL, NotAsked, Space, Status, Verdict, measure
 
 AnyProblem = Problem | str
@@ -142,7 +143,7 @@ def check_estimator(
 
 def check_training_step(
     step: Step,
-    model: nn.Module | None,
+    model: Any,
     task: LMTask | TabularMDP | Paths | AnyProblem,
     *,
     groups: int | None = None,
@@ -172,11 +173,11 @@ def check_training_step(
     A step minimises: its .grad is −ĝ. Masks, shifts, gathers, micro-batches and gradient accumulation are all inside.
 
     Args:
-        step: `(model, rollouts) -> anything`, which leaves `.grad` on the model's parameters and does not move them; called once
-            for each batch. With a task it gets `Rollouts`, with any other problem the `Batch` `[B, T]`.
-        model: with a task, tokens `[n, L]` -> logits `[n, L, V]`; with a `TabularMDP` or `Paths`, a module over one-hot contexts,
-            or a table of logits; the step gets a copy in float64. None: the policy that a `Problem` has; a table is then called
-            with nothing.
+        step: `(model, rollouts) -> anything`, which leaves `.grad` on the model's parameters and does not move them; called
+            once for each batch. With a task it gets `Rollouts`, with any other problem the `Batch` `[B, T]`.
+        model: with a task, tokens `[n, L]` -> logits `[n, L, V]`; with a `TabularMDP` or `Paths`, a module over one-hot
+            contexts, or a table of logits, which the step calls with nothing. The step gets a copy in float64. None: the
+            policy that a `Problem` has.
         task: an `LMTask`, an environment, or a `Problem` (or the id of one), whose policy `model` replaces.
         groups, group_size: rows of a batch; default 2 and 2, or those of the problem. Groups of two hide a standard deviation.
         behavior: the policy that draws the rollouts, `old_log_probs`: a model, or logits `[K, V]`. Default: the model itself,
@@ -216,14 +217,23 @@ def check_training_step(
     if done.report.exit_code == 0 and judged:
         return done.report
     if not done.report.failures:
-        raise CheckFailed(f"{called}: nothing was checked: the claim does not apply to this problem.", report=done.report)
+        raise CheckFailed(
+            f"{called}: nothing was checked: the claim does not apply to this problem.", report=done.report
+        )
     bias = any(v.check in BIAS_CHECKS for v in done.report.failures)
-    message = step_message(done.report, done.moments)
+    found = None
+    if (
+        done.moments is not None
+        and done.measurement is not None
+        and any(v.check in (*BIAS_CHECKS, "same_as") for v in done.report.failures)
+    ):
+        found = find_cause(runner, done.moments, done.measurement)
+    message = step_message(done.report, done.moments, found)
     raise (BiasError if bias else CheckFailed)(message, report=done.report)
 
 
 def _problem_of_step(
-    model: nn.Module | None,
+    model: Any,
     task: LMTask | TabularMDP | Paths | AnyProblem,
     groups: int | None,
     group_size: int | Sequence[int] | None,
@@ -234,18 +244,19 @@ def _problem_of_step(
     if isinstance(task, (str, Problem)):
         chosen = as_problems(task)
         if len(chosen) != 1:
-            raise UsageError(f"task: {task!r} names {len(chosen)} problems; a training step is judged on one at a time.")
+            raise UsageError(
+                f"task: {task!r} names {len(chosen)} problems; a training step is judged on one at a time."
+            )
         given = {name: x for name, x in policies.items() if x is not None}
         problem = _with_policies(chosen[0], model, given)
     elif model is None:
         raise UsageError("model: None; a task has no policy of its own, so give the model that is trained.")
     else:
         problem = Problem(task, model, **policies, groups=2, group_size=2, name="task/training-step")
-    plan = {
-        "groups": problem.groups if groups is None else groups,
-        "group_size": problem.group_size if group_size is None else group_size,
-    }
-    return problem.with_sampling(**plan)
+    return problem.with_sampling(
+        groups=problem.groups if groups is None else groups,
+        group_size=problem.group_size if group_size is None else group_size,
+    )
 
 
 def _with_policies(problem: Problem, model: Any, others: Mapping[str, Any]) -> Problem:

@@ -15,8 +15,8 @@ Guarantee: each call gives tensors of its own, so that a step may write to them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -62,9 +62,8 @@ class Rollouts:
 
     def __getitem__(self, rows: slice | Tensor) -> Rollouts:
         """Some of the rows: a micro-batch."""
-        return Rollouts(
-            **{name: x[rows] if isinstance(x, Tensor) else x for name, x in vars(self).items()},
-        )
+        named: dict[str, Any] = {name: x[rows] if isinstance(x, Tensor) else x for name, x in vars(self).items()}
+        return Rollouts(**named)
 
 
 def token_table(problem: Problem, *, padding: Padding = "right", pad_token_id: int = 0) -> Rollouts:
@@ -110,5 +109,4 @@ def token_table(problem: Problem, *, padding: Padding = "right", pad_token_id: i
 
 def rollouts(table: Rollouts, index: Tensor, labels: Tensor) -> Rollouts:
     """Rows `index` `[B]` of a table, in the groups `labels` `[B]`."""
-    named = {name: x.index_select(0, index) if isinstance(x, Tensor) else x for name, x in vars(table).items()}
-    return Rollouts(**{**named, "uid": labels.clone()})
+    return replace(table[index], uid=labels.clone())

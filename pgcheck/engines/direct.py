@@ -156,7 +156,8 @@ class StepRunner:
         except PgcheckError:
             raise
         except Exception as error:
-            raise EstimatorError(f"{self._who} raises{self._line_of(error)}: {in_words(error)}") from error
+            why = f"{self._who} raises{self._line_of(error)}: {in_words(error)}{self._no_room()}"
+            raise EstimatorError(why) from error
         found = self._found()
         changed = [name for name, x in self.model.state_dict(keep_vars=True).items() if not torch.equal(x, given[name])]
         if changed:
@@ -194,6 +195,13 @@ class StepRunner:
         for p, part in zip(self.parameters.values(), parts, strict=True):
             p.grad = part.reshape(p.shape).clone()
 
+    def _no_room(self) -> str:
+        """A hint, if rows are longer than what the model can read."""
+        room, L = getattr(self.model, "context", None), 0 if self._tokens is None else self._tokens.input_ids.shape[1]
+        if not isinstance(room, int) or room >= L:
+            return ""
+        return f". Rows have {L} tokens and the model's context is {room} tokens; feed it input_ids[:, :-1], or give it {L}."
+
     def _line_of(self, error: Exception) -> str:
         own = getattr(getattr(self.step.run, "__code__", None), "co_filename", None)
         lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == own]
@@ -206,8 +214,8 @@ class StepRunner:
     def shown(self, index: Tensor) -> str:
         """A batch as lines of text."""
         if self._tokens is None:
-            batch = self.problem.trajectories.batch(index, self.problem.group_labels)
-            return table_of(batch, torch.zeros_like(batch.mask))
+            drawn = self.problem.trajectories.batch(index, self.problem.group_labels)
+            return table_of(drawn, torch.zeros_like(drawn.mask))
         batch = rollouts(self._tokens, index, self.problem.group_labels)
         lines = [f"    {'uid':<5}{'reward':<10}input_ids (response in brackets)"]
         for i in range(batch.rows):
@@ -223,7 +231,7 @@ class StepRunner:
         return "\n".join(lines)
 
 
-class StepChangedModelError(PgcheckError):
+class StepChangedModelError(Exception):
     """The step moved a parameter or a buffer of the model."""
 
 

@@ -11,6 +11,7 @@ from pgcheck.render.code import estimator_code
 from pgcheck.runs.report import MeasurementRow, ParameterRow, Report, VerdictRow
 from pgcheck.verdicts.checks import find_check
 from pgcheck.verdicts.diagnose import Diagnosis, Swap
+from pgcheck.verdicts.steps import Cause
 from pgcheck.verdicts.verdict import Status
 
 BIAS_CHECKS = ("unbiased", "proportional", "biased", "expected_finding")
@@ -203,24 +204,119 @@ def _check_part(estimator: str, failures: Sequence[VerdictRow], mistake: Diagnos
 
 # -- training steps
 
+_ADVANTAGE = {
+    "return": "the return",
+    "leave-one-out": "the return less the mean of the other rows of the {over}",
+    "less the mean": "the return less the mean of the {over}",
+    "standardised": "(return − mean)/std of the {over}",
+    "standardised (ddof 1)": "(return − mean)/std of the {over}, the std divided by n − 1",
+}
+_NORMALISER = {
+    "rows": "summed over tokens",
+    "lengths": "averaged over each row's tokens",
+    "tokens": "averaged over all tokens of the batch",
+    "micro": "averaged over the tokens of each micro-batch of {rows} row(s)",
+}
+_RATIO = {
+    "": "",
+    "token": ", times the token's ratio",
+    "ppo_clip": ", times the clipped ratio of PPO",
+    "trajectory": ", times the row's ratio",
+}
+_MASK = {
+    "response": "",
+    "prompt": "the mask lets the prompt in",
+    "tool": "the mask lets in what the tool said",
+    "all real": "the mask lets in the prompt and what the tool said",
+    "padding": "the mask lets padding in",
+    "all": "there is no mask: prompt and padding are trained on",
+    "one padding": "the mask lets in the first padding token",
+    "eos dropped": "the mask leaves out the eos, which is the padding token as well",
+    "last dropped": "the mask leaves out the last token of each row",
+    "first dropped": "the mask leaves out the first token of a row",
+    "early": "the mask is one column too early",
+    "late": "the mask is one column too late",
+}
+_LOGP = {
+    "": "",
+    "not shifted": "a token is scored by the logits of its own column, which have seen it; the column before predicts it",
+    "shifted twice": "a token is scored by the logits two columns before it; it should be one",
+    "of the token before": "what is gathered is the token one column before the one that is meant",
+    "of the token after": "what is gathered is the token one column after the one that is meant",
+    "logit": "it is the logit that is gathered, without log_softmax",
+    "probability": "it is the probability that is gathered, without the log",
+}
 
-def step_message(report: Report, run: DirectMoments | None, cause: str = "") -> str:
-    """Everything a reader needs about a training step's failed checks; `cause` in words, if one was found."""
+
+def _here(names: Sequence[str]) -> str:
+    return f" (here {' = '.join(names)})" if names else ""
+
+
+def step_cause(c: Cause) -> str:
+    """A cause in words."""
+    if c.kind == "zero":
+        return (
+            "its gradient is zero on every batch: is log π detached, or an `old` that carries gradient subtracted from it"
+            " (exp(logp − logp))?"
+        )
+    if c.kind == "clipped":
+        return (
+            f"its norm is cut off at {number(c.factor)}: clipping is no linear function of ĝ, and the mean of clipped gradients"
+            " has another direction; take clip_grad_norm_ out of the step"
+        )
+    if c.kind == "parameters":
+        return f"it is ∇J exactly, in all parameters but {c.subject}"
+    if c.factor == 1.0:
+        factor = ""
+    elif c.factor < 0 and abs(c.factor + 1.0) < 1e-9:
+        factor = "−"
+    else:
+        factor = f"{number(c.factor)}{_here(c.named)} × "
+    nearly = f", to {100 * c.gap:.2g}%" if c.gap else ""
+    if c.kind == "gradient":
+        hint = "the sign is flipped: .grad is of a loss, which is minimised" if c.factor < 0 else "a constant factor"
+        return f"in expectation this is {factor}∇J exactly: {hint}"
+    if c.kind == "estimator":
+        return f"in expectation this is{nearly} {factor}`{c.subject}`{f': {c.mistake}' if c.mistake else ''}"
+    return f"in expectation this is{nearly} {factor}{_put_together(c)}"
+
+
+def _put_together(c: Cause) -> str:
+    if c.parts is None:
+        return ""
+    x, over = (
+        c.parts,
+        {"group": "group", "batch": "whole batch"}.get(c.parts.over, f"micro-batch of {c.parts.rows} rows"),
+    )
+    made = f"Σ ({_ADVANTAGE[x.advantage].format(over=over)}) ∇log π{_RATIO[x.ratio]}, {_NORMALISER[x.normaliser]}"
+    made = made.format(rows=x.rows)
+    logp = _LOGP.get(x.logp, f"the logits are divided by {x.logp.removeprefix('temperature ')}")
+    wrong = [w for w in (_MASK[x.mask], logp) if w]
+    return made + (f"; {'; '.join(wrong)}" if wrong else "")
+
+
+def step_message(report: Report, run: DirectMoments | None, cause: Cause | None = None) -> str:
+    """Everything a reader needs about a training step's failed checks."""
     name = report.estimators[0].name
     bias = [v for v in report.failures if v.check in BIAS_CHECKS]
     parts = [_step_bias_part(report, name, bias[0], run, cause)] if bias and run is not None else []
-    for v in report.failures:
-        if v.check not in BIAS_CHECKS:
-            parts.append(_check_part(name, [v]) if v.check != "same_as" else _step_differs(name, v, "" if bias else cause))
+    others = [v for v in report.failures if v.check not in BIAS_CHECKS]
+    parts += [
+        _step_differs(name, v, None if bias else cause) if v.check == "same_as" else _check_part(name, [v])
+        for v in others
+    ]
     return "\n\n".join(parts)
 
 
-def _step_bias_part(report: Report, name: str, v: VerdictRow, run: DirectMoments, cause: str) -> str:
+def _step_bias_part(report: Report, name: str, v: VerdictRow, run: DirectMoments, cause: Cause | None) -> str:
     m = report.measurements[0]
     claim = "E ĝ = ∇J" if v.check == "unbiased" else "E ĝ ≠ ∇J" if v.check == "biased" else "E ĝ = κ ∇J"
     order = " in every order, as the gradient depends on it" if run.ordered else ""
     rows = [
-        ("what", f"{claim} in the {len(run.mean):,} parameters does not hold, where ĝ = −.grad; exact, no sampling error"),
+        (
+            "what",
+            f"{claim} in the {len(run.mean):,} parameters does not hold, where ĝ = −.grad; exact, no sampling error",
+        ),
         ("how", f"{run.enumerated:,} runs of the step, one for each batch{order}, in {run.seconds:.0f} s"),
         ("where", _worst_parameters(report.parameters)),
         (
@@ -229,28 +325,27 @@ def _step_bias_part(report: Report, name: str, v: VerdictRow, run: DirectMoments
             f" {number(m.cosine)}, off_axis {number(m.off_axis)})",
         ),
         ("allowed", number(v.allowed)),
-        ("cause", cause or "no known mistake in what was tried has this expectation"),
+        ("cause", step_cause(cause) if cause else "nothing that was tried has this expectation"),
     ]
     if m.finding == "proportional" and v.check == "unbiased":
         rows.append(("note", "the direction is right; if the factor is meant, claim proportional()"))
-    if run.zeroing == "adds":
-        rows.append(("note", "the step adds to a .grad that is there: whoever calls it zeroes gradients between batches"))
     return f"{name} is not {v.check}.\n" + _lines(rows)
 
 
 def _worst_parameters(rows: Sequence[ParameterRow]) -> str:
     worst = sorted(rows, key=lambda p: -p.gap)[:2]
     shown = [
-        f"{p.name}: ‖E ĝ‖ = {number(p.expected_norm)}, ‖∇J‖ = {number(p.gradient_norm)}, gap {number(p.gap)}" for p in worst
+        f"{p.name}: ‖E ĝ‖ = {number(p.expected_norm)}, ‖∇J‖ = {number(p.gradient_norm)}, gap {number(p.gap)}"
+        for p in worst
     ]
     return "; ".join(shown) + (f"; {len(rows)} parameters in all" if len(rows) > len(worst) else "")
 
 
-def _step_differs(name: str, v: VerdictRow, cause: str) -> str:
+def _step_differs(name: str, v: VerdictRow, cause: Cause | None) -> str:
     rows = [
         ("what", "every batch gives the gradient of the estimator that the step implements"),
         ("measured", f"{number(v.measured)} (relative to the largest gradient), over random batches"),
         ("allowed", number(v.allowed)),
-        ("cause", cause or "no known mistake in what was tried has this expectation"),
+        ("cause", step_cause(cause) if cause else "nothing that was tried has this expectation"),
     ]
     return f"{name} fails same_as.\n" + _lines(rows)

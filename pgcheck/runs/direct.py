@@ -21,9 +21,9 @@ from pgcheck.errors import NotFiniteError
 from pgcheck.estimators.base import Claim, Estimator
 from pgcheck.runs import report as rows
 from pgcheck.runs.report import ParameterRow, Report
+from pgcheck.verdicts.checks.base import SAME
 from pgcheck.verdicts.checks.bias import judge_claims
 from pgcheck.verdicts.steps import same_as_gap
-from pgcheck.verdicts.checks.base import SAME
 from pgcheck.verdicts.verdict import RTOL, Measurement, NotAsked, Status, Verdict, judged
 
 
@@ -57,7 +57,9 @@ def run_step(
         reason = f"{impurity.what}; {impurity.mend}"
         failed = Verdict(name, impurity.kind, problem.name, Status.FAIL, impurity.measured, 0.0, reason=reason)
         return StepRun(_report(e, runner, [failed]))
-    verdicts = [Verdict(name, kind, problem.name, Status.PASS, 0.0, 0.0) for kind in KINDS if kind != "inputs_unchanged"]
+    verdicts = [
+        Verdict(name, kind, problem.name, Status.PASS, 0.0, 0.0) for kind in KINDS if kind != "inputs_unchanged"
+    ]
     try:
         moments = direct_moments(runner, budget=budget, progress=progress)
     except NotFiniteError as error:
@@ -77,7 +79,9 @@ def run_step(
         verdicts.append(Verdict(name, "same_as", problem.name, status, gap, SAME))
     not_asked = []
     if moments.zeroing == "adds":
-        not_asked.append(NotAsked(name, problem.name, "it adds to a .grad that is there; zero gradients between batches"))
+        not_asked.append(
+            NotAsked(name, problem.name, "it adds to a .grad that is there; zero gradients between batches")
+        )
     report = _report(e, runner, verdicts, found, not_asked)
     return StepRun(report, moments, found)
 

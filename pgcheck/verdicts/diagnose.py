@@ -160,11 +160,11 @@ def _rows(estimators: Sequence[Estimator], p: Problem, m: Measurement) -> dict[s
             expected[e.name] = scale * m.truth
         elif e.fits(p):
             asked.append(e)
-    expected |= _expectations(asked, p)
+    expected |= expectations(asked, p)
     return {name: (p, m, x) for name, x in expected.items()}
 
 
-def _expectations(estimators: Sequence[Estimator], p: Problem) -> dict[str, Tensor]:
+def expectations(estimators: Sequence[Estimator], p: Problem) -> dict[str, Tensor]:
     """All at once; if one of them cannot be had, by halves."""
     try:
         moments = exact_moments(estimators, p, budget=_TRY_BUDGET)
@@ -172,7 +172,7 @@ def _expectations(estimators: Sequence[Estimator], p: Problem) -> dict[str, Tens
         if len(estimators) == 1:
             return {}
         half = len(estimators) // 2
-        return _expectations(estimators[:half], p) | _expectations(estimators[half:], p)
+        return expectations(estimators[:half], p) | expectations(estimators[half:], p)
     return {e.name: x.mean for e, x in zip(estimators, moments, strict=True)}
 
 
@@ -371,7 +371,7 @@ def _change(a: Estimator, b: Estimator, p: Problem) -> float:
 
 
 def _unbiased_on(estimator: Estimator, p: Problem, m: Measurement) -> bool:
-    found = _expectations([estimator], p).get(estimator.name)
+    found = expectations([estimator], p).get(estimator.name)
     return found is not None and float((found - m.truth).norm()) <= RTOL * m.size
 
 
