@@ -7,9 +7,9 @@ To add one, append three lines to its section below:
     ''')
 
 The code is run as it stands, in a folder of its own, with `pgcheck`, `torch`, `mdp(**changes)`, `task(**changes)`,
-`rollouts(**changes)`, `suite(toml)`, `number(quantity, **arguments)` and `without(package)` at hand; it must end in an error.
-Code that starts with `$` is a command line; it must end with exit code 2 (or `exit_code=`) and say why on stderr. Then write
-the document anew and read the diff:
+`rollouts(**changes)`, `log_probs(model, rollouts)`, `suite(toml)`, `number(quantity, **arguments)` and `without(package)` at hand; it must end in an
+error. Code that starts with `$` is a command line; it must end with exit code 2 (or `exit_code=`) and say why on stderr. Then
+write the document anew and read the diff:
 
     PGCHECK_UPDATE_SNAPSHOTS=1 python -m pytest tests/test_errors.py
 
@@ -559,6 +559,110 @@ from pgcheck.policies import truncated
 truncated(torch.zeros(1, 3), top_k=0)
 ''')  # fmt: skip
 
+case = section("A training step")
+
+case("another normaliser for each micro-batch", '''
+def step(model, rollouts):
+    for micro in (rollouts[:2], rollouts[2:]):
+        mask = micro.response_mask[:, 1:]
+        loss = -(micro.rewards[:, None] * log_probs(model, micro) * mask).sum() / mask.sum()
+        (loss / 2).backward()
+ragged = task(vocab_size=2, prompts=[(1,)], max_new_tokens=3)
+pgcheck.check_training_step(step, pgcheck.TinyGPT(2, width=4), ragged, groups=1, group_size=4)
+''')  # fmt: skip
+case("labels not shifted", '''
+def step(model, rollouts):
+    logp = torch.log_softmax(model(rollouts.input_ids), -1).gather(-1, rollouts.input_ids[..., None])[..., 0]
+    (-(rollouts.rewards[:, None] * logp * rollouts.response_mask).sum() / rollouts.rows).backward()
+pgcheck.check_training_step(step, pgcheck.TinyGPT(3, width=4), task(), groups=2, group_size=1)
+''')  # fmt: skip
+case("not the estimator that it is said to be", '''
+def step(model, rollouts):
+    adv = rollouts.rewards - rollouts.rewards.mean()
+    (-(adv[:, None] * log_probs(model, rollouts) * rollouts.response_mask[:, 1:]).sum(1)).mean().backward()
+pgcheck.check_training_step(step, pgcheck.TinyGPT(3, width=4), task(), groups=1, group_size=3, same_as="grpo")
+''')  # fmt: skip
+case("moves the model", '''
+def step(model, rollouts):
+    (-(rollouts.rewards[:, None] * log_probs(model, rollouts) * rollouts.response_mask[:, 1:]).sum()).backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+pgcheck.check_training_step(step, pgcheck.TinyGPT(3, width=4), task())
+''')  # fmt: skip
+case("moves the model after a while", '''
+calls = []
+def step(model, rollouts):
+    calls.append(1)
+    (-(rollouts.rewards[:, None] * log_probs(model, rollouts) * rollouts.response_mask[:, 1:]).sum()).backward()
+    if len(calls) == 20:
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+pgcheck.check_training_step(step, pgcheck.TinyGPT(3, width=4), task(), groups=1)
+''')  # fmt: skip
+case("keeps state that shows after a while", '''
+calls = []
+def step(model, rollouts):
+    calls.append(1)
+    loss = -(rollouts.rewards[:, None] * log_probs(model, rollouts) * rollouts.response_mask[:, 1:]).sum()
+    (loss * (2 if len(calls) > 50 else 1)).backward()
+pgcheck.check_training_step(step, pgcheck.TinyGPT(3, width=4), task(), groups=1)
+''')  # fmt: skip
+case("zeroes the gradients of some parameters only", '''
+def step(model, rollouts):
+    model.head.zero_grad()
+    (-(rollouts.rewards[:, None] * log_probs(model, rollouts) * rollouts.response_mask[:, 1:]).sum(1)).mean().backward()
+pgcheck.check_training_step(step, pgcheck.TinyGPT(3, width=4), task(), groups=1, group_size=1)
+''')  # fmt: skip
+case("leaves no gradient", '''
+def step(model, rollouts):
+    (-(rollouts.rewards[:, None] * log_probs(model, rollouts) * rollouts.response_mask[:, 1:]).sum()).backward()
+    model.zero_grad()
+pgcheck.check_training_step(step, pgcheck.TinyGPT(3, width=4), task())
+''')  # fmt: skip
+case("leaves NaN", '''
+def step(model, rollouts):
+    adv = (rollouts.rewards - rollouts.rewards.mean()) / rollouts.rewards.std()
+    (-(adv[:, None] * log_probs(model, rollouts) * rollouts.response_mask[:, 1:]).sum()).backward()
+pgcheck.check_training_step(step, pgcheck.TinyGPT(3, width=4), task(), groups=1)
+''')  # fmt: skip
+case("raises", '''
+def step(model, rollouts):
+    raise KeyError("advantages")
+pgcheck.check_training_step(step, pgcheck.TinyGPT(3, width=4), task())
+''')  # fmt: skip
+case("too many batches", '''
+def step(model, rollouts):
+    (-(rollouts.rewards[:, None] * log_probs(model, rollouts) * rollouts.response_mask[:, 1:]).sum()).backward()
+pgcheck.check_training_step(step, pgcheck.TinyGPT(3, width=4), task(), groups=4, group_size=4)
+''')  # fmt: skip
+case("a budget that is none", '''
+def step(model, rollouts):
+    model(rollouts.input_ids).sum().backward()
+pgcheck.check_training_step(step, pgcheck.TinyGPT(3, width=4), task(), budget=0)
+''')  # fmt: skip
+case("nothing to train", '''
+pgcheck.check_training_step(lambda model, rollouts: None, pgcheck.TinyGPT(3, width=4).requires_grad_(False), task())
+''')  # fmt: skip
+case("no function", 'pgcheck.check_training_step("grpo", pgcheck.TinyGPT(3), task())')
+case("no model", "pgcheck.check_training_step(print, None, task())")
+case("a tolerance that is none", "pgcheck.check_training_step(print, pgcheck.TinyGPT(3), task(), rtol=0)")
+case("padding on no side", 'pgcheck.check_training_step(print, pgcheck.TinyGPT(3), task(), padding="both")')
+case("several problems", 'pgcheck.check_training_step(print, None, "lm/*")')
+case("rollouts of a table are no tokens", '''
+from pgcheck.rollouts import token_table
+token_table(pgcheck.as_problems("mdp/two-state")[0])
+''')  # fmt: skip
+case("groups too small for what it is the same as", '''
+def step(model, rollouts):
+    (-(rollouts.rewards[:, None] * log_probs(model, rollouts) * rollouts.response_mask[:, 1:]).sum()).backward()
+pgcheck.check_training_step(step, pgcheck.TinyGPT(3, width=4), task(), groups=2, group_size=1, same_as="leave_one_out")
+''')  # fmt: skip
+case("a claim about other problems", '''
+from pgcheck.estimators.base import off_policy
+def step(model, rollouts):
+    (-(rollouts.rewards[:, None] * log_probs(model, rollouts) * rollouts.response_mask[:, 1:]).sum(1)).mean().backward()
+claim = pgcheck.unbiased(off_policy)
+pgcheck.check_training_step(step, pgcheck.TinyGPT(3, width=4), task(), groups=1, group_size=1, claim=claim)
+''')  # fmt: skip
+
 case = section("Tables of rollouts")
 
 for title, changes in {
@@ -1079,6 +1183,12 @@ def task(**changes: Any) -> pgcheck.LMTask:
     return pgcheck.LMTask(**(given | changes))
 
 
+def log_probs(model: Any, rollouts: pgcheck.Rollouts) -> torch.Tensor:
+    """log π of every token but the first."""
+    logp = torch.log_softmax(model(rollouts.input_ids)[:, :-1], -1)
+    return logp.gather(-1, rollouts.input_ids[:, 1:, None])[..., 0]
+
+
 def rollouts(**changes: Any) -> pgcheck.Paths:
     """One step, one start, two actions."""
     given: dict[str, Any] = {
@@ -1166,6 +1276,7 @@ def run_case(c: Case) -> Outcome:
         text, ended_well = (_command if c.code.startswith("$") else _statements)(c)
         text = text.replace(str(Path(folder).resolve()), "FOLDER").replace(folder, "FOLDER")
         text = re.sub(r"\b\de-1[4-9]\b", "0", text)  # rounding, which is the machine's
+        text = re.sub(r"\b(in|about) [\d.,]+ s\b", r"\1 … s", text)  # as are its seconds
     sys.path[:] = path
     for name in _MODULES:
         sys.modules.pop(name, None)
@@ -1175,6 +1286,7 @@ def run_case(c: Case) -> Outcome:
 
 def _statements(c: Case) -> tuple[str, bool]:
     helpers = {"mdp": mdp, "task": task, "rollouts": rollouts, "suite": suite, "number": number, "without": without}
+    helpers["log_probs"] = log_probs
     names = helpers | {"pgcheck": pgcheck, "torch": torch}
     try:
         exec(compile(c.code, "example.py", "exec"), names | {"__name__": "example"})
