@@ -7,9 +7,9 @@ To add one, append three lines to its section below:
     ''')
 
 The code is run as it stands, in a folder of its own, with `pgcheck`, `torch`, `mdp(**changes)`, `task(**changes)`,
-`rollouts(**changes)`, `log_probs(model, rollouts)`, `suite(toml)`, `number(quantity, **arguments)` and `without(package)` at hand; it must end in an
-error. Code that starts with `$` is a command line; it must end with exit code 2 (or `exit_code=`) and say why on stderr. Then
-write the document anew and read the diff:
+`rollouts(**changes)`, `log_probs(model, rollouts)`, `suite(toml)`, `number(quantity, **arguments)` and `without(package)` at
+hand; it must end in an error. Code that starts with `$` is a command line; it must end with exit code 2 (or `exit_code=`) and
+say why on stderr. Then write the document anew and read the diff:
 
     PGCHECK_UPDATE_SNAPSHOTS=1 python -m pytest tests/test_errors.py
 
