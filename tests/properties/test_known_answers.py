@@ -189,14 +189,14 @@ def test_the_mean_weight_is_what_the_sampler_can_reach(cut: dict[str, Any], whol
 
     def cuts(y: Sequence[int]) -> bool:  # from the model's own probabilities, one token at a time
         for i, token in enumerate(y):
-            pi = torch.softmax(old(torch.tensor([[*PROMPT, *y[:i]]]))[0, -1], -1)
+            pi = torch.softmax(old(torch.tensor([[*PROMPT, *y[:i]]]))[0, -1], -1).detach()
             larger = float(pi[pi > pi[token]].sum())
             rank = int((pi > pi[token]).sum())
             if larger >= cut.get("top_p", 1.0) or rank >= cut.get("top_k", 3):
                 return True
         return False
 
-    p = RAGGED.logps(policy).exp().tolist()
+    p = RAGGED.logps(policy).exp().detach().tolist()
     reachable = math.fsum(q for q, y in zip(p, RAGGED.texts, strict=True) if not cuts(y))
     assert found == pytest.approx(reachable, rel=1e-12)
     assert (reachable == pytest.approx(1.0, abs=1e-12)) == whole
