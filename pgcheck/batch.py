@@ -36,6 +36,28 @@ class _Gathered(NamedTuple):
     labels: Tensor
 
 
+class _Block:
+    """M batches, of which single ones are taken: a column is split into its M parts when first read of any."""
+
+    def __init__(self, batch: Batch, leaf: Mapping[str, Tensor]) -> None:
+        self._batch, self._leaf = batch, leaf
+        self._parts: dict[str, tuple[Tensor, ...]] = {}
+
+    def part(self, name: str, m: int) -> Tensor:
+        """Column (or quantity) `name` of batch m."""
+        if name not in self._parts:
+            column = self._leaf[name] if name in self._leaf else getattr(self._batch, name)
+            self._parts[name] = column.unbind(0)
+        return self._parts[name][m]
+
+
+class _Part(NamedTuple):
+    """Batch number `m` of a block."""
+
+    block: _Block
+    m: int
+
+
 def gathered_rows(x: Tensor, index: Tensor) -> Tensor:
     """`x[index]`, three times as fast: rows are copied whole."""
     return x.index_select(0, index.flatten()).unflatten(0, index.shape)
@@ -44,13 +66,18 @@ def gathered_rows(x: Tensor, index: Tensor) -> Tensor:
 class row_by_row(cached_property[Tensor]):  # noqa: N801  (a decorator)
     """A quantity that each row has by itself, whatever else is in the batch.
 
-    In a batch gathered from a table it is computed once for the N rows of the table, and gathered like a column.
+    In a batch gathered from a table it is computed once for the N rows of the table, and gathered like a column; one that
+    no gradient passes through is computed once for the M batches of a block.
     """
 
     def __get__(self, batch: Any, owner: Any = None) -> Any:
         if batch is not None and (source := vars(batch).get("_source")) is not None:
             name = self.func.__name__
             vars(batch)[name] = (value := gathered_rows(getattr(source.table, name), source.rows))
+            return value
+        if batch is not None and (part := vars(batch).get("_part")) is not None and self.func.__name__ != "ratio":
+            name = self.func.__name__
+            vars(batch)[name] = (value := part.block.part(name, part.m))
             return value
         return super().__get__(batch, owner)
 
@@ -93,10 +120,28 @@ class Batch:
             vars(batch)["action_logits"] = gathered_rows(table.action_logits, index)
         return batch
 
+    def one_by_one(self, **leaf: Tensor) -> Iterator[Batch]:
+        """The M batches `[B, T]` of a block `[M, B, T]`, with `leaf` in place of its columns; they share its memory."""
+        block = _Block(self, leaf)
+        plain = {"discount": self.discount, "discount_clock": self.discount_clock, "action_logits": None}
+        plain |= {"kl_coefficient": self.kl_coefficient, "entropy_coefficient": self.entropy_coefficient}
+        groups, sides = self.group.unbind(0), {name: x.unbind(0) for name, x in self.side.items()}
+        has_logits = self.action_logits is not None
+        for m, group in enumerate(groups):
+            batch = object.__new__(type(self))
+            side = {name: x[m] for name, x in sides.items()}
+            vars(batch).update(plain, group=group, side=side, _part=_Part(block, m))
+            if has_logits:
+                vars(batch)["action_logits"] = block.part("action_logits", m)
+            yield batch
+
     def __getattr__(self, name: str) -> Any:  # only for what is not there (yet)
         if name == "logits":  # the property has raised
             raise LogitsNotAsked('batch.logits is there only for estimators made with leaf="logits"')
-        source = vars(self).get("_source")
+        source, part = vars(self).get("_source"), vars(self).get("_part")
+        if part is not None and name in _COLUMNS:
+            vars(self)[name] = (value := part.block.part(name, part.m))
+            return value
         if source is None or name not in _COLUMNS:
             known = [] if name.startswith("_") else [x for x in (*dir(type(self)), *_COLUMNS) if not x.startswith("_")]
             raise AttributeError(f"'Batch' has no attribute '{name}'.{nearest(name, known, cutoff=0.6)}")

@@ -248,3 +248,28 @@ def test_a_table_of_rollouts_as_a_batch(clock: str) -> None:
     weight = table.probability * table.paths.start_probability[table.paths.start]
     found = float((weight * table.rows_as_batch().episode_return).sum())
     assert found == pytest.approx(problem.value("dynamic_programming"), abs=1e-13)
+
+
+@given(st.integers(0, 2**16), st.sampled_from(DISCOUNT_CLOCKS), st.booleans())
+def test_one_by_one_is_each_batch_of_a_block(seed: int, clock: str, made_before: bool) -> None:
+    """Every column, helper and side table, whether or not the block had made it already; `ratio` follows the leaf."""
+    block = make(seed, (3, 2, 4), 0.9, clock)
+    if made_before:
+        for name in HELPERS:
+            getattr(block, name)
+    leaf = (block.logp * 0.5).requires_grad_(True)
+    parts = list(block.one_by_one(logp=leaf))
+    assert len(parts) == 3
+    for m, found in enumerate(parts):
+        expected = replace(block.map(lambda x, m=m: x[m]), logp=leaf[m].detach())  # type: ignore[misc]
+        for name in (*expected.tensors(), *HELPERS):
+            a, b = (x.side["table"] if name == "side.table" else getattr(x, name).detach() for x in (found, expected))
+            assert torch.equal(a, b), name
+        assert (found.discount, found.discount_clock) == (block.discount, block.discount_clock)
+        with pytest.raises(LogitsNotAsked):
+            found.logits  # noqa: B018
+        with pytest.raises(AttributeError, match="has no attribute 'rewards'"):
+            found.rewards  # noqa: B018
+    total = torch.stack([part.ratio.sum() for part in parts]).sum()
+    (gradient,) = torch.autograd.grad(total, leaf)
+    torch.testing.assert_close(gradient, ((leaf - block.behavior_logp) * block.mask).exp().detach() * block.mask)

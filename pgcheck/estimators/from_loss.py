@@ -143,8 +143,7 @@ class LossCoefficients:
         leaf = named[key].detach().clone().requires_grad_(True)
         return leaf, {**named, key: leaf}
 
-    def _one(self, batch: Batch, named: dict[str, Tensor]) -> Tensor:
-        one = batch.with_tensors(named)
+    def _value_of(self, one: Batch) -> Tensor:
         if self.leaf == "logits":
             every = torch.log_softmax(one.logits, -1)
             logp = every.gather(-1, one.action.clamp(min=0).unsqueeze(-1)).squeeze(-1) * one.mask
@@ -153,7 +152,7 @@ class LossCoefficients:
 
     def _vmap(self, batch: Batch, lane: str) -> Tensor:
         leaf, named = self._leaf_and_batch(batch)
-        run = torch.func.vmap(lambda tensors: self._one(batch, tensors), randomness="error")
+        run = torch.func.vmap(lambda tensors: self._value_of(batch.with_tensors(tensors)), randomness="error")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if lane == "vmap":
@@ -167,12 +166,12 @@ class LossCoefficients:
         return c
 
     def _loop(self, batch: Batch) -> Tensor:
-        leaf, named = self._leaf_and_batch(batch)
-        rows = {name: x.unbind(0) for name, x in named.items()}
+        key = "logp" if self.leaf == "logp" else "action_logits"
+        leaf = getattr(batch, key).detach().clone().requires_grad_(True)
         losses = []
-        for m in range(leaf.shape[0]):
+        for one in batch.one_by_one(**{key: leaf}):
             try:
-                losses.append(self._one(batch, {name: x[m] for name, x in rows.items()}))
+                losses.append(self._value_of(one))
             except (PgcheckError, LogitsNotAsked):
                 raise
             except Exception as error:

@@ -124,7 +124,8 @@ def in_parameters(policy: nn.Module, x: Tensor) -> Tensor:
     for rows, contexts in in_parts(policy):
         z: Tensor = torch.func.functional_call(policy, leaves, rows)
         own = x if contexts is None else x.reshape(-1, z.shape[-1])[contexts]
-        found = torch.autograd.grad(z, list(leaves.values()), own.reshape(z.shape), materialize_grads=True)
+        value = (z * own.reshape(z.shape)).sum()  # a scalar: given grad_outputs, torch imports sympy, for a second
+        found = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
         total += torch.cat([g.reshape(-1) for g in found])
     return total
 
