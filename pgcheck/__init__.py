@@ -16,6 +16,7 @@ _WHERE = {
     "pgcheck.batch": ("Batch",),
     "pgcheck.engines.exact": ("exact_moments",),
     "pgcheck.engines.moments": ("Moments",),
+    "pgcheck.engines.monte_carlo": ("Sampling",),
     "pgcheck.envs.language": ("LMTask",),
     "pgcheck.envs.tabular": ("TabularMDP",),
     "pgcheck.errors": (
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from pgcheck.batch import Batch
     from pgcheck.engines.exact import exact_moments
     from pgcheck.engines.moments import Moments
+    from pgcheck.engines.monte_carlo import Sampling
     from pgcheck.envs.language import LMTask
     from pgcheck.envs.tabular import TabularMDP
     from pgcheck.errors import (

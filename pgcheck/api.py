@@ -5,12 +5,14 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import get_args
 
 import pandas as pd
 
-from pgcheck.engines.exact import DEFAULT_BUDGET, exact_moments
+from pgcheck.engines.choice import Engine, checked_engine, moments_by
+from pgcheck.engines.exact import DEFAULT_BUDGET
 from pgcheck.engines.moments import Moments, Progress
+from pgcheck.engines.monte_carlo import DEFAULT_DRAWS, Sampling
 from pgcheck.errors import BiasError, CheckFailed, UnknownNameError, UsageError
 from pgcheck.estimators.base import Claim, Estimator, find_estimator, proportional, unbiased
 from pgcheck.estimators.lookup import AnyEstimator, as_estimator, as_estimators, command_name
@@ -25,7 +27,6 @@ from pgcheck.verdicts.diagnose import diagnose, find_mistake, find_swap
 from pgcheck.verdicts.verdict import RTOL, NotAsked, Space, Status, Verdict, measure
 
 AnyProblem = Problem | str
-Engine = Literal["exact"]
 
 THETAS = 2
 
@@ -75,6 +76,8 @@ def check_estimator(
     budget: int = DEFAULT_BUDGET,
     rtol: float = RTOL,
     search: bool = False,
+    engine: Engine = "exact",
+    sampling: Sampling | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Judge an estimator's claims, exactly, and everything else a correct loss has.
@@ -90,7 +93,11 @@ def check_estimator(
         checks: names of checks; default, all.
         budget: most batches enumerated on one problem.
         progress: called with (what, done, total); default, a bar on stderr after two seconds, if that is a terminal.
-        rtol: tolerance relative to max(‖∇J‖, √E‖ĝ‖²).
+        rtol: tolerance of exact verdicts, relative to max(‖∇J‖, √E‖ĝ‖²).
+        engine: `"auto"` samples where there are more batches than the budget; `"monte_carlo"` samples everywhere. A sampled
+            verdict may be INCONCLUSIVE, which is raised like a failure.
+        sampling: `pgcheck.Sampling(tolerance=.05, alpha=1e-6, beta=1e-3, draws=262144, seed=0)`: what sampled verdicts call
+            biased, how often they may be wrong, and how many batches they may draw.
         search: hunt for a counterexample among random problems as well, of the same kind as `problems` (on-policy if those
             are); the smallest ends the message, as code. A few seconds; the same problems every time.
 
@@ -112,7 +119,10 @@ def check_estimator(
         e = replace(e, claims=(as_claim(claim),))
     chosen = as_problems(("core" if same_as is None else "all") if problems is None else problems)
     with ProgressBar() as bar:
-        report = run([e], chosen, suite="check", checks=checks, budget=budget, rtol=rtol, progress=progress or bar)
+        report = run(
+            [e], chosen, suite="check", checks=checks, budget=budget, rtol=rtol, engine=checked_engine(engine),
+            sampling=sampling, progress=progress or bar,
+        )  # fmt: skip
     named, words = report, ""
     smallest: list[Problem] = []
     if search and report.measurements and any(c.kind in (checks or BIAS_CHECKS) for c in e.claims):
@@ -202,15 +212,20 @@ def moments(
     *,
     engine: Engine = "exact",
     budget: int = DEFAULT_BUDGET,
+    seed: int = 0,
+    draws: int = DEFAULT_DRAWS,
     progress: Progress | None = None,
 ) -> Moments:
     """E ĝ and Cov ĝ of one batch, in logit space.
 
+    Args:
+        engine: `"exact"` enumerates; `"monte_carlo"` draws `draws` batches (rounded up to 1024s), the same for the same `seed`,
+            and says how sure it is (`Moments.intervals`); `"auto"` enumerates what fits the budget.
+
     Raises:
         BudgetError: the batches are too many to enumerate; the message has the numbers and the nearest plan that fits.
     """
-    if engine != "exact":
-        raise UsageError(f"engine: {engine!r} is not one of exact.")
+    how = Sampling(seed=seed, draws=draws)
     chosen = as_problems(problem)
     if len(chosen) != 1:
         raise UsageError(
@@ -218,7 +233,14 @@ def moments(
         )
     one = chosen[0]
     with ProgressBar() as bar:
-        (found,) = exact_moments([as_estimator(estimator)], one, budget=budget, progress=progress or bar)
+        (found,) = moments_by(
+            checked_engine(engine),
+            [as_estimator(estimator)],
+            one,
+            budget=budget,
+            sampling=how,
+            progress=progress or bar,
+        )
     return found
 
 
@@ -228,14 +250,18 @@ def compare(
     *,
     space: Space = "logits",
     budget: int = DEFAULT_BUDGET,
+    engine: Engine = "exact",
+    sampling: Sampling | None = None,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Bias and variance of several estimators on the same batches, one row each.
 
     Columns: estimator, problem, finding, rel, scale, cosine, off_axis, bias, variance (tr Cov ĝ of one batch), mse, snr,
-    batches (None: exact).
+    batches (None: exact), and NAME_low, NAME_high of rel, scale, variance, mse and snr: 95% intervals of what was sampled, the
+    number itself where it is exact.
 
     Args:
+        engine, sampling: as of `check_estimator`.
         space: `"parameters"`: of E ĝ_θ = (dz/dθ)ᵀ E ĝ against ∇_θ J, and tr Cov ĝ_θ; the finding in logits holds for every θ.
 
     Raises:
@@ -251,8 +277,12 @@ def compare(
     refuse_duplicates(chosen, on)
     with ProgressBar() as bar:
         for p in on:
-            for e, m in zip(chosen, exact_moments(chosen, p, budget=budget, progress=progress or bar), strict=True):
+            found = moments_by(
+                checked_engine(engine), chosen, p, budget=budget, sampling=sampling, scales=[(1.0, None)] * len(chosen),
+                progress=progress or bar,
+            )  # fmt: skip
+            for e, m in zip(chosen, found, strict=True):
                 x = measure(e, p, m, space=space)
                 more = {"variance": x.total_variance, "mse": x.mse, "snr": x.snr, "batches": x.batches}
-                rows.append({**{name: getattr(x, name) for name in names}, **more})
+                rows.append({**{name: getattr(x, name) for name in names}, **more, **x.ends})
     return pd.DataFrame(rows)

@@ -52,7 +52,7 @@ several_starts = Condition("several starts", lambda p: not p.one_start)
 binary_return = Condition("0/1 returns", lambda p: p.binary_return)
 fixed_length = Condition("equal lengths", lambda p: p.fixed_length)
 ragged = Condition("unequal lengths", lambda p: not p.fixed_length)
-one_decision = Condition("one decision", lambda p: int(p.trajectories.paths.mask.sum(-1).max()) == 1)
+one_decision = Condition("one decision", lambda p: p.most_decisions == 1)
 
 # which objective a claim is about; a claim with none of them is about whatever the problem's is
 return_alone = Condition("return alone", lambda p: p.plain_objective)
