@@ -17,6 +17,7 @@ _WHERE = {
     "pgcheck.engines.direct": ("TrainingStep", "direct_estimates"),
     "pgcheck.engines.exact": ("exact_moments",),
     "pgcheck.engines.moments": ("Moments",),
+    "pgcheck.engines.monte_carlo": ("Sampling",),
     "pgcheck.envs.language": ("LMTask",),
     "pgcheck.envs.tabular": ("TabularMDP",),
     "pgcheck.errors": (
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from pgcheck.engines.direct import TrainingStep, direct_estimates
     from pgcheck.engines.exact import exact_moments
     from pgcheck.engines.moments import Moments
+    from pgcheck.engines.monte_carlo import Sampling
     from pgcheck.envs.language import LMTask
     from pgcheck.envs.tabular import TabularMDP
     from pgcheck.errors import (

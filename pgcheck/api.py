@@ -5,15 +5,17 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import pandas as pd
 from torch import nn
 
+from pgcheck.engines.choice import Engine, checked_engine, moments_by
 from pgcheck.engines.direct import DEFAULT_BUDGET as DIRECT_BUDGET
 from pgcheck.engines.direct import Step, StepRunner, TrainingStep
-from pgcheck.engines.exact import DEFAULT_BUDGET, exact_moments
+from pgcheck.engines.exact import DEFAULT_BUDGET
 from pgcheck.engines.moments import Moments, Progress
+from pgcheck.engines.monte_carlo import DEFAULT_DRAWS, Sampling
 from pgcheck.envs.language import LMTask
 from pgcheck.envs.tabular import TabularMDP
 from pgcheck.errors import BiasError, CheckFailed, UnknownNameError, UsageError
@@ -37,7 +39,6 @@ from pgcheck.verdicts.steps import find_cause
 from pgcheck.verdicts.verdict import RTOL, NotAsked, Space, Status, Verdict
 
 AnyProblem = Problem | str
-Engine = Literal["exact"]
 
 THETAS = 2
 
@@ -87,6 +88,8 @@ def check_estimator(
     budget: int = DEFAULT_BUDGET,
     rtol: float = RTOL,
     search: bool = False,
+    engine: Engine = "exact",
+    sampling: Sampling | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Judge an estimator's claims, exactly, and everything else a correct loss has.
@@ -102,7 +105,11 @@ def check_estimator(
         checks: names of checks; default, all.
         budget: most batches enumerated on one problem.
         progress: called with (what, done, total); default, a bar on stderr after two seconds, if that is a terminal.
-        rtol: tolerance relative to max(‖∇J‖, √E‖ĝ‖²).
+        rtol: tolerance of exact verdicts, relative to max(‖∇J‖, √E‖ĝ‖²).
+        engine: `"auto"` samples where there are more batches than the budget; `"monte_carlo"` samples everywhere. A sampled
+            verdict may be INCONCLUSIVE, which is raised like a failure.
+        sampling: `pgcheck.Sampling(tolerance=.05, alpha=1e-6, beta=1e-3, draws=262144, seed=0)`: what sampled verdicts call
+            biased, how often they may be wrong, and how many batches they may draw.
         search: hunt for a counterexample among random problems as well, of the same kind as `problems` (on-policy if those
             are); the smallest ends the message, as code. A few seconds; the same problems every time.
 
@@ -124,7 +131,10 @@ def check_estimator(
         e = replace(e, claims=(as_claim(claim),))
     chosen = as_problems(("core" if same_as is None else "all") if problems is None else problems)
     with ProgressBar() as bar:
-        report = run([e], chosen, suite="check", checks=checks, budget=budget, rtol=rtol, progress=progress or bar)
+        report = run(
+            [e], chosen, suite="check", checks=checks, budget=budget, rtol=rtol, engine=checked_engine(engine),
+            sampling=sampling, progress=progress or bar,
+        )  # fmt: skip
     named, words = report, ""
     smallest: list[Problem] = []
     if search and report.measurements and any(c.kind in (checks or BIAS_CHECKS) for c in e.claims):
@@ -345,15 +355,20 @@ def moments(
     *,
     engine: Engine = "exact",
     budget: int = DEFAULT_BUDGET,
+    seed: int = 0,
+    draws: int = DEFAULT_DRAWS,
     progress: Progress | None = None,
 ) -> Moments:
     """E ĝ and Cov ĝ of one batch, in logit space.
 
+    Args:
+        engine: `"exact"` enumerates; `"monte_carlo"` draws `draws` batches (rounded up to 1024s), the same for the same `seed`,
+            and says how sure it is (`Moments.intervals`); `"auto"` enumerates what fits the budget.
+
     Raises:
         BudgetError: the batches are too many to enumerate; the message has the numbers and the nearest plan that fits.
     """
-    if engine != "exact":
-        raise UsageError(f"engine: {engine!r} is not one of exact.")
+    how = Sampling(seed=seed, draws=draws)
     chosen = as_problems(problem)
     if len(chosen) != 1:
         raise UsageError(
@@ -361,7 +376,14 @@ def moments(
         )
     one = chosen[0]
     with ProgressBar() as bar:
-        (found,) = exact_moments([as_estimator(estimator)], one, budget=budget, progress=progress or bar)
+        (found,) = moments_by(
+            checked_engine(engine),
+            [as_estimator(estimator)],
+            one,
+            budget=budget,
+            sampling=how,
+            progress=progress or bar,
+        )
     return found
 
 
@@ -372,16 +394,19 @@ def compare(
     space: Space = "logits",
     relative_to: AnyEstimator | None = None,
     budget: int = DEFAULT_BUDGET,
+    engine: Engine = "exact",
+    sampling: Sampling | None = None,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Bias and variance of several estimators on the same batches, one row each.
 
     Columns: estimator, problem, finding, rel, scale, cosine, off_axis, bias, variance (tr Cov ĝ of one batch), mse, snr,
     batches (None: exact), cost (rollouts a batch takes), the ends NAME_low and NAME_high of scale, rel, variance, mse and
-    snr (95%; the value itself where it is exact), and what `pgcheck.verdicts.variance.relative` adds: ratio,
-    batches_to_match, rollouts_to_match, better, break_even, …
+    snr (95% of what was sampled, the value itself where it is exact), and what `pgcheck.verdicts.variance.relative` adds:
+    ratio, batches_to_match, rollouts_to_match, better, break_even, …
 
     Args:
+        engine, sampling: as of `check_estimator`.
         space: `"parameters"`: of E ĝ_θ = (dz/dθ)ᵀ E ĝ against ∇_θ J, and tr Cov ĝ_θ; the finding in logits holds for every θ.
         relative_to: the estimator that the others are compared to; default, the first.
 
@@ -393,7 +418,10 @@ def compare(
     chosen, on = _to_compare(estimators, problems, space)
     reference = None if relative_to is None else as_estimator(relative_to).name
     with ProgressBar() as bar:
-        return compared(chosen, on, relative_to=reference, space=space, budget=budget, progress=progress or bar)
+        return compared(
+            chosen, on, relative_to=reference, space=space, budget=budget, engine=checked_engine(engine), sampling=sampling,
+            progress=progress or bar,
+        )  # fmt: skip
 
 
 def comparison(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pgcheck import truth
 from pgcheck.batch import Batch
 from pgcheck.envs.language import LMTask, PrefixTree
-from pgcheck.envs.tabular import TabularMDP
+from pgcheck.envs.tabular import MAX_PATHS, TabularMDP
 from pgcheck.errors import BudgetError, ProblemError, UnknownNameError
 from pgcheck.generation import Mismatch, WritingSampler, mismatch
 from pgcheck.policies.tabular import (
@@ -33,9 +33,11 @@ from pgcheck.policies.tabular import (
     logit_jacobian,
 )
 from pgcheck.policies.transformer import Decoding, LanguageModel, LMPolicy
+from pgcheck.process import Process, ProcessSampler
 from pgcheck.sampling import Sampler, Stream, TableSampler, TreeSampler
 from pgcheck.trajectories import Paths, SideTable, Trajectories, as_table, is_count
 
+_PROBED = 512  # rollouts that an estimator is tried on where they cannot be listed
 TruthMethod = Literal["dynamic_programming", "enumeration", "central_differences"]
 
 
@@ -256,6 +258,35 @@ class Problem:
             return self.policy().detach().to(torch.float64).clone()
 
     @cached_property
+    def enumerable(self) -> bool:
+        """The rollouts can be listed; if not, everything but a table of them is there, by dynamic programming and drawing."""
+        if isinstance(self.env, TabularMDP):
+            return self.env.count_paths() <= MAX_PATHS
+        return isinstance(self.env, Paths)
+
+    @property
+    def _long(self) -> bool:
+        """A process whose rollouts are too many to be listed."""
+        return isinstance(self.env, TabularMDP) and not self.enumerable
+
+    @cached_property
+    def process(self) -> Process:
+        """The environment with the policies, for problems that are not `enumerable`.
+
+        Raises:
+            ProblemError: this is a table of rollouts.
+        """
+        if not isinstance(self.env, TabularMDP):
+            raise ProblemError("env: a table of rollouts has no process behind it; this needs a TabularMDP.")
+        contexts = range(self.env.states) if self.contexts is None else self.contexts
+        return Process(self.env, list(contexts), *self._three_logits())
+
+    def _three_logits(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the target, the behaviour and the reference policy."""
+        z, behavior, ref = self.logits, self.behavior_logits, self.ref_logits
+        return z, z if behavior is None else behavior, z if ref is None else ref
+
+    @cached_property
     def _paths(self) -> Paths:
         if not isinstance(self.env, TabularMDP):
             return self.env if isinstance(self.env, Paths) else self.env.paths()
@@ -265,11 +296,6 @@ class Problem:
         of_state = torch.tensor(list(self.contexts))
         context = torch.where(paths.state >= 0, of_state[paths.state.clamp(min=0)], paths.state)
         return replace(paths, context=context)
-
-    def _three_logits(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the target, the behaviour and the reference policy."""
-        z, behavior, ref = self.logits, self.behavior_logits, self.ref_logits
-        return z, z if behavior is None else behavior, z if ref is None else ref
 
     @cached_property
     def trajectories(self) -> Trajectories:
@@ -297,13 +323,22 @@ class Problem:
 
     # -- drawing batches
 
-    def sampler(self, *, seed: int = 0, needs: Sequence[SideTable] = ()) -> Sampler:
+    def sampler(self, *, seed: int = 0, needs: Sequence[SideTable] = (), device: str = "cpu") -> Sampler:
         """Numbered draws of whole batches by the behaviour policy; estimators with other `needs` see the same rollouts.
+
+        `device`: where the rollouts are, as torch names it; they are the same ones but for rounding in a law. A task whose
+        completions do not fit a table has them where its models are.
 
         Raises:
             BudgetError: `needs` of a problem that has no table of rollouts.
         """
         stream = Stream(seed, (self.digest, "rollouts"))
+        if self.enumerable:
+            return TableSampler(self.trajectories_with(needs).to(device), self.group_labels.to(device), stream)
+        penalty: dict[str, Any] = {
+            "kl_coefficient": self.kl_coefficient,
+            "entropy_coefficient": self.entropy_coefficient,
+        }
         if isinstance(self.env, LMTask):
             if needs:
                 raise BudgetError(
@@ -312,16 +347,68 @@ class Problem:
                 )
             if self.written:
                 how = self.behavior_logits or Decoding(self.policy)
-                return WritingSampler(
-                    self.env, self.policy, how, self.ref_logits or self.policy, self.group_labels, stream,
-                    kl_coefficient=self.kl_coefficient, entropy_coefficient=self.entropy_coefficient,
-                )  # fmt: skip
+                ref = self.ref_logits or self.policy
+                return WritingSampler(self.env, self.policy, how, ref, self.group_labels, stream, **penalty)
             value = truth.tree_values(self.env.tree, self.logits)[1]
-            return TreeSampler(
-                self.env.tree, *self._three_logits(), value, self.group_labels, stream,
-                kl_coefficient=self.kl_coefficient, entropy_coefficient=self.entropy_coefficient,
-            )  # fmt: skip
-        return TableSampler(self.trajectories_with(needs), self.group_labels, stream)
+            return TreeSampler(self.env.tree, *self._three_logits(), value, self.group_labels, stream, **penalty)
+        provide = []
+        for need in needs:
+            if not hasattr(need, "drawn"):
+                raise BudgetError(
+                    f"{self.name}: `{type(need).__name__}` is computed from the table of all rollouts, and there are too many"
+                    f" of them ({self.rollouts:.3g}); judge such an estimator on a smaller problem."
+                )
+            provide.append(need.drawn)
+        return ProcessSampler(self.process, self.group_labels, stream, tuple(provide), **penalty, device=device)
+
+    def can_draw(self, needs: Sequence[SideTable]) -> bool:
+        """Whether what an estimator `needs` can be had: always, where rollouts can be listed."""
+        return self.enumerable or (self._long and all(hasattr(need, "drawn") for need in needs)) or not needs
+
+    def probe_table(self, needs: Sequence[SideTable] = ()) -> Trajectories:
+        """A table of rollouts to try an estimator on: all of them, or where they are too many some, all alike likely."""
+        if self.enumerable:
+            return self.trajectories_with(needs)
+        key = tuple(needs)
+        if key not in self._tables:
+            drawn, _ = self.sampler(needs=needs).draw(0, -(-_PROBED // self.rows))
+            one = torch.ones_like(drawn.probability)
+            self._tables[key] = replace(drawn, probability=one, behavior_probability=one)
+        return self._tables[key]
+
+    @property
+    def steps(self) -> int:
+        """T, the number of positions of a row."""
+        if isinstance(self.env, TabularMDP):
+            return self.env.horizon
+        return self._paths.steps if self.enumerable else self.probe_table().paths.steps
+
+    @property
+    def rollouts(self) -> int:
+        """N, the number of distinct rollouts; of those that are too many to be listed, before merging."""
+        if isinstance(self.env, LMTask):
+            return self.env.completions
+        if isinstance(self.env, TabularMDP) and not self.enumerable:
+            return self.env.count_paths()
+        return len(self.trajectories)
+
+    @cached_property
+    def reward_size(self) -> float:
+        """The largest Σ_t |r_t| of a rollout; of a task that is written, of a few."""
+        if self._long:
+            return self.process.reward_size
+        if self.written:
+            return float(self.probe_table().paths.reward.abs().sum(-1).max())
+        if self.tree is not None:
+            return float(self.tree.reward.abs().max())
+        return float(self._paths.reward.abs().sum(-1).max())
+
+    @cached_property
+    def most_decisions(self) -> int:
+        """The most policy positions of a rollout."""
+        if isinstance(self.env, LMTask):
+            return self.env.max_new_tokens
+        return self.process.decisions[1] if self._long else int(self._paths.mask.sum(-1).max())
 
     def sample(self, batches: int, *, seed: int = 0, first: int = 0) -> Batch:
         """Draws number first … first + batches − 1 as one `Batch` `[batches, B, T]`; the same for the same seed.
@@ -351,6 +438,8 @@ class Problem:
         if self.tree is not None:
             z, behavior, _ = (torch.log_softmax(x, -1) for x in self._three_logits())
             return bool(torch.allclose(z, behavior, rtol=0, atol=1e-14))
+        if self._long:
+            return self.process.on_policy
         t = self.trajectories
         return bool(torch.allclose(t.logp, t.behavior_logp, rtol=0, atol=1e-14))
 
@@ -361,13 +450,15 @@ class Problem:
             return self.behavior_logits is None or not self.behavior_logits.truncates
         if self.tree is not None:
             return bool(torch.isfinite(self._three_logits()[1]).all())
+        if self._long:
+            return self.process.full_support
         t = self.trajectories
         return bool((t.behavior_probability[t.probability > 0] > 0).all())
 
     @property
     def discount(self) -> float:
         """γ."""
-        return 1.0 if isinstance(self.env, LMTask) else self._paths.discount
+        return 1.0 if isinstance(self.env, LMTask) else self.env.discount
 
     @property
     def plain_objective(self) -> bool:
@@ -379,36 +470,40 @@ class Problem:
         """Every rollout has the same number of policy positions."""
         if isinstance(self.env, LMTask):
             return self.env.eos is None or self.env.max_new_tokens == 1
+        if self._long:
+            least, most = self.process.decisions
+            return least == most
         length = self._paths.mask.sum(-1)
         return bool((length == length[0]).all())
-
-    @property
-    def most_decisions(self) -> int:
-        """Policy positions of the longest rollout."""
-        if isinstance(self.env, LMTask):
-            return int(self.env.max_new_tokens)
-        return int(self._paths.mask.sum(-1).max())
 
     @property
     def one_start(self) -> bool:
         """Every rollout begins in the same start state, or from the same prompt."""
         if isinstance(self.env, LMTask):
             return len(self.env.prompts) == 1
+        if isinstance(self.env, TabularMDP):
+            return len(self.env.starts) == 1
         return int((self._paths.start_probability > 0).sum()) == 1
 
     @cached_property
     def binary_return(self) -> bool:
-        """Every rollout returns 0 or 1, to rounding; of rollouts that cannot be listed the task must say so (`returns`)."""
+        """Every rollout returns 0 or 1, to rounding; of rollouts that cannot be listed the task must say so (`returns`), and
+        of a long process they must be few enough to tell."""
         if self.written:
             return {*(getattr(self.env, "returns", None) or (math.nan,))} <= {0.0, 1.0}
+        if self._long:
+            returns = self.process.returns
+            return returns is not None and all(min(abs(R), abs(R - 1.0)) <= 1e-8 for R in returns)
         tree = self.tree
         R = truth.returns(self._paths) if tree is None else tree.reward[tree.child < 0]
         return bool((torch.minimum(R.abs(), (R - 1.0).abs()) <= 1e-12).all())
 
     # -- truth
 
-    def value(self, method: TruthMethod = "enumeration") -> float:
-        """J(π) with the terms of the objective, in units of reward."""
+    def value(self, method: TruthMethod | None = None) -> float:
+        """J(π) with the terms of the objective, in units of reward; by enumeration, where that is possible."""
+        if method is None:
+            method = "enumeration" if self.enumerable else "dynamic_programming"
         if method not in get_args(TruthMethod):
             raise ProblemError(f"method: {method!r} is not one of {', '.join(get_args(TruthMethod))}.")
         return float(self._value_at(method)(self.logits))
@@ -461,6 +556,11 @@ class Problem:
             return truth.agreed_gradient(first, second, size=size, problem=self.name)
         way: TruthMethod = "dynamic_programming" if isinstance(self.env, TabularMDP) else "enumeration"
         by_autograd = truth.gradient_by_autograd(self._value_at(way), self.logits)
+        if self._long:
+            cost = self._cost(self.logits)
+            size = self.reward_size + (0.0 if cost is None else self.steps * float(cost.abs().max()))
+            by_visitation = self.gradient_by_step().sum(0)
+            return truth.agreed_gradient(by_autograd, by_visitation, size=size, problem=self.name)
         terms = self._paths.reward.abs()  # that R is a sum of
         t, kl = self.trajectories, abs(self.kl_coefficient)
         terms = terms - (kl + abs(self.entropy_coefficient)) * t.logp - kl * t.ref_logp  # which may cancel in the cost
@@ -475,6 +575,8 @@ class Problem:
     def _gradient_by_step(self) -> Tensor:
         if self.tree is not None:
             return truth.tree_gradient_by_step(self.tree, self.logits, self._cost(self.logits))
+        if self._long:
+            return self.process.gradient_by_step(self._cost(self.logits))
         return truth.gradient_by_step(self.trajectories, self._cost(self.logits))
 
     def logit_jacobian(self) -> Tensor:
@@ -504,6 +606,8 @@ class Problem:
         """SHA-256 over everything that decides an expectation; changes when the problem does."""
         if self.written:
             return self._digest_of_models()
+        if self._long:
+            return self._digest_of_process()
         h = hashlib.sha256()
         if (tree := self.tree) is not None:
             columns = [tree.context, tree.position, tree.child, tree.reward]
@@ -540,6 +644,23 @@ class Problem:
                     said = torch.cat([model(torch.tensor([text]))[0, -1] for text in texts[:8]])
                 h.update((said.round(decimals=9) + 0.0).numpy().tobytes())
         h.update(repr((self.sizes, self.kl_coefficient, self.entropy_coefficient)).encode())
+        return h.hexdigest()[:16]
+
+    def _digest_of_process(self) -> str:
+        env, h = self.process.env, hashlib.sha256()
+        for x in (env.transition, env.full_reward, env.initial, self.process.context):
+            h.update(x.contiguous().numpy().tobytes())
+        for x in (self.logits, self.behavior_logits, self.ref_logits):
+            h.update(b"none" if x is None else self.pinned(x).contiguous().numpy().tobytes())
+        facts = (
+            env.horizon,
+            env.discount,
+            env.discount_clock,
+            sorted(env.terminal),
+            sorted(env.observation),
+            self.sizes,
+        )
+        h.update(repr((facts, self.kl_coefficient, self.entropy_coefficient)).encode())
         return h.hexdigest()[:16]
 
     def pinned(self, logits: Tensor) -> Tensor:

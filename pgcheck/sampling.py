@@ -85,13 +85,13 @@ class TableSampler:
         order = start.argsort(stable=True)
         p, of = self.table.behavior_probability[order], start[order]
         below = torch.cat([p.new_zeros(1), p.cumsum(0)])
-        first = torch.searchsorted(of, torch.arange(len(self._starts) + 1))
+        first = torch.searchsorted(of, torch.arange(len(self._starts) + 1, device=of.device))
         mass = (below[first[1:]] - below[first[:-1]])[of]
         return order, of + ((below[1:] - below[first[:-1]][of]) / mass).clamp(max=1.0), first
 
     def draw(self, first: int, count: int) -> tuple[Trajectories, Tensor]:
         groups = int(self.labels[-1]) + 1
-        u = self.stream.uniforms(first, count, groups + len(self.labels))
+        u = self.stream.uniforms(first, count, groups + len(self.labels)).to(self.labels.device)
         start = torch.searchsorted(self._starts, u[:, :groups].contiguous(), right=True).clamp(
             max=len(self._starts) - 1
         )

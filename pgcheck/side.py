@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pgcheck.errors import BudgetError, UsageError
 from pgcheck.problem import Problem
+from pgcheck.process import Process
 from pgcheck.trajectories import Trajectories, conditional_mean
 
 MAX_ROWS = 200_000
@@ -39,6 +40,13 @@ def _weight(table: Trajectories) -> Tensor:
     return table.probability * table.paths.start_probability[table.paths.start]
 
 
+def _action_values(table: Trajectories, process: Process) -> Tensor:
+    """Q_t(s_t, ·) at every position, `[N, T, A]`; of any state where the policy does not act."""
+    q = process.values[1].to(table.logits.device)
+    steps = torch.arange(table.paths.steps, device=q.device)
+    return q[steps, table.paths.state.clamp(min=0)]
+
+
 def _state_keys(table: Trajectories, t: int) -> list[tuple[Any, ...]]:
     return [(s,) for s in table.paths.state[:, t].tolist()]
 
@@ -54,6 +62,12 @@ class ActionValues:
             keys = list(zip(p.state[:, t].tolist(), p.action[:, t].tolist(), strict=True))
             q[:, t] = conditional_mean(to_go[:, t], _weight(table), keys) * p.mask[:, t]
         return table.with_side(action_value=q)
+
+    def drawn(self, table: Trajectories, process: Process) -> Trajectories:
+        """The same by dynamic programming, for rollouts that were drawn."""
+        q = _action_values(table, process)
+        own = q.gather(-1, table.paths.action.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        return table.with_side(action_value=own * table.paths.mask)
 
 
 @dataclass(frozen=True)
@@ -71,6 +85,10 @@ class AllActionValues:
                 q[:, t, a] = conditional_mean(to_go[:, t], took, keys) * p.mask[:, t]
         return table.with_side(all_action_values=q)
 
+    def drawn(self, table: Trajectories, process: Process) -> Trajectories:
+        """The same by dynamic programming, for rollouts that were drawn."""
+        return table.with_side(all_action_values=_action_values(table, process) * table.paths.mask.unsqueeze(-1))
+
 
 @dataclass(frozen=True)
 class WrongValues:
@@ -84,12 +102,24 @@ class WrongValues:
     after_end: float = 0.0
 
     def __call__(self, table: Trajectories) -> Trajectories:
+        states = torch.nn.functional.pad(table.paths.state, (0, 1), value=-1).unique()
+        return self._added(table, states)
+
+    def drawn(self, table: Trajectories, process: Process) -> Trajectories:
+        """The same errors for rollouts that were drawn."""
+        return self._added(table, torch.cat([torch.tensor([-1]), process.reached.nonzero().squeeze(-1)]))
+
+    def _added(self, table: Trajectories, states: Tensor) -> Trajectories:
+        """With errors of the states, in ascending order, -1 among them."""
         p, at = table.paths, torch.arange(table.paths.steps + 1)
-        states, of_row = torch.nn.functional.pad(p.state, (0, 1), value=-1).unique(return_inverse=True)
         generator = torch.Generator().manual_seed(5)
         error = self.size * torch.randn(len(states), len(at), generator=generator, dtype=torch.float64)
-        over = at >= p.end.unsqueeze(-1)
-        return table.with_side(wrong_value=(table.value + error[of_row, at]).masked_fill(over, self.after_end))
+        state = torch.nn.functional.pad(p.state, (0, 1), value=-1)
+        of_row = torch.searchsorted(states.to(state.device), state)
+        device = table.value.device
+        over = at.to(device) >= p.end.unsqueeze(-1)
+        wrong = table.value + error.to(device)[of_row, at.to(device)]
+        return table.with_side(wrong_value=wrong.masked_fill(over, self.after_end))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from numbers import Integral
 from typing import Any
@@ -122,6 +122,13 @@ class Paths:
         if bool(unknown.any()):
             first = int(self.start[unknown][0])
             raise ProblemError(f"start: has an entry {first}; entries must lie in [0, {len(self.start_probability)}).")
+
+    @classmethod
+    def known(cls, **columns: Any) -> Paths:
+        """Paths of columns that are known to be right: nothing is checked or copied."""
+        made = object.__new__(cls)
+        vars(made).update(columns)
+        return made
 
     @property
     def steps(self) -> int:
@@ -258,7 +265,9 @@ class Trajectories:
     @cached_property
     def logit_cells(self) -> Tensor:
         """Indices of all actions of the context among the K·A cells, `[N, T, A]`."""
-        return (self.paths.context.clamp(min=0) * self.actions).unsqueeze(-1) + torch.arange(self.actions)
+        return (self.paths.context.clamp(min=0) * self.actions).unsqueeze(-1) + torch.arange(
+            self.actions, device=self.logits.device
+        )
 
     def batch(self, index: Tensor, group: Tensor, *, logits: bool = False) -> Batch:
         """Gather rows `index` `[..., B]` into a batch; `group` `[B]` labels the rows."""
@@ -275,6 +284,17 @@ class Trajectories:
             side={name: x[rows] for name, x in self.side.items()},
             **{name: getattr(self, name)[rows] for name in per_row},
         )
+
+    def to(self, device: str) -> Trajectories:
+        """The table in the memory of a device; itself, if it is there already."""
+        if self.logits.device == torch.device(device):
+            return self
+        columns = {f.name: getattr(self.paths, f.name) for f in fields(self.paths)}
+        paths = Paths.known(**{k: x.to(device) if isinstance(x, Tensor) else x for k, x in columns.items()})
+        moved: dict[str, Any] = {
+            f.name: x.to(device) for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)
+        }
+        return replace(self, paths=paths, side={name: x.to(device) for name, x in self.side.items()}, **moved)
 
     def with_side(self, **columns: Tensor) -> Trajectories:
         """The table with side columns `[N, *]` added."""

@@ -110,7 +110,9 @@ def cells_of(table: Trajectories, index: Tensor, *, logits: bool) -> Tensor:
 
 def scattered(c: Tensor, cell: Tensor, cells: int) -> Tensor:
     """C of every batch, `[M, cells]`, from coefficients `[M, …]` and their places `[M, …]`."""
-    return torch.zeros(len(c), cells, dtype=torch.float64).scatter_add_(1, cell, c.to(torch.float64).flatten(1))
+    return torch.zeros(len(c), cells, dtype=torch.float64, device=c.device).scatter_add_(
+        1, cell, c.to(torch.float64).flatten(1)
+    )
 
 
 def step_sums(expected: Tensor, table: Trajectories) -> Tensor:

@@ -346,7 +346,7 @@ def exact_in_sketch(moments: Moments, space: SketchSpace) -> SketchMoments:
     if space.reference is None or space.lane == "backward":
         raise UsageError("space: exact moments need a list of contexts and a policy with a forward-mode derivative.")
     dz = space._listed.flatten(0, 1)
-    mean, cov = dz.T @ moments.mean.flatten(), dz.T @ moments.covariance @ dz
+    mean, cov = dz.T @ moments.mean.flatten(), dz.T @ moments.whole_covariance @ dz
     return SketchMoments(
         None, int(len(mean) > 0 and bool(space.reference[0])), mean, cov, mean - space.reference, cov, 0.0
     )

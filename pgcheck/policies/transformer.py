@@ -169,11 +169,6 @@ class LMPolicy(nn.Module):
         return [tuple(self.tokens[row, : position + 1].tolist()) for row, position in self.where.T.tolist()]
 
     @property
-    def texts(self) -> list[tuple[int, ...]]:
-        """What the model reads in each context: prompt and prefix."""
-        return [tuple(self.tokens[row, : position + 1].tolist()) for row, position in self.where.T.tolist()]
-
-    @property
     def parts(self) -> list[slice]:
         """The rows, as many at once as a forward pass takes."""
         return self.in_parts_of(None)

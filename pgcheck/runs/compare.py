@@ -18,8 +18,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from pgcheck.engines.choice import Engine, moments_by
 from pgcheck.engines.exact import DEFAULT_BUDGET, exact_moments
 from pgcheck.engines.moments import Moments, Progress
+from pgcheck.engines.monte_carlo import Sampling
 from pgcheck.errors import BudgetError, UsageError
 from pgcheck.estimators.base import Estimator
 from pgcheck.policies.tabular import SoftmaxTable
@@ -82,10 +84,15 @@ def measured(
     *,
     space: Space = "logits",
     budget: int = DEFAULT_BUDGET,
+    engine: Engine = "exact",
+    sampling: Sampling | None = None,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
-    """A `Measure`, exact."""
-    found = exact_moments(estimators, problem, budget=budget, progress=progress)
+    """A `Measure`, by the engine that is named."""
+    found = moments_by(
+        engine, estimators, problem, budget=budget, sampling=sampling, scales=[(1.0, None)] * len(estimators),
+        progress=progress,
+    )  # fmt: skip
     return _lines(estimators, problem, found, space)
 
 
@@ -101,10 +108,13 @@ def compared(
     relative_to: str | None = None,
     space: Space = "logits",
     budget: int = DEFAULT_BUDGET,
+    engine: Engine = "exact",
+    sampling: Sampling | None = None,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
     """The table of `pgcheck.compare`."""
-    rows = [measured(estimators, p, space=space, budget=budget, progress=progress) for p in problems]
+    how: dict[str, Any] = {"space": space, "budget": budget, "engine": engine, "sampling": sampling}
+    rows = [measured(estimators, p, **how, progress=progress) for p in problems]
     return relative(pd.concat(rows, ignore_index=True), to=relative_to) if rows else pd.DataFrame()
 
 

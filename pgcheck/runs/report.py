@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pgcheck.errors import UsageError
 from pgcheck.estimators.base import Claim, Estimator
 from pgcheck.problem import Problem
+from pgcheck.statistics.sequential import Interval, Judgement
 from pgcheck.verdicts.verdict import Measurement, NotAsked, Space, Status, Verdict, along, as_list, finite_or_none
 
 SCHEMA: Literal["pgcheck-report/1"] = "pgcheck-report/1"
@@ -81,7 +82,7 @@ class MeasurementRow(_Row):
 
     estimator: str
     problem: str
-    finding: Literal["unbiased", "proportional", "biased"]
+    finding: Literal["unbiased", "proportional", "biased", "inconclusive"]
     rel: float | None
     scale: float | None
     cosine: float | None
@@ -99,6 +100,27 @@ class MeasurementRow(_Row):
     worst_step: int | None
     expected: list[list[float]]  # E ĝ in logit space, [K, A]; of a verdict in parameters: empty
     by_step: list[StepRow]  # what each position contributes to it; empty if the engine does not say
+    seed: int | None = None  # of the `batches` that were drawn
+    low: dict[str, float | None] = {}  # ends of 95% intervals, by the names above; null where the tails allow none
+    high: dict[str, float | None] = {}
+
+
+class SampleRow(_Row):
+    """What a sampled verdict rests on; see `pgcheck.statistics.sequential.Judgement`."""
+
+    batches: int
+    missed: float | None  # a bias of this part of ‖κ ∇J‖ would have been missed with probability beta
+    alpha: float  # of the whole run
+    beta: float
+    scale_low: float | None
+    scale_high: float | None
+    witness: str | None  # along which the bias was proven, or shows
+    needed: int | None  # batches at which a verdict is to be expected
+    note: str
+    skewness: float | None  # of the mean of the scores along ∇J
+    largest_share: float | None  # of one batch in their variance
+    pareto_k: float | None
+    effective_batches: float | None
 
 
 class ParameterRow(_Row):
@@ -123,6 +145,8 @@ class VerdictRow(_Row):
     allowed: float
     claimed_scale: float | None = None
     reason: str = ""
+    sample: SampleRow | None = None
+    expected: bool = False  # the suite says that this is not decided
 
 
 class NotAskedRow(_Row):
@@ -175,8 +199,13 @@ class Report(_Row):
 
     @property
     def failures(self) -> list[VerdictRow]:
-        """Verdicts that are not PASS, in the order of the run."""
-        return [v for v in self.verdicts if v.status is not Status.PASS]
+        """Verdicts that are not PASS, in the order of the run; without those expected to be undecided."""
+        return [v for v in self.verdicts if v.status is not Status.PASS and not v.expected]
+
+    @property
+    def sampled(self) -> int:
+        """Number of measurements that were sampled."""
+        return sum(m.batches is not None for m in self.measurements)
 
     @property
     def failed_cases(self) -> list[CaseRow]:
@@ -200,6 +229,8 @@ class Report(_Row):
         for key, value in self.model_dump(mode="json", by_alias=True).items():
             if key == "parameters" and not value:
                 continue
+            if isinstance(value, list):
+                value = [_without_sample(row) for row in value]
             text = json.dumps(value, ensure_ascii=False)
             if isinstance(value, list) and value:
                 rows = ",\n  ".join(json.dumps(row, ensure_ascii=False) for row in value)
@@ -237,17 +268,25 @@ def merged(reports: Sequence[Report], *, suite: str) -> Report:
     )
 
 
+_OF_SAMPLES: dict[str, Any] = {"seed": None, "low": {}, "high": {}, "sample": None, "expected": False}
+
+
+def _without_sample(row: dict[str, Any]) -> dict[str, Any]:
+    """Without the fields that only a sample fills, where they are empty."""
+    return {name: x for name, x in row.items() if name not in _OF_SAMPLES or x != _OF_SAMPLES[name]}
+
+
 def problem_row(problem: Problem) -> ProblemRow:
     """A problem's line of the report."""
-    t = problem.trajectories
+    contexts, actions = problem.logits.shape
     return ProblemRow(
         name=problem.name,
         about=problem.about,
         digest=problem.digest,
-        rollouts=len(t),
-        contexts=t.contexts,
-        actions=t.actions,
-        steps=t.paths.steps,
+        rollouts=problem.rollouts,
+        contexts=contexts,
+        actions=actions,
+        steps=problem.steps,
         rows=problem.rows,
         group_sizes=list(problem.sizes),
         discount=problem.discount,
@@ -286,6 +325,9 @@ def measurement_row(m: Measurement, *, space: Space = "logits") -> MeasurementRo
         worst_step=m.worst_step,
         expected=as_list(m.expected) if space == "logits" else [],
         by_step=[StepRow(along=finite_or_none(s.along), gap=finite_or_none(s.gap)) for s in m.by_step],
+        seed=m.seed,
+        low={name: finite_or_none(x.low) for name, x in m.intervals.items()},
+        high={name: finite_or_none(x.high) for name, x in m.intervals.items()},
     )
 
 
@@ -296,13 +338,45 @@ def measurement_of(row: MeasurementRow, problem: Problem) -> Measurement:
     same = ("estimator", "problem", "finding", "batches", "enumerated", "lane", "worst_step")
     numbers |= {name: getattr(row, name) for name in same}
     expected, truth = torch.tensor(row.expected, dtype=torch.float64), problem.gradient()
+    numbers["seed"] = row.seed
+    numbers["intervals"] = {
+        name: Interval(numbers[_FIELD.get(name, name)], *(_or_nan(x[name]) for x in (row.low, row.high)))
+        for name in row.low
+    }
     return Measurement(**numbers, gradient_norm=float(truth.norm()), rows=problem.rows, expected=expected, truth=truth)
 
 
-def verdict_row(v: Verdict) -> VerdictRow:
-    """A verdict's line of the report."""
-    same = ("estimator", "check", "problem", "status", "allowed", "claimed_scale", "reason")
-    return VerdictRow(**{name: getattr(v, name) for name in same}, measured=finite_or_none(v.measured))
+_FIELD = {"variance": "total_variance"}  # of an interval's name
+
+
+def _or_nan(x: float | None) -> float:
+    return math.nan if x is None else x
+
+
+def verdict_row(v: Verdict, *, alpha: float = math.nan, beta: float = math.nan) -> VerdictRow:
+    """A verdict's line of the report; `alpha` and `beta` are the error rates of a sampled one."""
+    same = ("estimator", "check", "problem", "status", "allowed", "claimed_scale", "reason", "expected")
+    sample = None if v.sample is None else sample_row(v.sample, alpha=alpha, beta=beta)
+    return VerdictRow(**{name: getattr(v, name) for name in same}, measured=finite_or_none(v.measured), sample=sample)
+
+
+def sample_row(j: Judgement, *, alpha: float, beta: float) -> SampleRow:
+    """What a sampled verdict rests on."""
+    return SampleRow(
+        batches=j.draws,
+        missed=finite_or_none(j.missed),
+        alpha=alpha,
+        beta=beta,
+        scale_low=finite_or_none(j.scale.low),
+        scale_high=finite_or_none(j.scale.high),
+        witness=j.witness,
+        needed=j.needed,
+        note=j.note,
+        skewness=finite_or_none(j.tails.skewness_of_mean),
+        largest_share=finite_or_none(j.tails.largest_share),
+        pareto_k=finite_or_none(j.tails.pareto_k),
+        effective_batches=finite_or_none(j.tails.effective_draws),
+    )
 
 
 def not_asked_row(n: NotAsked) -> NotAskedRow:

@@ -10,11 +10,13 @@ Guarantee: every pair ends up in exactly one of three places: measured, not aske
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 
-from pgcheck.engines.exact import DEFAULT_BUDGET, exact_moments
+from pgcheck.engines.choice import Engine, moments_by
+from pgcheck.engines.exact import DEFAULT_BUDGET
 from pgcheck.engines.moments import Moments, Progress
+from pgcheck.engines.monte_carlo import Sampling
 from pgcheck.engines.purity import KINDS
 from pgcheck.engines.threads import one_thread
 from pgcheck.errors import BudgetError, NotFiniteError, UsageError
@@ -24,7 +26,7 @@ from pgcheck.runs import report as rows
 from pgcheck.runs.cases import Case, judge_case
 from pgcheck.runs.report import CaseRow, Report
 from pgcheck.verdicts.checks import find_check, registered_checks
-from pgcheck.verdicts.checks.bias import claims_on, judge_claims
+from pgcheck.verdicts.checks.bias import claims_on, judge_claims, scales_on
 from pgcheck.verdicts.verdict import RTOL, Finding, Measurement, NotAsked, Status, Verdict, measure
 
 RICH_PROBLEMS = 2  # on how many problems the single-batch checks run, and on one with a single group
@@ -41,7 +43,7 @@ class Expectation:
 
 def richness(problem: Problem) -> tuple[bool, bool, bool, bool, int]:
     """How much a single batch of the problem can show: unequal groups, observations, ragged rows, several groups."""
-    paths = problem.trajectories.paths
+    paths = problem.probe_table().paths
     inside = (paths.mask == 0) & (paths.mask.flip(-1).cumsum(-1).flip(-1) > 0)
     return (
         len(set(problem.sizes)) > 1,
@@ -82,6 +84,8 @@ def run(
     cases: Sequence[Case] = (),
     budget: int = DEFAULT_BUDGET,
     rtol: float = RTOL,
+    engine: Engine = "exact",
+    sampling: Sampling | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Judge every estimator on every problem.
@@ -90,7 +94,10 @@ def run(
         checks: names of checks to run; default, all of them.
         expectations: findings expected on single problems, on top of the claims.
         cases: sentences to decide, each by a number of its own.
-        budget: most batches for one estimator on one problem.
+        budget: most batches enumerated for one estimator on one problem.
+        rtol: tolerance of exact verdicts.
+        engine: `"auto"` samples where the batches are more than the budget, `"monte_carlo"` everywhere.
+        sampling: tolerance, error rates, seed and number of draws of sampled verdicts.
 
     Raises:
         UsageError: two estimators of one name, or two problems; an unknown check.
@@ -98,6 +105,7 @@ def run(
     """
     refuse_duplicates(estimators, problems)
     wanted = set(wanted_checks(checks))
+    how = sampling or Sampling()
     verdicts: list[Verdict] = []
     not_asked: list[NotAsked] = []
     clean = []
@@ -117,7 +125,7 @@ def run(
                 not_asked.append(NotAsked(e.name, problem.name, why_not))
             else:
                 asked.append(e)
-        for e, moments in _moments(asked, problem, budget, progress):
+        for e, moments in _moments(asked, problem, engine, budget, how, progress):
             if isinstance(moments, Moments):
                 found[e.name, problem.name] = measure(e, problem, moments, rtol=rtol)
                 if not claims_on(e, problem):
@@ -127,18 +135,28 @@ def run(
     for e in clean:
         pairs = [(p, m) for p in problems if (m := found.get((e.name, p.name))) is not None]
         refused = any(v.estimator == e.name and v.status is not Status.PASS for v in verdicts)
-        if pairs and not refused:  # the engine saw every batch of every problem
+        exact = all(m.batches is None for _, m in pairs)
+        if pairs and exact and not refused:  # the engine saw every batch of every problem
             verdicts.append(Verdict(e.name, "finite", "", Status.PASS, 0.0, 0.0))
-        verdicts += judge_claims(e, [p for p, _ in pairs], [m for _, m in pairs], rtol=rtol)
+        verdicts += judge_claims(e, [p for p, _ in pairs], [m for _, m in pairs], rtol=rtol, tolerance=how.tolerance)
         verdicts += _single_batch_checks(e, [p for p, _ in pairs], wanted)
     verdicts += [_judge_expectation(x, found) for x in expectations]
+    undecided = {(x.estimator, x.problem) for x in expectations if x.finding == "inconclusive"}
+    verdicts = [
+        replace(v, expected=True) if v.status is Status.INCONCLUSIVE and (v.estimator, v.problem) in undecided else v
+        for v in verdicts
+    ]
     return Report(
         suite=suite,
         version=metadata.version("pgcheck"),
         problems=[rows.problem_row(p) for p in problems],
         estimators=[rows.estimator_row(e) for e in estimators],
         measurements=[rows.measurement_row(m) for m in found.values()],
-        verdicts=[rows.verdict_row(v) for v in verdicts if v.check in wanted or _always_shown(v)],
+        verdicts=[
+            rows.verdict_row(v, alpha=how.alpha, beta=how.beta)
+            for v in verdicts
+            if v.check in wanted or _always_shown(v)
+        ],
         not_asked=[rows.not_asked_row(n) for n in not_asked],
         cases=_judged(cases, progress),
     )
@@ -160,6 +178,9 @@ def why_not_measured(e: Estimator, problem: Problem) -> str:
         return f"needs {few}"
     if not problem.plain_objective and not claims_on(e, problem):
         return "it is made for another objective"
+    if not problem.can_draw(e.needs):
+        what = ", ".join(type(need).__name__ for need in e.needs)
+        return f"needs a table of all rollouts for {what}"
     return ""
 
 
@@ -178,17 +199,26 @@ def _hygiene_first(estimator: Estimator, problems: Sequence[Problem]) -> list[Ve
 
 
 def _moments(
-    estimators: Sequence[Estimator], problem: Problem, budget: int, progress: Progress | None
+    estimators: Sequence[Estimator],
+    problem: Problem,
+    engine: Engine,
+    budget: int,
+    sampling: Sampling,
+    progress: Progress | None,
 ) -> list[tuple[Estimator, Moments | NotFiniteError | BudgetError]]:
     """Moments of all at once; if one of them cannot be had, by halves."""
+    scales = [scales_on(e, problem) for e in estimators]
     try:
-        return list(zip(estimators, exact_moments(estimators, problem, budget=budget, progress=progress), strict=True))
+        found = moments_by(
+            engine, estimators, problem, budget=budget, sampling=sampling, scales=scales, progress=progress
+        )
+        return list(zip(estimators, found, strict=True))
     except (NotFiniteError, BudgetError) as error:
         if len(estimators) == 1:
             return [(estimators[0], error)]
         half = len(estimators) // 2
         parts = estimators[:half], estimators[half:]
-        return [pair for part in parts for pair in _moments(part, problem, budget, progress)]
+        return [pair for part in parts for pair in _moments(part, problem, engine, budget, sampling, progress)]
 
 
 def _refused(estimator: Estimator, problem: Problem, error: NotFiniteError | BudgetError) -> Verdict:

@@ -6,13 +6,15 @@
     problems = ["bandit/two-arm", "mdp/*", "core"]   # ids, patterns, or sets
     thetas = 2                                       # each problem at this many θ
     checks = ["unbiased", "biased"]                  # optional: default, all
-    budget = 5000000                                 # optional: most batches a cell
+    budget = 5000000                                 # optional: most batches a cell that are enumerated
+    engine = "auto"                                  # optional: "exact" (default), "monte_carlo", or "auto": what fits
+    tolerance = 0.05                                 # optional, of sampled verdicts, as `alpha`, `beta`, `draws`, `seed`
     own_problems = ["bandit/*"]                      # optional: what estimators from outside are judged on
 
     [[expect]]                                       # optional: what is expected on one problem
     estimator = "token_is"
     problem = "off-policy/contextual-drifted"
-    finding = "unbiased"
+    finding = "unbiased"                             # or "inconclusive", of what no sample of this size decides
 
     [[case]]                                         # optional: a sentence and the number that decides it
     name = "…"                                       # see `pgcheck.runs.cases`
@@ -26,14 +28,17 @@ from __future__ import annotations
 
 import fnmatch
 import tomllib
+from dataclasses import fields
 from importlib import resources
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from pgcheck.engines.choice import Engine
 from pgcheck.engines.exact import DEFAULT_BUDGET
 from pgcheck.engines.moments import Progress
+from pgcheck.engines.monte_carlo import DEFAULT_DRAWS, Sampling
 from pgcheck.errors import SuiteError, UnknownNameError, UsageError
 from pgcheck.estimators.base import Estimator, registered_estimators
 from pgcheck.estimators.lookup import as_estimator
@@ -42,6 +47,7 @@ from pgcheck.runs.cases import Case, check_case
 from pgcheck.runs.report import Report
 from pgcheck.runs.runner import Expectation, run
 from pgcheck.verdicts.checks import find_check
+from pgcheck.verdicts.verdict import Finding
 
 
 class ExpectRow(BaseModel):
@@ -50,7 +56,7 @@ class ExpectRow(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     estimator: str
     problem: str
-    finding: Literal["unbiased", "proportional", "biased"]
+    finding: Finding
 
 
 class Suite(BaseModel):
@@ -65,6 +71,12 @@ class Suite(BaseModel):
     thetas: int = Field(default=1, ge=1, le=8)
     checks: list[str] | None = None
     budget: int = Field(default=DEFAULT_BUDGET, ge=1)
+    engine: Engine = "exact"
+    seed: int = Field(default=0, ge=0)
+    draws: int = Field(default=DEFAULT_DRAWS, ge=1)
+    tolerance: float = Field(default=Sampling.tolerance, gt=0, lt=1)
+    alpha: float = Field(default=Sampling.alpha, gt=0, lt=0.5)
+    beta: float = Field(default=Sampling.beta, gt=0, lt=0.5)
     expect: list[ExpectRow] = []
     case: list[Case] = []
 
@@ -90,10 +102,23 @@ class Suite(BaseModel):
         patterns = self.own_problems if own and self.own_problems is not None else self.problems
         return problems_matching(patterns, thetas=self.thetas)
 
+    @property
+    def sampling(self) -> Sampling:
+        """How it samples."""
+        return Sampling(
+            **{f.name: getattr(self, f.name) for f in fields(Sampling) if f.name in type(self).model_fields}
+        )
+
     def run(
-        self, *, estimators: list[Estimator] | None = None, budget: int | None = None, progress: Progress | None = None
+        self,
+        *,
+        estimators: list[Estimator] | None = None,
+        budget: int | None = None,
+        engine: Engine | None = None,
+        sampling: Sampling | None = None,
+        progress: Progress | None = None,
     ) -> Report:
-        """Run it, with other estimators in place of its own if given."""
+        """Run it, with other estimators and settings in place of its own if given."""
         if estimators is not None and not self.problems and not self.own_problems:
             raise UsageError(
                 f"suite '{self.name}' has cases only, and no problems to judge another estimator on; run core."
@@ -108,6 +133,8 @@ class Suite(BaseModel):
             expectations=[Expectation(x.estimator, x.problem, x.finding) for x in self.expect if x.estimator in names],
             cases=self.case if estimators is None else (),
             budget=self.budget if budget is None else budget,
+            engine=self.engine if engine is None else engine,
+            sampling=self.sampling if sampling is None else sampling,
             progress=progress,
         )
 

@@ -52,12 +52,12 @@ def cost(estimator: Estimator, problem: Problem) -> float:
 
 
 def row_of(estimator: Estimator, problem: Problem, x: Measurement) -> dict[str, Any]:
-    """An exact measurement as a line of `pgcheck.compare`."""
+    """A measurement as a line of `pgcheck.compare`."""
     same = ("estimator", "problem", "finding", "rel", "scale", "cosine", "off_axis", "bias")
     numbers = {"variance": x.total_variance, "mse": x.mse, "snr": x.snr}
     row: dict[str, Any] = {name: getattr(x, name) for name in same}
     row |= {**numbers, "batches": x.batches, "cost": cost(estimator, problem)}
-    return row | {f"{name}_{end}": row[name] for name in MEASURED for end in ("low", "high")}
+    return row | x.ends
 
 
 # -- against a reference
@@ -177,9 +177,9 @@ def blocks(moments: Moments, problem: Problem, *, space: Space = "logits") -> di
         BudgetError: `space="parameters"` with more logits × parameters than fit.
     """
     if space == "logits":
-        per_context = moments.covariance.diagonal().reshape(problem.logits.shape).sum(-1)
+        per_context = moments.whole_covariance.diagonal().reshape(problem.logits.shape).sum(-1)
         return {f"context {k}": float(v) for k, v in enumerate(per_context)}
-    return {name: float((moments.covariance * gram).sum()) for name, gram in _grams(problem).items()}
+    return {name: float((moments.whole_covariance * gram).sum()) for name, gram in _grams(problem).items()}
 
 
 @functools.lru_cache(maxsize=4)

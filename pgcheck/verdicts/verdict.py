@@ -9,7 +9,9 @@ and for the parts m_t, g_t that position t contributes (Σ_t m_t = m, Σ_t g_t =
 `scale`; gap = ‖m_t − g_t‖ / ‖g‖.
 
 Guarantee: an exact verdict is decided at `RTOL` of max(‖g‖, √E‖ĝ‖²), which is never zero unless ĝ is; so a stationary
-point (g = 0) is judged like any other. Words about verdicts are written in `pgcheck.render` only.
+point (g = 0) is judged like any other. A sampled one is decided by its judges (`pgcheck.statistics.sequential`), and its
+numbers are free of the noise that ‖m̂ − g‖² has in it: rel² = ‖m̂ − g‖²/‖g‖² less its expectation at no bias, 0 if
+negative. Words about verdicts are written in `pgcheck.render` only.
 """
 
 from __future__ import annotations
@@ -23,13 +25,15 @@ import torch
 from torch import Tensor
 
 from pgcheck.engines.moments import Moments
+from pgcheck.errors import UsageError
 from pgcheck.estimators.base import ClaimKind, Estimator
 from pgcheck.problem import Problem
+from pgcheck.statistics.sequential import Interval, Judgement
 from pgcheck.statistics.status import Status as Status
 
 RTOL = 1e-9
 
-Finding = Literal["unbiased", "proportional", "biased"]
+Finding = Literal["unbiased", "proportional", "biased", "inconclusive"]  # the last of samples only
 Space = Literal["logits", "parameters"]
 
 
@@ -103,6 +107,9 @@ class Measurement:
     truth: Tensor  # g [K, A]
     worst_step: int | None = None  # the position that contributes most to the bias of the worst context and action
     by_step: tuple[Step, ...] = ()  # one for each position; empty if the engine does not split E ĝ
+    seed: int | None = None  # of what was drawn
+    intervals: Mapping[str, Interval] = field(default_factory=dict)  # of what was drawn, by the names above; 95%
+    judgements: Mapping[float | None, Judgement] = field(default_factory=dict)  # by the κ of E ĝ = κ g
 
     @property
     def worst(self) -> tuple[int, int]:
@@ -110,6 +117,18 @@ class Measurement:
         gap = (self.expected - self.truth).abs()
         at = int(gap.argmax())
         return at // gap.shape[1], at % gap.shape[1]
+
+    @property
+    def ends(self) -> dict[str, float]:
+        """NAME_low and NAME_high of rel, scale, variance, mse and snr: the 95% interval; of an exact number, the number."""
+        exact = {"variance": self.total_variance} | {
+            name: getattr(self, name) for name in ("rel", "scale", "mse", "snr")
+        }
+        out = {}
+        for name in ("rel", "scale", "variance", "mse", "snr"):
+            x = self.intervals.get(name)
+            out[f"{name}_low"], out[f"{name}_high"] = (exact[name],) * 2 if x is None else (x.low, x.high)
+        return out
 
     def distance(self, scale: float) -> float:
         """‖E ĝ − scale · g‖ / max(‖g‖, √E‖ĝ‖²); infinite if anything in it is not a finite number."""
@@ -129,11 +148,13 @@ def measure(
     `space="parameters"`: E ĝ_θ against ∇_θ J and with tr Cov ĝ_θ, both gradients as `[1, P]`; not split by step. Unbiased in
     logits is unbiased in every parametrisation, so that is what claims are judged in.
     """
+    if moments.batches is not None:
+        return _measure_sampled(estimator, problem, moments, space)
     g, m, variance = problem.gradient(), moments.mean, moments.total_variance
     split = moments.by_step is not None and space == "logits"
     if space == "parameters":
         g, m = (x.unsqueeze(0) for x in (problem.parameter_gradient(), moments.mean_in_parameters()))
-        variance = float((moments.covariance * problem.logit_gram()).sum())  # made once for all estimators
+        variance = moments.total_variance_by(problem.logit_gram())  # made once for all estimators
     numbers = {name: getattr(moments, name) for name in ("batches", "enumerated", "lane")}
     found = judged(estimator.name, problem, m, g, variance, rtol=rtol, **numbers)
     if not split or moments.by_step is None:
@@ -152,7 +173,7 @@ def judged(
     norms = [float(g.norm()), float(m.norm()), math.sqrt(max(variance + float((m**2).sum()), 0.0))]
     size = max(norms) if all(map(math.isfinite, norms)) else math.nan  # a NaN must not hide in the maximum
     # Where every return is the same, g is 0 but for rounding, and so may ĝ be: rounding is not judged against rounding.
-    rounding = 16 * torch.finfo(g.dtype).eps * float(problem.trajectories.paths.reward.abs().sum(-1).max())
+    rounding = 16 * torch.finfo(g.dtype).eps * problem.reward_size
     if size <= rounding:
         m, g, size = torch.zeros_like(m), torch.zeros_like(g), 0.0
         numbers = direction(m, g)
@@ -185,6 +206,52 @@ def judged(
     )
 
 
+def _measure_sampled(estimator: Estimator, problem: Problem, moments: Moments, space: Space) -> Measurement:
+    """The engine's numbers, and the finding of its judges."""
+    if space == "parameters":
+        raise UsageError('space: "parameters" of a sample; take the exact engine, or the logits.')
+    g, m, x = problem.gradient(), moments.mean, moments.intervals
+    size_g, scale, variance = float(g.norm()), x["scale"].value, moments.total_variance
+    # ‖E ĝ‖ without bias, as everything here
+    length = math.sqrt(max(float((m**2).sum()) - variance / max(moments.batches or 1, 1), 0.0))
+    off_axis = {name: j.off_axis for name, j in moments.judgements.items()}
+    intervals = {**x, "off_axis": next(iter(off_axis.values()))} if off_axis else dict(x)
+    size = max(size_g, math.sqrt(max(variance + length**2, 0.0)))
+    return Measurement(
+        estimator=estimator.name,
+        problem=problem.name,
+        finding=_sampled_finding(moments.judgements),
+        rel=x["rel"].value,
+        scale=scale,
+        cosine=max(-1.0, min(1.0, scale * size_g / length)) if length > 0 else math.nan,
+        off_axis=intervals["off_axis"].value,
+        bias=x["bias"].value,
+        size=size,
+        gradient_norm=size_g,
+        total_variance=variance,
+        mse=x["mse"].value,
+        snr=x["snr"].value,
+        rows=problem.rows,
+        batches=moments.batches,
+        enumerated=moments.enumerated,
+        lane=moments.lane,
+        expected=m,
+        truth=g,
+        seed=moments.seed,
+        intervals=intervals,
+        judgements=moments.judgements,
+    )
+
+
+def _sampled_finding(judgements: Mapping[float | None, Judgement]) -> Finding:
+    status = {κ: j.status for κ, j in judgements.items()}
+    if status.get(1.0) is Status.PASS:
+        return "unbiased"
+    if Status.PASS in status.values():
+        return "proportional"
+    return "biased" if Status.FAIL in status.values() else "inconclusive"
+
+
 def _worst_step(moments: Moments, problem: Problem) -> int | None:
     if moments.by_step is None:
         return None
@@ -206,6 +273,8 @@ class Verdict:
     claim: ClaimKind | None = None
     claimed_scale: float | None = None
     numbers: Mapping[str, float] = field(default_factory=dict)
+    sample: Judgement | None = None  # of a sampled verdict
+    expected: bool = False  # that it is INCONCLUSIVE is what the suite says
     reason: str = ""  # a machine's remark: which tensor, which error; sentences are made in `render`
 
 

@@ -85,19 +85,19 @@ def find_check(name: str) -> Check:
 
 def probe_index(estimator: Estimator, problem: Problem) -> Tensor:
     """Rollouts of `PROBES` random batches, `[M, B]`, the same on every call."""
-    table = problem.trajectories_with(estimator.needs)
+    table = problem.probe_table(estimator.needs)
     return Batches(table, problem.sizes).random(PROBES, seed=7)
 
 
 def gather(estimator: Estimator, problem: Problem, index: Tensor) -> Batch:
     """The batches of `index`."""
-    table = problem.trajectories_with(estimator.needs)
+    table = problem.probe_table(estimator.needs)
     return table.batch(index, problem.group_labels, logits=estimator.leaf == "logits")
 
 
 def estimates_gap(estimator: Estimator, other: Estimator, problem: Problem) -> float:
     """The largest difference between the ĝ of both over `PROBES` random batches, relative to the largest of `other`'s."""
-    table = problem.trajectories_with(tuple(dict.fromkeys((*estimator.needs, *other.needs))))
+    table = problem.probe_table(tuple(dict.fromkeys((*estimator.needs, *other.needs))))
     index = Batches(table, problem.sizes).random(PROBES, seed=7)
     found, expected = (estimates(e, table, index, problem.group_labels) for e in (estimator, other))
     size, gap = float(expected.abs().max()), float((found - expected).abs().max())

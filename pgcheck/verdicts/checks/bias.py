@@ -105,7 +105,7 @@ def check_weights_average_to_one(estimator: Estimator, problem: Problem) -> Verd
         estimator = pgcheck.from_coefficients(coefficients, couples="trajectory", weight=weight)
     What to do: take the ratio over policy positions only, and do not clip it if you claim unbiasedness.
     References: Precup, Sutton & Singh 2000."""
-    if estimator.weight is None or not problem.full_support:
+    if estimator.weight is None or not problem.full_support or not problem.enumerable:
         return None
     table = problem.trajectories_with(estimator.needs)
     possible = (table.behavior_probability > 0).nonzero().squeeze(-1)
@@ -149,24 +149,42 @@ def claims_on(estimator: Estimator, problem: Problem) -> list[Claim]:
     return [claim for claim in estimator.claims if claim.applies(problem)]
 
 
+def scales_on(estimator: Estimator, problem: Problem) -> tuple[float | None, ...]:
+    """The κ at which a sample has to be judged for the claims that this problem meets; 1 without any."""
+    claimed = dict.fromkeys(1.0 if c.kind == "biased" else c.scale_on(problem) for c in claims_on(estimator, problem))
+    return tuple(claimed) or (1.0,)
+
+
 def judge_claims(
-    estimator: Estimator, problems: Sequence[Problem], measured: Sequence[Measurement], *, rtol: float = RTOL
+    estimator: Estimator,
+    problems: Sequence[Problem],
+    measured: Sequence[Measurement],
+    *,
+    rtol: float = RTOL,
+    tolerance: float = math.nan,
 ) -> list[Verdict]:
-    """A verdict for every claim that any of the problems can decide; `measured[i]` belongs to `problems[i]`."""
+    """A verdict for every claim that any of the problems can decide; `measured[i]` belongs to `problems[i]`.
+
+    `rtol` is of exact measurements, `tolerance` of sampled ones.
+    """
     verdicts = []
     for claim in estimator.claims:
         pairs = [(p, m) for p, m in zip(problems, measured, strict=True) if claim.applies(p)]
         if not pairs:
             continue
         if claim.kind == "biased":
-            verdicts.append(_judge_biased(estimator, claim, [m for _, m in pairs], rtol))
+            verdicts.append(_judge_biased(estimator, claim, [m for _, m in pairs], rtol, tolerance))
         else:
-            verdicts.extend(_judge_equal(estimator, claim, p, m, rtol) for p, m in pairs)
+            verdicts.extend(_judge_equal(estimator, claim, p, m, rtol, tolerance) for p, m in pairs)
     return verdicts
 
 
-def _judge_equal(estimator: Estimator, claim: Claim, problem: Problem, m: Measurement, rtol: float) -> Verdict:
+def _judge_equal(
+    estimator: Estimator, claim: Claim, problem: Problem, m: Measurement, rtol: float, tolerance: float
+) -> Verdict:
     scale = claim.scale_on(problem)
+    if m.batches is not None:
+        return _judge_sampled(estimator, claim, problem, m, tolerance)
     # an open κ is the measured one, but a negative one is no proportionality; where ∇J = 0, every κ says E ĝ = 0
     used = scale if scale is not None else (max(m.scale, 0.0) if math.isfinite(m.scale) else 0.0)
     gap = m.distance(used)
@@ -184,7 +202,30 @@ def _judge_equal(estimator: Estimator, claim: Claim, problem: Problem, m: Measur
     )
 
 
-def _judge_biased(estimator: Estimator, claim: Claim, measured: Sequence[Measurement], rtol: float) -> Verdict:
+def _judge_sampled(estimator: Estimator, claim: Claim, problem: Problem, m: Measurement, tolerance: float) -> Verdict:
+    """What the judge of this κ says; where ∇J = 0 there is none."""
+    scale = claim.scale_on(problem)
+    j = m.judgements.get(scale)
+    return Verdict(
+        estimator=estimator.name,
+        check=claim.kind,
+        problem=problem.name,
+        status=Status.INCONCLUSIVE if j is None else j.status,
+        measured=m.rel if j is None else j.rel,
+        allowed=tolerance,
+        claim=claim.kind,
+        claimed_scale=scale,
+        numbers=_numbers(m),
+        sample=j,
+        reason="∇J = 0: a sample says nothing relative to it" if j is None else "",
+    )
+
+
+def _judge_biased(
+    estimator: Estimator, claim: Claim, measured: Sequence[Measurement], rtol: float, tolerance: float
+) -> Verdict:
+    if any(m.batches is not None for m in measured):
+        return _judge_biased_sampled(estimator, measured, rtol, tolerance)
     worst = max(measured, key=lambda m: m.distance(1.0))
     largest = worst.distance(1.0)
     return Verdict(
@@ -196,6 +237,35 @@ def _judge_biased(estimator: Estimator, claim: Claim, measured: Sequence[Measure
         allowed=rtol,
         claim="biased",
         numbers={**_numbers(worst), "problems": float(len(measured))},
+        reason=worst.problem,
+    )
+
+
+def _judge_biased_sampled(
+    estimator: Estimator, measured: Sequence[Measurement], rtol: float, tolerance: float
+) -> Verdict:
+    """PASS if a bias is proven on one of them; FAIL, the claim is stale, if there is shown to be none on any."""
+
+    def shown(m: Measurement) -> Status:
+        """FAIL: there is a bias."""
+        if m.batches is None:
+            return Status.PASS if m.distance(1.0) <= rtol else Status.FAIL
+        return m.judgements[1.0].status if 1.0 in m.judgements else Status.INCONCLUSIVE
+
+    found = [shown(m) for m in measured]
+    told = [m for m, s in zip(measured, found, strict=True) if s is Status.FAIL] or measured
+    worst = max(told, key=lambda m: m.rel if math.isfinite(m.rel) else -1.0)
+    small = all(s is Status.PASS for s in found)
+    return Verdict(
+        estimator=estimator.name,
+        check="biased",
+        problem="",
+        status=Status.PASS if Status.FAIL in found else Status.FAIL if small else Status.INCONCLUSIVE,
+        measured=worst.rel,
+        allowed=tolerance,
+        claim="biased",
+        numbers={**_numbers(worst), "problems": float(len(measured))},
+        sample=worst.judgements.get(1.0),
         reason=worst.problem,
     )
 

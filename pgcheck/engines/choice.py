@@ -1,0 +1,72 @@
+"""Which engine: exact by enumeration, sampled, or whichever fits.
+
+Guarantee: nothing is sampled that was asked for exactly; `auto` samples only what the exact engine refuses for its size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Literal, get_args
+
+from pgcheck.engines.exact import DEFAULT_BUDGET, exact_moments
+from pgcheck.engines.moments import Moments, Progress
+from pgcheck.engines.monte_carlo import Sampling, Scale, monte_carlo
+from pgcheck.errors import BudgetError, UsageError
+from pgcheck.estimators.base import Estimator
+from pgcheck.problem import Problem
+
+Engine = Literal["exact", "monte_carlo", "auto"]
+
+
+def checked_engine(engine: str) -> Engine:
+    """The name of an engine.
+
+    Raises:
+        UsageError: it is none.
+    """
+    for known in get_args(Engine):
+        if engine == known:
+            return known
+    raise UsageError(f"engine: {engine!r} is not one of {', '.join(get_args(Engine))}.")
+
+
+def moments_by(
+    engine: Engine,
+    estimators: Sequence[Estimator],
+    problem: Problem,
+    *,
+    budget: int = DEFAULT_BUDGET,
+    sampling: Sampling | None = None,
+    scales: Sequence[Sequence[Scale]] | None = None,
+    progress: Progress | None = None,
+) -> list[Moments]:
+    """E ĝ and Cov ĝ of every estimator, all on the same batches; `sampling` and `scales` (as of `monte_carlo`) where drawn.
+
+    Raises:
+        BudgetError: `exact`, and the batches are too many; or what an estimator needs cannot be sampled.
+    """
+    how = sampling or Sampling()
+    if engine == "exact":
+        return exact_moments(estimators, problem, budget=budget, progress=progress)
+    found: dict[int, Moments] = {}
+    if engine == "auto" and problem.enumerable:
+        try:
+            return exact_moments(estimators, problem, budget=budget, progress=progress)
+        except BudgetError:
+            for i, e in enumerate(estimators) if len(estimators) > 1 else ():  # those that fit stay exact
+                with suppress(BudgetError):
+                    found[i] = exact_moments([e], problem, budget=budget, progress=progress)[0]
+    rest = [i for i in range(len(estimators)) if i not in found]
+    sampled = monte_carlo(
+        [estimators[i] for i in rest],
+        problem,
+        scales=None if scales is None else [scales[i] for i in rest],
+        settings=how.settings,
+        seed=how.seed,
+        draws=how.draws,
+        device=how.device,
+        progress=progress,
+    )
+    found |= dict(zip(rest, sampled, strict=True))
+    return [found[i] for i in range(len(estimators))]

@@ -1,0 +1,304 @@
+"""Tabular MDPs whose rollouts are too many to be listed: values, ∇J and facts by dynamic programming, rollouts by drawing.
+
+Everything is a recursion over (position t, state s, whether the policy has acted yet); the last matters for γ's clock alone.
+The value is that of the enumerated table (`pgcheck.trajectories`): V_t(s) where the policy acts, and while it does not, the
+mean over the states that what it has seen allows.
+
+    ∇J[k, a] = Σ_t Σ_{s of k} d_t(s) π(a|k) (Q_t(s, a) − V_t(s)),    d_t(s) = E γ^t 1[s_t = s]
+
+(Sutton et al. 2000, theorem 1, with a finite horizon), which shares no code with the gradient by autograd.
+
+Guarantee: nothing grows with the number of rollouts; draw i is the same in blocks of any size (`pgcheck.sampling`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from pgcheck.envs.tabular import TabularMDP
+from pgcheck.sampling import Stream
+from pgcheck.trajectories import Paths, Trajectories, row_logp
+
+_MOST_RETURNS = 20_000  # (state, returns so far) that are followed to find what a rollout can return
+
+
+@dataclass(frozen=True)
+class Laws:
+    """Discrete laws, one for each row of a table of weights, drawn from by inversion."""
+
+    upto: Tensor  # [entries] row + P(outcome ≤ this | row), only outcomes of some probability
+    outcome: Tensor  # [entries]
+    begins: Tensor  # [rows + 1]
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Laws:
+        """Of weights `[rows, outcomes]`, each row of some positive sum or of none (then it must not be drawn from)."""
+        row, outcome = (weight > 0).nonzero(as_tuple=True)
+        begins = torch.searchsorted(row, torch.arange(len(weight) + 1, device=weight.device))
+        p = weight / weight.sum(-1, keepdim=True)
+        upto = p.cumsum(-1)[row, outcome].clamp(max=1.0)
+        return cls(row + upto, outcome, begins)
+
+    def draw(self, row: Tensor, u: Tensor) -> Tensor:
+        """The outcome of each `row` `[n]` at `u` `[n]` in [0, 1)."""
+        place = torch.searchsorted(self.upto, (row + u).contiguous(), right=True)
+        # row + u is rounded, and may have become row + 1
+        return self.outcome[torch.minimum(torch.maximum(place, self.begins[row]), self.begins[row + 1] - 1)]
+
+
+@dataclass(frozen=True)
+class Process:
+    """An MDP and its policies, `logits` `[K, A]` of each; `contexts[s]` is the context of state s."""
+
+    env: TabularMDP
+    contexts: Sequence[int]
+    logits: Tensor
+    behavior_logits: Tensor
+    ref_logits: Tensor
+
+    @cached_property
+    def acts(self) -> Tensor:
+        """Whether the policy acts in a state, `[S]`."""
+        idle = self.env.observation | self.env.terminal
+        return torch.tensor([s not in idle for s in range(self.env.states)])
+
+    @cached_property
+    def over(self) -> Tensor:
+        """Whether a state is terminal, `[S]`."""
+        return torch.tensor([s in self.env.terminal for s in range(self.env.states)])
+
+    @cached_property
+    def context(self) -> Tensor:
+        """`[S]`."""
+        return torch.tensor(list(self.contexts))
+
+    def law(self, logits: Tensor) -> Tensor:
+        """P(a | s) `[S, A]`; where nobody acts all of it on the first."""
+        pi = torch.softmax(logits, -1)[self.context]
+        first = torch.eye(self.env.actions, dtype=pi.dtype)[0]
+        return torch.where(self.acts.unsqueeze(-1), pi, first)
+
+    @cached_property
+    def _transition(self) -> Tensor:
+        """P(s' | s, a) `[S, A, S]`, 0 from terminal states."""
+        return torch.nan_to_num(self.env.transition) * ~self.over[:, None, None]
+
+    @cached_property
+    def _reward(self) -> Tensor:
+        """E[r | s, a] `[S, A]`."""
+        return (self._transition * torch.nan_to_num(self.env.full_reward)).sum(-1)
+
+    def _gamma(self, after: Tensor) -> Tensor:
+        """γ to the power that the clock goes on by, from each state, on entering each, `[S, S']`; `after` `[S]`: the policy has
+        acted by the time the first is left."""
+        γ = self.env.discount
+        if self.env.discount_clock == "position":
+            return torch.full((self.env.states,) * 2, γ, dtype=torch.float64)
+        one = torch.ones((), dtype=torch.float64)
+        return torch.where(after.unsqueeze(1) & self.acts, γ * one, one)
+
+    def backward(self, cost: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """V `[T+1, 2, S]`, before and after the first action, and Q `[T, S, A]` where the policy acts; `cost` `[K, A]` is taken
+        off the reward of an action."""
+        T, S, A = self.env.horizon, self.env.states, self.env.actions
+        pi, reward = self.law(self.logits), self._reward
+        if cost is not None:
+            reward = reward - cost[self.context] * self.acts.unsqueeze(-1)
+        V = torch.zeros(T + 1, 2, S, dtype=torch.float64)
+        Q = torch.zeros(T, S, A, dtype=torch.float64)
+        for t in range(T - 1, -1, -1):
+            for acted in (0, 1):
+                after = self.acts | bool(acted)
+                to_go = self._gamma(after) * torch.where(after.unsqueeze(1), V[t + 1, 1], V[t + 1, 0])
+                q = reward + torch.einsum("sax,sx->sa", self._transition, to_go)
+                V[t, acted] = (pi * q).sum(-1) * ~self.over
+            Q[t] = q * self.acts.unsqueeze(-1)
+        return V, Q
+
+    @cached_property
+    def values(self) -> tuple[Tensor, Tensor]:
+        """V and Q of the reward alone."""
+        return self.backward()
+
+    def gradient_by_step(self, cost: Tensor | None = None) -> Tensor:
+        """E[γ^t Ĝ_t ∇log π(a_t | k_t)] of each position, `[T, K, A]`, by forward visitation."""
+        V, Q = self.backward(cost)
+        pi, T = self.law(self.logits), self.env.horizon
+        step = torch.einsum("sa,sax->sx", pi, self._transition)
+        out = torch.zeros(T, *self.logits.shape, dtype=torch.float64)
+        before, after = self.env.initial.clone(), torch.zeros_like(self.env.initial)
+        for t in range(T):
+            d = (before + after) * self.acts
+            out[t].index_add_(0, self.context, d.unsqueeze(-1) * pi * (Q[t] - V[t, 1].unsqueeze(-1)))
+            moved = {late: step * self._gamma(self.acts | late) for late in (False, True)}
+            after = after @ moved[True] + (before * self.acts) @ moved[False]
+            before = (before * ~self.acts) @ moved[False]
+        return out
+
+    # -- facts
+
+    @cached_property
+    def reached(self) -> Tensor:
+        """States in which the policy may come to act, whatever it does, `[S]`."""
+        here = self.env.initial > 0
+        ever = here.clone()
+        step = (self._transition > 0).any(1)
+        for _ in range(self.env.horizon - 1):
+            here = (step & (here & ~self.over).unsqueeze(1)).any(0)
+            ever |= here
+        return ever & self.acts
+
+    @property
+    def on_policy(self) -> bool:
+        """The behavior policy is the target policy wherever they act."""
+        k = self.context[self.reached].unique()
+        a, b = torch.log_softmax(self.logits, -1)[k], torch.log_softmax(self.behavior_logits, -1)[k]
+        return bool(torch.allclose(a, b, rtol=0, atol=1e-14))
+
+    @property
+    def full_support(self) -> bool:
+        """What the target policy does, the behavior policy does."""
+        k = self.context[self.reached].unique()
+        return bool((torch.softmax(self.behavior_logits, -1)[k] > 0)[torch.softmax(self.logits, -1)[k] > 0].all())
+
+    @cached_property
+    def decisions(self) -> tuple[int, int]:
+        """Fewest and most actions of a rollout."""
+        can = (self._transition > 0).any(1)
+        least = most = torch.zeros(self.env.states)
+        for _ in range(self.env.horizon):
+            least = self.acts + torch.where(can, least, torch.inf).amin(-1).nan_to_num(posinf=0)
+            most = self.acts + torch.where(can, most, -torch.inf).amax(-1).nan_to_num(neginf=0)
+        at = self.env.initial > 0
+        return int(least[at].min()), int(most[at].max())
+
+    @cached_property
+    def reward_size(self) -> float:
+        """The largest Σ_t |r_t| of a rollout."""
+        size = torch.zeros(self.env.states, dtype=torch.float64)
+        for _ in range(self.env.horizon):
+            size = torch.where(self._transition > 0, self.env.full_reward.abs() + size, 0.0).amax((-1, -2))
+        return float(size[self.env.initial > 0].max())
+
+    @cached_property
+    def returns(self) -> frozenset[float] | None:
+        """Every return a rollout may have, to 1e-9; None if they are too many to tell."""
+        env, found = self.env, set()
+        moves = [[] if s in env.terminal else env.moves(s) for s in range(env.states)]
+        here = {(s, 0, 0.0) for s in env.starts}  # state, γ's clock if counted by actions, return so far
+        for t in range(env.horizon):
+            new = set()
+            for s, acted, R in here:
+                n = acted + bool(self.acts[s])
+                weight = env.discount ** (t if env.discount_clock == "position" else max(n - 1, 0))
+                clock = n if env.discount_clock == "action" else 0
+                for _, s2, _, r in moves[s]:
+                    new.add((s2, clock, round(R + weight * r, 9)))
+            found |= {R for s, _, R in new if s in env.terminal}
+            here = {x for x in new if x[0] not in env.terminal}
+            if len(here) + len(found) > _MOST_RETURNS:
+                return None
+        return frozenset(found | {R for *_, R in here})
+
+
+@dataclass(frozen=True)
+class ProcessSampler:
+    """Batches from the process itself: a start for each group, then position after position, all rows at once.
+
+    A table is the rows of the draws, each its own; probabilities of whole rollouts are not known (NaN).
+    """
+
+    process: Process
+    labels: Tensor  # [B]
+    stream: Stream
+    provide: tuple[Callable[[Trajectories, Process], Trajectories], ...] = ()  # of side columns
+    kl_coefficient: float = 0.0
+    entropy_coefficient: float = 0.0
+    device: str = "cpu"
+
+    @cached_property
+    def _tables(self) -> dict[str, Tensor]:
+        p, S = self.process, self.process.env.states
+        V, _ = p.values
+        here = {
+            "V": V, "acts": p.acts, "over": p.over, "context": p.context, "initial": p.env.initial,
+            "transition": p._transition, "reward": torch.nan_to_num(p.env.full_reward).contiguous(),
+            "starts": torch.tensor(p.env.starts), "logits": p.logits, "behavior": p.behavior_logits, "ref": p.ref_logits,
+            "law": p.law(p.behavior_logits), "flat": p._transition.reshape(-1, S),
+        }  # fmt: skip
+        return {name: x.to(self.device) for name, x in here.items()}
+
+    @cached_property
+    def _laws(self) -> tuple[Laws, Laws, Laws]:
+        """Of the start among the starts, of the action in each state, of the next state after each (state, action)."""
+        x = self._tables
+        return Laws.of(x["initial"][x["starts"]].unsqueeze(0)), Laws.of(x["law"]), Laws.of(x["flat"])
+
+    def draw(self, first: int, count: int) -> tuple[Trajectories, Tensor]:
+        """As `Sampler.draw`: a table of count · B rows, each drawn once."""
+        x, env, labels = self._tables, self.process.env, self.labels.to(self.device)
+        B, T, groups = len(labels), env.horizon, int(labels[-1]) + 1
+        u = self.stream.uniforms(first, count, groups + 2 * B * T).to(self.device)
+        of_start, of_action, of_state = self._laws
+        chosen = of_start.draw(
+            torch.zeros(count * groups, dtype=torch.int64, device=self.device), u[:, :groups].flatten()
+        )
+        start = chosen.unflatten(0, (count, groups))[:, labels].flatten()
+        u = u[:, groups:].reshape(count * B, T, 2)
+        s = x["starts"][start]
+        alive, acted, end = (
+            torch.ones_like(s, dtype=torch.bool),
+            torch.zeros_like(s, dtype=torch.bool),
+            torch.zeros_like(s),
+        )
+        states, actions, rewards, values = [], [], [], []
+        belief = torch.nn.functional.one_hot(s, env.states).to(torch.float64) if env.observation else None
+        for t in range(T):
+            here = x["acts"][s] & alive
+            a = of_action.draw(s, u[:, t, 0])
+            s2 = of_state.draw(s * env.actions + a, u[:, t, 1])
+            V = x["V"][t, acted.long(), s]
+            if belief is not None:  # while it speaks, the environment's state is not seen
+                V = torch.where(here, V, (belief * x["V"][t, acted.long()]).sum(-1))
+                spoken = torch.where(here.unsqueeze(-1), x["flat"][s * env.actions + a], belief @ x["transition"][:, 0])
+                belief = spoken * ~(x["acts"] | x["over"])
+                belief = belief / belief.sum(-1, keepdim=True).clamp(min=1e-300)
+            states.append(torch.where(here, s, -1))
+            actions.append(torch.where(here, a, -1))
+            rewards.append(torch.where(alive, x["reward"][s, a, s2], 0.0))
+            values.append(torch.where(alive, V, 0.0))
+            end += alive
+            acted |= here
+            alive = alive & ~x["over"][s2]
+            s = torch.where(alive, s2, s)  # of a rollout that is over, anything
+        values.append(torch.zeros_like(values[0]))
+        state, action, reward, value = (torch.stack(c, -1) for c in (states, actions, rewards, values))
+        table = self._table(start, state, action, reward, value, end)
+        for provide in self.provide:
+            table = provide(table, self.process)
+        return table, torch.arange(count * B, device=self.device).unflatten(0, (count, B))
+
+    def _table(
+        self, start: Tensor, state: Tensor, action: Tensor, reward: Tensor, value: Tensor, end: Tensor
+    ) -> Trajectories:
+        x, env = self._tables, self.process.env
+        mask = (action >= 0).to(torch.float64)
+        context = torch.where(action >= 0, x["context"][state.clamp(min=0)], -1)
+        unknown = torch.full_like(start, torch.nan, dtype=torch.float64)
+        paths = Paths.known(
+            start=start, state=state, context=context, action=action, reward=reward, mask=mask,
+            env_probability=unknown, start_probability=x["initial"][x["starts"]], discount=env.discount,
+            discount_clock=env.discount_clock, end=end,
+        )  # fmt: skip
+        logp, behavior_logp, ref_logp = (
+            row_logp(x[name], context, action, mask) for name in ("logits", "behavior", "ref")
+        )
+        return Trajectories(
+            paths, x["logits"], logp, behavior_logp, ref_logp, value, unknown, unknown,
+            kl_coefficient=self.kl_coefficient, entropy_coefficient=self.entropy_coefficient,
+        )  # fmt: skip
