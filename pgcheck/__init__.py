@@ -25,7 +25,8 @@ _WHERE = {
     "pgcheck.estimators.base": ("Claim", "Estimator", "biased", "from_coefficients", "proportional", "unbiased"),
     "pgcheck.estimators.from_loss": ("from_loss",),
     "pgcheck.estimators.lookup": ("as_estimator",),
-    "pgcheck.policies": ("LinearPolicy", "ModulePolicy", "SoftmaxTable", "TinyGPT"),
+    "pgcheck.envs.text": ("text_task",),
+    "pgcheck.policies": ("HFPolicy", "LinearPolicy", "ModulePolicy", "Sampler", "SoftmaxTable", "TinyGPT"),
     "pgcheck.problem": ("Problem",),
     "pgcheck.runs.report": ("Report",),
     "pgcheck.trajectories": ("Paths", "Trajectories"),
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from pgcheck.engines.moments import Moments
     from pgcheck.envs.language import LMTask
     from pgcheck.envs.tabular import TabularMDP
+    from pgcheck.envs.text import text_task
     from pgcheck.errors import (
         BiasError,
         BudgetError,
@@ -59,7 +61,7 @@ if TYPE_CHECKING:
     from pgcheck.estimators.base import Claim, Estimator, biased, from_coefficients, proportional, unbiased
     from pgcheck.estimators.from_loss import from_loss
     from pgcheck.estimators.lookup import as_estimator
-    from pgcheck.policies import LinearPolicy, ModulePolicy, SoftmaxTable, TinyGPT
+    from pgcheck.policies import HFPolicy, LinearPolicy, ModulePolicy, Sampler, SoftmaxTable, TinyGPT
     from pgcheck.problem import Problem
     from pgcheck.runs.report import Report
     from pgcheck.trajectories import Paths, Trajectories

@@ -22,7 +22,8 @@ from pgcheck.batch import DiscountClock
 from pgcheck.envs import language
 from pgcheck.envs.language import LMTask
 from pgcheck.envs.tabular import TabularMDP
-from pgcheck.policies.transformer import TinyGPT, truncated
+from pgcheck.policies.samplers import truncated
+from pgcheck.policies.transformer import TinyGPT
 from pgcheck.problem import Problem, register_problem
 
 INF = math.inf

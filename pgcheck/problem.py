@@ -20,7 +20,8 @@ from pgcheck import truth
 from pgcheck.batch import Batch
 from pgcheck.envs.language import LMTask
 from pgcheck.envs.tabular import TabularMDP
-from pgcheck.errors import ProblemError, UnknownNameError
+from pgcheck.errors import PgcheckError, ProblemError, UnknownNameError, in_words
+from pgcheck.policies.huggingface import HFPolicy, is_hugging_face
 from pgcheck.policies.tabular import ModulePolicy, SoftmaxTable, as_policy, in_parameters, logit_gram, logit_jacobian
 from pgcheck.policies.transformer import LMPolicy
 from pgcheck.sampling import Sampler, Stream, TableSampler
@@ -36,9 +37,9 @@ class Problem:
     Args:
         env: a `TabularMDP`, `Paths` (the table of rollouts itself), or an `LMTask`, which becomes its paths.
         policy: logits `[K, A]`, a module over one-hot contexts, or a policy of `pgcheck.policies`. With a task, a module is
-            a language model, tokens `[n, L]` -> logits `[n, L, V]`.
-        behavior_logits: `[K, A]` of the policy that draws the batches; -inf breaks its support. Default: the policy. With a
-            task, a language model will do.
+            a language model: one of transformers, or any from tokens `[n, L]` to logits `[n, L, V]`.
+        behavior_logits: `[K, A]` of the policy that draws the batches; -inf breaks its support. Or a function of the policy's
+            logits, such as `Sampler(top_p=.9)`. Default: the policy. With a task, a language model will do.
         ref_logits: `[K, A]` of the reference policy of KL terms. Default: the policy. With a task, as before.
         kl_coefficient: β, and
         entropy_coefficient: α of the objective E Σ_t γ^t (r_t − β log π/π_ref − α log π), sums over policy positions: J less
@@ -94,6 +95,8 @@ class Problem:
             )
         for name in ("behavior_logits", "ref_logits"):
             given = getattr(self, name)
+            if callable(given):
+                given = self._sampled(name, given)
             table = logits if given is None else as_table(name, given)
             if table.shape != logits.shape:
                 raise ProblemError(f"{name}: shape {list(table.shape)}, expected {list(logits.shape)} as the policy's.")
@@ -115,14 +118,28 @@ class Problem:
                 f"kl_coefficient: {self.kl_coefficient}, without a reference; give `ref_logits` as well."
             )
 
+    def _sampled(self, name: str, sampler: Callable[[Tensor], Any]) -> Any:
+        try:
+            return sampler(self.logits)
+        except PgcheckError:
+            raise
+        except Exception as error:
+            raise ProblemError(f"{name}: called with the policy's logits, it raises {in_words(error)}.") from error
+
     def _read(self, task: LMTask) -> None:
         """The task as its paths, and language models as policies over its contexts."""
+        object.__setattr__(self, "env", task.paths())  # before any model is copied
         for name in ("policy", "behavior_logits", "ref_logits"):
             given = getattr(self, name)
             if isinstance(given, nn.Module) and not isinstance(given, (SoftmaxTable, ModulePolicy, LMPolicy)):
-                model = LMPolicy(given, task.contexts, vocab_size=task.vocab_size)
-                object.__setattr__(self, name, model if name == "policy" else model().detach())
-        object.__setattr__(self, "env", task.paths())
+                if is_hugging_face(given):
+                    given = HFPolicy(given, task)
+                else:
+                    given = LMPolicy(given, task.contexts, vocab_size=task.vocab_size, actions=task.actions)
+                object.__setattr__(self, name, given)
+            if name != "policy" and isinstance(given, LMPolicy):
+                with torch.no_grad():
+                    object.__setattr__(self, name, given())
 
     def _check_sampling(self) -> None:
         if not is_count(self.groups):
@@ -167,8 +184,12 @@ class Problem:
     @property
     def logits(self) -> Tensor:
         """Target policy logits, `[K, A]`."""
+        return self._logits.clone()
+
+    @cached_property
+    def _logits(self) -> Tensor:
         with torch.no_grad():
-            return self.policy().detach().to(torch.float64).clone()
+            return self.policy().detach().to(torch.float64)
 
     @cached_property
     def _paths(self) -> Paths:
@@ -369,8 +390,9 @@ class Problem:
 
     def pinned(self, logits: Tensor) -> Tensor:
         """Logits as the identity of the problem has them: those of a language model, whose last bits differ from
-        machine to machine, to nine decimals."""
-        return logits.round(decimals=9) + 0.0 if isinstance(self.policy, LMPolicy) else logits
+        machine to machine, to nine decimals; to five where they are so many that one may lie between two."""
+        decimals = 9 if logits.numel() <= 4096 else 5
+        return logits.round(decimals=decimals) + 0.0 if isinstance(self.policy, LMPolicy) else logits
 
     def at(self, draw: int) -> Problem:
         """The same problem at another θ: every parameter moved by a seeded normal draw of standard deviation 1/2.

@@ -71,8 +71,10 @@ def as_policy(policy: Any, contexts: int) -> nn.Module:
     Raises:
         ProblemError: logits that are not a finite `[K, A]` table of numbers.
     """
-    if isinstance(policy, (SoftmaxTable, ModulePolicy, LMPolicy)):
-        built: nn.Module = copy.deepcopy(policy)  # a problem is frozen, whatever an optimiser does later
+    if isinstance(policy, LMPolicy) and policy.shared:
+        built: nn.Module = policy
+    elif isinstance(policy, (SoftmaxTable, ModulePolicy, LMPolicy)):
+        built = copy.deepcopy(policy)  # a problem is frozen, whatever an optimiser does later
     elif isinstance(policy, nn.Module):
         built = ModulePolicy(policy, contexts=contexts)
     else:
@@ -112,10 +114,20 @@ def in_parameters(policy: nn.Module, x: Tensor) -> Tensor:
     Raises:
         ProblemError: the policy has no parameters.
     """
-    leaves = {name: p.clone().requires_grad_(True) for name, p in _parameters_of(policy).items()}
-    z: Tensor = torch.func.functional_call(policy, leaves, ())
-    found = torch.autograd.grad(z, list(leaves.values()), x.reshape(z.shape), materialize_grads=True)
-    return torch.cat([g.reshape(-1) for g in found])
+    leaves = {name: p.requires_grad_(True) for name, p in _parameters_of(policy).items()}
+
+    def pulled(x: Tensor, *rows: slice) -> tuple[Tensor, ...]:
+        z: Tensor = torch.func.functional_call(policy, leaves, rows)
+        return torch.autograd.grad(z, list(leaves.values()), x.reshape(z.shape), materialize_grads=True)
+
+    if not isinstance(policy, LMPolicy):
+        return torch.cat([g.reshape(-1) for g in pulled(x)])
+    x = x.reshape(len(policy.where[0]), -1)
+    total: list[Tensor] = []
+    for rows in policy.parts:
+        found = pulled(x[policy.contexts_of(rows)], rows)
+        total = [a.add_(b) for a, b in zip(total, found, strict=True)] if total else list(found)
+    return torch.cat([g.reshape(-1).cpu() for g in total])
 
 
 def logit_jacobian(policy: nn.Module) -> Tensor:
@@ -135,9 +147,9 @@ def logit_jacobian(policy: nn.Module) -> Tensor:
             " smaller model."
         )
 
-    def jacobian(*part: int) -> Tensor:
+    def jacobian(*rows: slice) -> Tensor:
         def logits(parameters: dict[str, Tensor]) -> Tensor:
-            out: Tensor = torch.func.functional_call(policy, parameters, part)
+            out: Tensor = torch.func.functional_call(policy, parameters, rows)
             return out.reshape(-1)
 
         found = torch.func.jacrev(logits)(named)
@@ -146,8 +158,9 @@ def logit_jacobian(policy: nn.Module) -> Tensor:
     if not isinstance(policy, LMPolicy):
         return jacobian()
     out = torch.empty(K, A, P, dtype=torch.float64)
-    for part, contexts in enumerate(policy.parts):  # a context's logits depend on its own text only
-        out[contexts] = jacobian(part).unflatten(0, (-1, A))
+    for i in range(len(policy.tokens)):  # a context's logits depend on its own text only
+        row = slice(i, i + 1)
+        out[policy.contexts_of(row)] = jacobian(row).unflatten(0, (-1, A))
     return out.flatten(0, 1)
 
 

@@ -76,27 +76,47 @@ class TinyGPT(nn.Module):
 
 
 class LMPolicy(nn.Module):
-    """A model on the contexts of a task: called with nothing, it returns logits `[K, V]`.
+    """A model on the contexts of a task: called with nothing, it returns logits `[K, A]`.
 
     Args:
         model: tokens `[n, L]` → logits `[n, L, V]`; it is copied, and computes in float64.
         contexts: token ids of each, prompt and prefix.
         vocab_size: V.
+        actions: the A tokens that may be written: only their logits are read. Default: all of them.
 
     Raises:
         ProblemError: the model raises, says NaN or another vocabulary, is not deterministic, or not causal.
     """
 
-    def __init__(self, model: nn.Module, contexts: Sequence[Sequence[int]], *, vocab_size: int) -> None:
+    rows_at_once = 4096  # rows of tokens in one forward pass
+    shared = False  # whether the model is its owner's, who leaves it as it is
+
+    def __init__(
+        self,
+        model: nn.Module,
+        contexts: Sequence[Sequence[int]],
+        *,
+        vocab_size: int,
+        actions: Sequence[int] | None = None,
+    ) -> None:
         super().__init__()
-        self.model = copy.deepcopy(model).to(torch.float64)  # the caller's own stays as it is
         texts = [tuple(tokens) for tokens in contexts]
+        self.vocab_size = vocab_size
+        self.actions = tuple(range(vocab_size) if actions is None else actions)
+        self._place(texts, *_room(model))
+        self.model = self._copied(model)
+        with random_state_kept(), torch.no_grad():
+            self._check(texts)
+
+    def _copied(self, model: nn.Module) -> nn.Module:
+        return copy.deepcopy(model).to(torch.float64)  # the caller's own stays as it is
+
+    def _place(self, texts: list[tuple[int, ...]], room: int | None, why: str) -> None:
         longest = max(map(len, texts))
-        room = getattr(model, "context", None)
-        if isinstance(room, int) and longest > room:
+        if room is not None and longest > room:
             raise ProblemError(
-                f"model: its context is {room} tokens, but it must read {longest}: the longest prompt and all new tokens but"
-                f" the last. Shorten those, or give it a context of {longest}."
+                f"model: its context is {room} tokens{why}, but it must read {longest}: the longest prompt and all new tokens"
+                f" but the last. Shorten those, or give it a context of {longest}."
             )
         inside = {tokens[:i] for tokens in texts for i in range(len(tokens))}
         place: dict[tuple[int, ...], tuple[int, int]] = {}
@@ -105,71 +125,107 @@ class LMPolicy(nn.Module):
             for i in range(len(leaf)):
                 place.setdefault(leaf[: i + 1], (row, i))
         self.tokens: Tensor
+        self.length: Tensor
         self.where: Tensor
         padded = [leaf + (0,) * (longest - len(leaf)) for leaf in leaves]  # what follows is not seen
         self.register_buffer("tokens", torch.tensor(padded))
+        self.register_buffer("length", torch.tensor([len(leaf) for leaf in leaves]))
         self.register_buffer("where", torch.tensor([place[tokens] for tokens in texts]).T)
-        with random_state_kept(), torch.no_grad():
-            self._check(texts, vocab_size)
 
-    def forward(self, part: int | None = None) -> Tensor:
-        row, position = self.where
-        if part is None:
-            return self.model(self.tokens)[row, position]
-        return self.model(self.tokens[part : part + 1])[0, position[self.parts[part]]]
+    def _says(self, tokens: Tensor, length: Tensor) -> Tensor:
+        """What the model says of rows `tokens` `[n, L]`, of which the first `length` `[n]` are real."""
+        said: Tensor = self.model(tokens)
+        return said
 
     @property
-    def parts(self) -> list[Tensor]:
-        """The contexts that `forward` reads off each of its rows; each context is read off one."""
-        return [(self.where[0] == row).nonzero().flatten() for row in range(len(self.tokens))]
+    def _first(self) -> int:
+        """The position of the tokens that the first logits of `_says` follow."""
+        return 0
 
-    def _check(self, texts: list[tuple[int, ...]], vocab_size: int) -> None:
-        n, L = self.tokens.shape
-        try:
-            found, again = self.model(self.tokens), self.model(self.tokens)
-        except Exception as error:
-            raise ProblemError(f"model: called with tokens [{n}, {L}], it raises {in_words(error)}.") from error
-        shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        if shape != [n, L, vocab_size]:
-            raise ProblemError(
-                f"model: called with tokens [{n}, {L}], it returns {shape}; expected logits [{n}, {L}, {vocab_size}], the last"
-                " of them the task's vocab_size."
-            )
-        here = found[self.where[0], self.where[1]]
+    def forward(self, rows: slice | None = None) -> Tensor:
+        """Logits `[K, A]`; with `rows`, those of `contexts_of(rows)`."""
+        if rows is not None:
+            return self._read(self._says(self.tokens[rows], self.length[rows]), rows)
+        parts = self.parts
+        if len(parts) == 1:
+            return self._read(self._says(self.tokens, self.length), parts[0])
+        found = torch.cat([self(part) for part in parts])
+        return found[torch.cat([self.contexts_of(part) for part in parts]).argsort()]
+
+    def _read(self, said: Tensor, rows: slice) -> Tensor:
+        k = self.contexts_of(rows)
+        row, position = self.where[:, k]
+        z = said[row - (rows.start or 0), position - self._first]
+        return z if len(self.actions) == self.vocab_size else z[:, torch.tensor(self.actions)]
+
+    @property
+    def parts(self) -> list[slice]:
+        """The rows, as many at once as a forward pass takes."""
+        n = len(self.tokens)
+        return [slice(i, min(i + self.rows_at_once, n)) for i in range(0, n, self.rows_at_once)]
+
+    def contexts_of(self, rows: slice) -> Tensor:
+        """The contexts that `forward` reads off these rows; each context is read off one."""
+        return ((self.where[0] >= rows.start) & (self.where[0] < rows.stop)).nonzero().flatten()
+
+    def _check(self, texts: list[tuple[int, ...]]) -> None:
+        z = []
+        for rows in self.parts:
+            found = self._tried(self.tokens[rows], self.length[rows])
+            if not torch.equal(found, self._tried(self.tokens[rows], self.length[rows])):
+                why = self._what_is_random()
+                raise ProblemError(f"model: two calls with the same tokens differ.{why} Call model.eval() first.")
+            z.append(self._read(found, rows))
+        here = torch.cat(z)[torch.cat([self.contexts_of(rows) for rows in self.parts]).argsort()]
         if not bool(torch.isfinite(here).all()):
             k, a = (int(i) for i in (~torch.isfinite(here)).nonzero()[0])
             raise ProblemError(
-                f"model: the logit of token {a} after {texts[k]} is {float(here[k, a])}; it must be finite."
+                f"model: the logit of token {self.actions[a]} after {texts[k]} is {float(here[k, a])}; it must be finite."
             )
-        if not torch.equal(found, again):
-            noisy = [name for name, m in self.model.named_modules() if m.training and "Dropout" in type(m).__name__]
-            why = f" It is in train mode and has dropout (module '{noisy[0]}')." if noisy else ""
-            raise ProblemError(f"model: two calls with the same tokens differ.{why} Call model.eval() first.")
         for size in sorted(set(map(len, texts))):
             own = [k for k, tokens in enumerate(texts) if len(tokens) == size]
-            alone = self.model(torch.tensor([texts[k] for k in own]))[:, -1]
-            gap = (alone - here[own]).abs().amax(-1)
-            if bool((gap > 1e-9 * (1 + here.abs().max())).any()):
-                k = own[int(gap.argmax())]
-                raise ProblemError(
-                    f"model: its logits after {texts[k]} change by {float(gap.max()):.3g} with what follows or stands beside"
-                    " it: it is not causal, or it looks at other rows (batch norm in train mode)."
-                )
+            for low in range(0, len(own), self.rows_at_once):
+                self._check_alone(texts, own[low : low + self.rows_at_once], here)
+
+    def _tried(self, tokens: Tensor, length: Tensor) -> Tensor:
+        n, L = tokens.shape
+        try:
+            found = self._says(tokens, length)
+        except ProblemError:
+            raise
+        except Exception as error:
+            raise ProblemError(f"model: called with tokens [{n}, {L}], it raises {in_words(error)}.") from error
+        shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        if shape != [n, L - self._first, self.vocab_size]:
+            raise ProblemError(
+                f"model: called with tokens [{n}, {L}], it returns {shape}; expected logits [{n}, {L - self._first},"
+                f" {self.vocab_size}], the last of them the task's vocab_size."
+            )
+        return found
+
+    def _what_is_random(self) -> str:
+        noisy = [name for name, m in self.model.named_modules() if m.training and "Dropout" in type(m).__name__]
+        return f" It is in train mode and has dropout (module '{noisy[0]}')." if noisy else ""
+
+    _tolerance = 1e-9
+
+    def _check_alone(self, texts: list[tuple[int, ...]], own: list[int], here: Tensor) -> None:
+        tokens = torch.tensor([texts[k] for k in own])
+        said = self._says(tokens, torch.full((len(own),), tokens.shape[1]))[:, -1]
+        alone = said if len(self.actions) == self.vocab_size else said[:, torch.tensor(self.actions)]
+        gap = (alone - here[own]).abs().amax(-1)
+        if bool((gap > self._tolerance * (1 + here.abs().max())).any()):
+            k = own[int(gap.argmax())]
+            raise ProblemError(
+                f"model: its logits after {texts[k]} change by {float(gap.max()):.3g} with what follows or stands beside"
+                " it: it is not causal, or it looks at other rows (batch norm in train mode)."
+            )
 
 
-def truncated(logits: Tensor, *, top_k: int | None = None, top_p: float | None = None) -> Tensor:
-    """`logits` `[K, V]` with -inf for every token that a sampler cuts off: all but the `top_k` most likely, and all but the
-    fewest of those whose probability adds up to `top_p`. Ties go to the lower token."""
-    V = logits.shape[-1]
-    if not (top_k is None or 1 <= top_k <= V) or not (top_p is None or 0.0 < top_p <= 1.0):
-        raise ProblemError(
-            f"top_k, top_p: {top_k!r}, {top_p!r}; nothing may be left to sample: 1 ≤ top_k ≤ {V}, 0 < top_p ≤ 1."
-        )
-    order = logits.argsort(dim=-1, descending=True, stable=True)
-    mass = torch.softmax(logits, -1).gather(-1, order)
-    keep = torch.arange(V) < (V if top_k is None else top_k)
-    if top_p is not None:
-        left = torch.softmax(logits.gather(-1, order).masked_fill(~keep, -math.inf), -1)
-        keep = keep & (left.cumsum(-1) - left < top_p - 1e-12)
-    keep = keep.expand_as(mass)
-    return logits.masked_fill(~torch.zeros_like(keep).scatter(-1, order, keep), -math.inf)
+def _room(model: nn.Module) -> tuple[int | None, str]:
+    """Most tokens that the model reads, and which of its fields says so."""
+    for owner, name in ((model, "context"), (getattr(model, "config", None), "max_position_embeddings")):
+        room = getattr(owner, name, None)
+        if isinstance(room, int):
+            return room, "" if owner is model else f" (config.{name})"
+    return None, ""
