@@ -236,11 +236,12 @@ def compare(
     batches (None: exact).
 
     Args:
-        space: `"parameters"`: of E ĝ_θ = (dz/dθ)ᵀ E ĝ against ∇_θ J, and tr Cov ĝ_θ; the finding in logits holds for every θ.
+        space: `"parameters"`: of E ĝ_θ = (dz/dθ)ᵀ E ĝ against ∇_θ J, and tr Cov ĝ_θ (NaN where more
+            logits × parameters than fit make it); the finding in logits holds for every θ.
 
     Raises:
         UsageError: two estimators of one name, or two problems; no such space.
-        BudgetError: `space="parameters"` with more logits × parameters than fit.
+        BudgetError: more batches, or more memory, than fit.
     """
     if space not in get_args(Space):
         raise UsageError(f"space: {space!r} is not one of {', '.join(get_args(Space))}.")

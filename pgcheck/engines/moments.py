@@ -20,7 +20,8 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Sums:
-    """What a way of enumerating hands over: moments of one evaluation x `[K·A]`, exact."""
+    """What a way of enumerating hands over: moments of one evaluation x `[K·A]`, exact. Of `second` and `between`, the traces
+    (0-dimensional) where the matrices are not kept."""
 
     mean: Tensor  # E x
     second: Tensor  # E x xᵀ
@@ -34,17 +35,18 @@ class Moments:
     """E ĝ and Cov ĝ of one batch."""
 
     mean: Tensor  # [K, A]
-    covariance: Tensor  # [K·A, K·A]
+    covariance: Tensor | None  # [K·A, K·A]; None: too large to be kept
     batches: int | None  # number drawn; None: every batch was enumerated
     enumerated: int = 0  # number of distinct batches evaluated
     lane: str = "coefficients"  # how the coefficients were evaluated
     policy: nn.Module | None = None  # the way to the parameters
     by_step: Tensor | None = None  # [T, K, A], the part of E ĝ that the coefficients of position t contribute
+    trace: float | None = None  # tr Cov ĝ, where the covariance is not kept
 
     @property
     def total_variance(self) -> float:
         """tr Cov ĝ."""
-        return float(self.covariance.diagonal().sum())
+        return float(self._kept.diagonal().sum()) if self.trace is None else self.trace
 
     @property
     def second_moment(self) -> float:
@@ -55,10 +57,10 @@ class Moments:
         """Mean `[P]` and covariance `[P, P]` of ĝ_θ: (dz/dθ)ᵀ E ĝ and (dz/dθ)ᵀ Cov ĝ (dz/dθ).
 
         Raises:
-            UsageError: the moments were made without a policy.
+            UsageError: the moments were made without a policy, or their covariance was not kept.
         """
-        jacobian = logit_jacobian(self._to_parameters)
-        return jacobian.T @ self.mean.reshape(-1), jacobian.T @ self.covariance @ jacobian
+        covariance, jacobian = self._kept, logit_jacobian(self._to_parameters)
+        return jacobian.T @ self.mean.reshape(-1), jacobian.T @ covariance @ jacobian
 
     def mean_in_parameters(self) -> Tensor:
         """E ĝ_θ = (dz/dθ)ᵀ E ĝ, `[P]`: one backward pass, however large P is.
@@ -72,10 +74,23 @@ class Moments:
         """tr Cov ĝ_θ = Σ Cov ĝ · (dz/dθ)(dz/dθ)ᵀ, without a `[P, P]` matrix.
 
         Raises:
-            UsageError: the moments were made without a policy.
+            UsageError: the moments were made without a policy, or their covariance was not kept.
             BudgetError: dz/dθ has too many entries.
         """
-        return float((self.covariance * logit_gram(self._to_parameters)).sum())
+        return self.total_variance_by(logit_gram(self._to_parameters))
+
+    def total_variance_by(self, gram: Tensor) -> float:
+        """The same with (dz/dθ)(dz/dθ)ᵀ at hand."""
+        return float((self._kept * gram).sum())
+
+    @property
+    def _kept(self) -> Tensor:
+        if self.covariance is None:
+            raise UsageError(
+                f"covariance: it was not kept, having {self.mean.numel():,}² entries; total_variance and the mean are exact."
+                " On a smaller problem, or with exact_moments(…, covariance=True) where it fits, it is there."
+            )
+        return self.covariance
 
     @property
     def _to_parameters(self) -> nn.Module:
@@ -85,6 +100,8 @@ class Moments:
 
 
 def covariance_from(second: Tensor, mean: Tensor) -> Tensor:
-    """E[x xᵀ] − E[x] E[x]ᵀ, symmetrised."""
+    """E[x xᵀ] − E[x] E[x]ᵀ, symmetrised; of traces, the trace."""
+    if second.dim() == 0:
+        return second - mean @ mean
     cov = second - torch.outer(mean, mean)
     return (cov + cov.T) / 2

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from pgcheck.engines.moments import Moments
+from pgcheck.errors import UsageError
 from pgcheck.estimators.base import ClaimKind, Estimator
 from pgcheck.problem import Problem
 
@@ -141,10 +142,12 @@ def measure(
     split = moments.by_step is not None and space == "logits"
     if space == "parameters":
         g, m = (x.unsqueeze(0) for x in (problem.parameter_gradient(), moments.mean_in_parameters()))
-        variance = float((moments.covariance * problem.logit_gram()).sum())  # made once for all estimators
+        variance = _variance_in_parameters(problem, moments)
     numbers = direction(m, g)
     # E‖ĝ‖² ≥ ‖E ĝ‖²; said again because a variance of 0 is known to rounding only
-    norms = [float(g.norm()), float(m.norm()), math.sqrt(max(variance + float((m**2).sum()), 0.0))]
+    norms = [float(g.norm()), float(m.norm())]
+    if space == "logits" or not math.isnan(variance):  # what is not known makes the tolerance no wider
+        norms.append(math.sqrt(max(variance + float((m**2).sum()), 0.0)))
     size = max(norms) if all(map(math.isfinite, norms)) else math.nan  # a NaN must not hide in the maximum
     # Where every return is the same, g is 0 but for rounding, and so may ĝ be: rounding is not judged against rounding.
     rounding = 16 * torch.finfo(g.dtype).eps * float(problem.trajectories.paths.reward.abs().sum(-1).max())
@@ -172,7 +175,7 @@ def measure(
         gradient_norm=float(g.norm()),
         total_variance=variance,
         mse=bias**2 + variance,
-        snr=float(m.norm()) / math.sqrt(variance) if variance > 0 else math.inf,
+        snr=float(m.norm()) / math.sqrt(variance) if not variance <= 0 else math.inf,
         rows=problem.rows,
         batches=moments.batches,
         enumerated=moments.enumerated,
@@ -182,6 +185,14 @@ def measure(
         worst_step=_worst_step(moments, problem) if split else None,
         by_step=() if moments.by_step is None or not split else steps(moments.by_step, problem.gradient_by_step(), g),
     )
+
+
+def _variance_in_parameters(problem: Problem, moments: Moments) -> float:
+    """tr Cov ĝ_θ; NaN where it would take a covariance or a Jacobian that does not fit."""
+    try:
+        return moments.total_variance_by(problem.logit_gram())  # the Gram matrix is made once for all estimators
+    except UsageError:
+        return math.nan
 
 
 def _worst_step(moments: Moments, problem: Problem) -> int | None:
