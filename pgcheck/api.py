@@ -188,9 +188,10 @@ def explain_failure(
     failed = {v.problem for v in report.failures if v.estimator == estimator.name and v.check in BIAS_CHECKS}
     found = swap = None
     if failed & set(measured):
-        pairs = [p for p in problems if p.name in measured]
+        pairs = [p for p in problems if p.name in measured and measured[p.name].expected]
         numbers = [measurement_of(measured[p.name], p) for p in pairs]
-        found, swap = diagnose(estimator, pairs, numbers), find_swap(estimator, pairs, numbers)
+        if pairs:
+            found, swap = diagnose(estimator, pairs, numbers), find_swap(estimator, pairs, numbers)
     differs = any((v.estimator, v.check) == (estimator.name, "same_as") for v in report.failures)
     mistake = find_mistake(estimator, problems) if differs else None
     return failure_message(report, estimator.name, diagnosis=found, swap=swap, mistake=mistake, command=command)

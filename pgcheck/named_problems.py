@@ -30,19 +30,22 @@ INF = math.inf
 
 
 def named(
-    name: str, *, belongs_to: str | None = "core", double_of: str | None = None
+    name: str, *, belongs_to: str | None = "core", double_of: str | None = None, heavy: bool = False
 ) -> Callable[[Callable[[], Problem]], Callable[[], Problem]]:
     """Register a builder as `name`, with its docstring as the problem's `about`; see `pgcheck.problem.register_problem`."""
 
     def decorate(build: Callable[[], Problem]) -> Callable[[], Problem]:
+        about = " ".join((build.__doc__ or "").split())
+
         @functools.cache
         def built() -> Problem:
             problem = build()
             object.__setattr__(problem, "name", name)
-            object.__setattr__(problem, "about", " ".join((build.__doc__ or "").split()))
+            object.__setattr__(problem, "about", about)
             return problem
 
-        register_problem(name, built, belongs_to=belongs_to, double_of=double_of)
+        told = about if heavy else None
+        register_problem(name, built, belongs_to=None if heavy else belongs_to, double_of=double_of, heavy=told)
         return built
 
     return decorate

@@ -6,6 +6,7 @@ from it, by the behaviour policy: B = groups · group_size rows. B i.i.d. rollou
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -422,14 +423,22 @@ def _copy_policy(policy: nn.Module) -> nn.Module:
 _BUILDERS: dict[str, Callable[[], Problem]] = {}
 _SETS: dict[str, list[str]] = {"core": [], "off-policy": [], "penalized": []}
 _DOUBLES: dict[str, str] = {}
+_HEAVY: dict[str, str] = {}
 
 
 def register_problem(
-    name: str, build: Callable[[], Problem], *, belongs_to: str | None = None, double_of: str | None = None
+    name: str,
+    build: Callable[[], Problem],
+    *,
+    belongs_to: str | None = None,
+    double_of: str | None = None,
+    heavy: str | None = None,
 ) -> None:
     """Add a named problem, to the set "core", "off-policy" or "penalized" on which estimators are judged or to none.
 
     `double_of`: the problem of a set that shows whatever this one shows; it is kept for its range, and belongs to no set.
+    `heavy`: what a listing says of it, of a problem that takes a model to be loaded: it is built when asked for by its name or
+    family, and by nothing that goes through all problems.
 
     Raises:
         ProblemError: the name is taken, or has an @ (what follows it names a θ).
@@ -439,6 +448,8 @@ def register_problem(
     if name in _BUILDERS:
         raise ProblemError(f"problem '{name}' is registered already; choose another name.")
     _BUILDERS[name] = build
+    if heavy is not None:
+        _HEAVY[name] = heavy
     if double_of is not None:
         _DOUBLES[name] = double_of
     elif belongs_to is not None:
@@ -463,8 +474,20 @@ def doubles() -> dict[str, str]:
 
 
 def registered_problems() -> dict[str, Callable[[], Problem]]:
-    """Builders by name, in order of registration."""
-    return dict(_BUILDERS)
+    """Builders by name, in order of registration; without the heavy ones."""
+    return {name: build for name, build in _BUILDERS.items() if name not in _HEAVY}
+
+
+def heavy_problems() -> dict[str, str]:
+    """Names of problems that take a model to be loaded, and what a listing says of them."""
+    return dict(_HEAVY)
+
+
+def problem_names(pattern: str = "*") -> list[str]:
+    """Names that match; a heavy one if the pattern spells its family out."""
+    family = pattern.partition("/")[0]
+    own = [name for name in _BUILDERS if name not in _HEAVY or name.partition("/")[0] == family]
+    return [name for name in own if fnmatch.fnmatchcase(name, pattern)]
 
 
 def find_problem(name: str) -> Problem:

@@ -69,7 +69,7 @@ def exact_moments(
 
     Args:
         budget: most batches evaluated for one estimator (a loss that only runs in a loop counts 300 for each).
-        covariance: whether Cov ĝ `[K·A, K·A]` is kept, or its trace alone. Default: where K·A is at most 4096.
+        covariance: whether Cov ĝ `[K·A, K·A]` is kept, or its trace alone. Default: where K·A is at most 2048.
         progress: called between blocks.
 
     Raises:

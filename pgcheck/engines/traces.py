@@ -30,7 +30,7 @@ from pgcheck.estimators.base import Estimator
 from pgcheck.memory import free_memory, in_gib
 from pgcheck.trajectories import Trajectories
 
-COVARIANCE_CELLS = 4096  # K·A: a covariance of 128 MiB; above it only the trace is kept, unless it is asked for
+COVARIANCE_CELLS = 2048  # K·A: a covariance of 32 MiB; above it only the trace is kept, unless it is asked for
 _BLOCK_ELEMENTS = 2_000_000
 
 

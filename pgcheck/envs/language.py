@@ -13,6 +13,7 @@ everything, in opposite order, and a reward that depends on anything but (prompt
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
@@ -93,9 +94,10 @@ class LMTask:
         asked: Any = self.actions
         asked = asked.tolist() if hasattr(asked, "tolist") else asked
         if asked is None:
-            asked = range(self.vocab_size)
+            object.__setattr__(self, "actions", tuple(range(self.vocab_size)))
+            return
         given = list(asked) if isinstance(asked, Sequence) else []
-        wrong = [x for x in given if not self._is_token(x)] or [x for x in set(given) if given.count(x) > 1][:1]
+        wrong = [x for x in given if not self._is_token(x)] or [x for x, n in Counter(given).items() if n > 1]
         if wrong or len(given) < 2:
             raise ProblemError(
                 f"actions: {wrong[0] if wrong else asked!r}; expected two different tokens or more of 0 …"

@@ -13,11 +13,13 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
 
 from pgcheck.estimators.base import Claim, Estimator
 from pgcheck.problem import Problem
 from pgcheck.verdicts.verdict import Measurement, NotAsked, Status, Verdict, along, as_list, finite_or_none
 
+LARGEST_TABLE = 10_000  # entries of a gradient that is written out
 SCHEMA: Literal["pgcheck-report/1"] = "pgcheck-report/1"
 
 
@@ -42,7 +44,7 @@ class ProblemRow(_Row):
     full_support: bool
     value: float
     gradient_norm: float
-    gradient: list[list[float]]  # ∇J in logit space, [K, A]
+    gradient: list[list[float]]  # ∇J in logit space, [K, A]; empty if that has more than `LARGEST_TABLE` entries
     by_step: list[float | None]  # ⟨g_t, ∇J⟩/‖∇J‖² of each position, for its part g_t of ∇J; sums to 1
 
 
@@ -94,7 +96,7 @@ class MeasurementRow(_Row):
     worst_context: int
     worst_action: int
     worst_step: int | None
-    expected: list[list[float]]  # E ĝ in logit space, [K, A]
+    expected: list[list[float]]  # E ĝ in logit space, [K, A]; empty if that has more than `LARGEST_TABLE` entries
     by_step: list[StepRow]  # what each position contributes to it; empty if the engine does not say
 
 
@@ -191,6 +193,10 @@ class Report(_Row):
         return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
+def _table(x: Tensor) -> list[list[float]]:
+    return as_list(x) if x.numel() <= LARGEST_TABLE else []
+
+
 def problem_row(problem: Problem) -> ProblemRow:
     """A problem's line of the report."""
     t = problem.trajectories
@@ -209,7 +215,7 @@ def problem_row(problem: Problem) -> ProblemRow:
         full_support=problem.full_support,
         value=problem.value(),
         gradient_norm=float(problem.gradient().norm()),
-        gradient=as_list(problem.gradient()),
+        gradient=_table(problem.gradient()),
         by_step=[finite_or_none(x) for x in along(problem.gradient_by_step(), problem.gradient())],
     )
 
@@ -238,13 +244,14 @@ def measurement_row(m: Measurement) -> MeasurementRow:
         worst_context=context,
         worst_action=action,
         worst_step=m.worst_step,
-        expected=as_list(m.expected),
+        expected=_table(m.expected),
         by_step=[StepRow(along=finite_or_none(s.along), gap=finite_or_none(s.gap)) for s in m.by_step],
     )
 
 
 def measurement_of(row: MeasurementRow, problem: Problem) -> Measurement:
-    """The measurement that `row` was made from, on the `problem` it names; without what each position contributes."""
+    """The measurement that `row` was made from, on the `problem` it names; without what each position contributes. Of a row
+    whose E ĝ is not written out there is none."""
     maybe = ("rel", "scale", "cosine", "off_axis", "bias", "size", "total_variance", "mse", "snr")
     numbers: dict[str, Any] = {name: math.nan if (x := getattr(row, name)) is None else x for name in maybe}
     same = ("estimator", "problem", "finding", "batches", "enumerated", "lane", "worst_step")
