@@ -19,6 +19,7 @@ def free_memory() -> int:
         return 2**63 - 1
 
 
-def in_gib(size: float) -> str:
+def in_bytes(size: float) -> str:
     """A number of bytes, for messages."""
-    return f"{size / 2**30:.1f} GiB"
+    power = min(int(max(size, 1)).bit_length() - 1, 49) // 10
+    return f"{size / 2 ** (10 * power):.3g} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"

@@ -27,7 +27,7 @@ from pgcheck.engines.lumped import Lumps, own_coefficients
 from pgcheck.engines.moments import Progress, Sums
 from pgcheck.errors import BudgetError
 from pgcheck.estimators.base import Estimator
-from pgcheck.memory import free_memory, in_gib
+from pgcheck.memory import free_memory, in_bytes
 from pgcheck.trajectories import Trajectories
 
 COVARIANCE_CELLS = 2048  # K·A: a covariance of 32 MiB; above it only the trace is kept, unless it is asked for
@@ -52,7 +52,8 @@ def keeps_covariance(table: Trajectories, estimators: Sequence[Estimator], asked
         what = f"the coefficients of {len(table):,} rollouts, {per_rollout:,} each"
         mend = "judge fewer estimators at once, or take fewer prompts or actions."
     raise BudgetError(
-        f"{what} takes {in_gib(need)} for {len(estimators)} estimator(s); {in_gib(free)} are free. Most likely you can {mend}"
+        f"{what} takes {in_bytes(need)} for {len(estimators)} estimator(s); {in_bytes(free)} are free. Most likely you can"
+        f" {mend}"
     )
 
 

@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from pgcheck.errors import BudgetError, ProblemError
-from pgcheck.memory import free_memory, in_gib
+from pgcheck.memory import free_memory, in_bytes
 from pgcheck.policies.transformer import LMPolicy
 from pgcheck.seeding import random_state_kept
 
@@ -102,9 +102,9 @@ class HFPolicy(LMPolicy):
         need = (0 if self.shared else weights) + said + table
         if need > (free := free_memory()):
             raise BudgetError(
-                f"model: a copy in {str(self.dtype).removeprefix('torch.')} takes {in_gib(weights)}, its logits"
-                f" {in_gib(said)} at once and {in_gib(table)} in tables ({len(task.contexts):,} contexts, vocabulary"
-                f" {task.vocab_size:,}); {in_gib(free)} are free. Take a smaller model, fewer prompts, or `actions`."
+                f"model: a copy in {str(self.dtype).removeprefix('torch.')} takes {in_bytes(weights)}, its logits"
+                f" {in_bytes(said)} at once and {in_bytes(table)} in tables ({len(task.contexts):,} contexts, vocabulary"
+                f" {task.vocab_size:,}); {in_bytes(free)} are free. Take a smaller model, fewer prompts, or `actions`."
             )
 
     def _place(self, texts: list[tuple[int, ...]], room: int | None, why: str) -> None:

