@@ -27,7 +27,8 @@ _WHERE = {
     "pgcheck.estimators.base": ("Claim", "Estimator", "biased", "from_coefficients", "proportional", "unbiased"),
     "pgcheck.estimators.from_loss": ("from_loss",),
     "pgcheck.estimators.lookup": ("as_estimator",),
-    "pgcheck.policies": ("Decoding", "LinearPolicy", "ModulePolicy", "SoftmaxTable", "TinyGPT"),
+    "pgcheck.envs.text": ("text_task",),
+    "pgcheck.policies": ("Decoding", "HFPolicy", "LinearPolicy", "ModulePolicy", "SoftmaxTable", "TinyGPT"),
     "pgcheck.problem": ("Problem",),
     "pgcheck.rollouts": ("Rollouts",),
     "pgcheck.runs.compare": ("Comparison", "Sweeps"),
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from pgcheck.engines.monte_carlo import Sampling
     from pgcheck.envs.language import LMTask
     from pgcheck.envs.tabular import TabularMDP
+    from pgcheck.envs.text import text_task
     from pgcheck.errors import (
         BiasError,
         BudgetError,
@@ -65,7 +67,7 @@ if TYPE_CHECKING:
     from pgcheck.estimators.base import Claim, Estimator, biased, from_coefficients, proportional, unbiased
     from pgcheck.estimators.from_loss import from_loss
     from pgcheck.estimators.lookup import as_estimator
-    from pgcheck.policies import Decoding, LinearPolicy, ModulePolicy, SoftmaxTable, TinyGPT
+    from pgcheck.policies import Decoding, HFPolicy, LinearPolicy, ModulePolicy, SoftmaxTable, TinyGPT
     from pgcheck.problem import Problem
     from pgcheck.rollouts import Rollouts
     from pgcheck.runs.compare import Comparison, Sweeps

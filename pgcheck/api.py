@@ -341,9 +341,10 @@ def explain_failure(
     failed = {v.problem for v in report.failures if v.estimator == estimator.name and v.check in BIAS_CHECKS}
     found = swap = None
     if failed & set(measured):
-        pairs = [p for p in problems if p.name in measured]
+        pairs = [p for p in problems if p.name in measured and measured[p.name].expected]
         numbers = [measurement_of(measured[p.name], p) for p in pairs]
-        found, swap = diagnose(estimator, pairs, numbers), find_swap(estimator, pairs, numbers)
+        if pairs:
+            found, swap = diagnose(estimator, pairs, numbers), find_swap(estimator, pairs, numbers)
     differs = any((v.estimator, v.check) == (estimator.name, "same_as") for v in report.failures)
     mistake = find_mistake(estimator, problems) if differs else None
     return failure_message(report, estimator.name, diagnosis=found, swap=swap, mistake=mistake, command=command)
@@ -407,13 +408,14 @@ def compare(
 
     Args:
         engine, sampling: as of `check_estimator`.
-        space: `"parameters"`: of E ĝ_θ = (dz/dθ)ᵀ E ĝ against ∇_θ J, and tr Cov ĝ_θ; the finding in logits holds for every θ.
+        space: `"parameters"`: of E ĝ_θ = (dz/dθ)ᵀ E ĝ against ∇_θ J, and tr Cov ĝ_θ (NaN where more
+            logits × parameters than fit make it); the finding in logits holds for every θ.
         relative_to: the estimator that the others are compared to; default, the first.
 
     Raises:
         UsageError: two estimators of one name, or two problems; no such space.
         UnknownNameError: `relative_to` is none of them.
-        BudgetError: `space="parameters"` with more logits × parameters than fit.
+        BudgetError: more batches, or more memory, than fit.
     """
     chosen, on = _to_compare(estimators, problems, space)
     reference = None if relative_to is None else as_estimator(relative_to).name

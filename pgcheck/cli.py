@@ -146,7 +146,7 @@ def _listing(what: What) -> list[dict[str, object]]:
         ]
     from pgcheck.estimators.base import registered_estimators
     from pgcheck.estimators.lookup import FILLED_BY  # noqa: F401  (fills the registries)
-    from pgcheck.problem import find_problem, registered_problems
+    from pgcheck.problem import find_problem, heavy_problems, registered_problems
 
     if what is What.estimators:
         return [
@@ -154,7 +154,7 @@ def _listing(what: What) -> list[dict[str, object]]:
             for e in registered_estimators().values()
         ]
     problems = [find_problem(name) for name in registered_problems()]
-    return [
+    rows: list[dict[str, object]] = [
         {
             "name": p.name,
             "N": len(p.trajectories),
@@ -165,6 +165,8 @@ def _listing(what: What) -> list[dict[str, object]]:
         }
         for p in problems
     ]
+    unknown: dict[str, object] = dict.fromkeys(("N", "K", "groups", "γ"), "–")
+    return rows + [{"name": name, **unknown, "about": about} for name, about in heavy_problems().items()]
 
 
 @app.command()

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from pgcheck.envs.language import LMTask, Tokens
 from pgcheck.errors import BudgetError
-from pgcheck.policies.transformer import Decoding, LanguageModel, LMPolicy, rows_at_once
+from pgcheck.policies.decoding import Decoding
+from pgcheck.policies.transformer import LanguageModel, LMPolicy
 from pgcheck.sampling import Stream, inverted
 from pgcheck.trajectories import Paths, Trajectories, row_logp
 
@@ -43,7 +44,7 @@ class Written(Trajectories):
         assert isinstance(self.decoding.model, LanguageModel)
         reader = LMPolicy.reading(self.decoding.model.model, self.policy.tokens, self.policy.where)
         with torch.no_grad():
-            return row_logp(self.decoding.of(reader()), self.paths.context, self.paths.action, self.paths.mask)
+            return row_logp(self.decoding(reader()), self.paths.context, self.paths.action, self.paths.mask)
 
 
 @dataclass(frozen=True)
@@ -135,10 +136,10 @@ class WritingSampler:
         """Logits of the next token's law, `[U, V]`."""
         out = []
         with torch.no_grad():
-            size = rows_at_once(level.tokens.shape[1])
+            size = max(1, LMPolicy.tokens_at_once // level.tokens.shape[1])
             for tokens, length in zip(level.tokens.split(size), level.length.split(size), strict=True):
                 z = self._writer(tokens)[torch.arange(len(tokens), device=tokens.device), length - 1]
-                out.append(self.decoding.of(z))
+                out.append(self.decoding(z))
         return torch.cat(out)
 
     def _grown(self, level: _Level, parent: Tensor, token: Tensor) -> _Level:

@@ -22,26 +22,36 @@ from pgcheck.batch import DiscountClock
 from pgcheck.envs import language
 from pgcheck.envs.language import LMTask
 from pgcheck.envs.tabular import TabularMDP
-from pgcheck.policies.transformer import Decoding, TinyGPT, truncated
+from pgcheck.policies.decoding import Decoding, truncated
+from pgcheck.policies.transformer import TinyGPT
 from pgcheck.problem import Problem, register_problem
 
 INF = math.inf
 
 
 def named(
-    name: str, *, belongs_to: str | None = "core", double_of: str | None = None, sampled: bool = False
+    name: str,
+    *,
+    belongs_to: str | None = "core",
+    double_of: str | None = None,
+    sampled: bool = False,
+    heavy: bool = False,
 ) -> Callable[[Callable[[], Problem]], Callable[[], Problem]]:
     """Register a builder as `name`, with its docstring as the problem's `about`; see `pgcheck.problem.register_problem`."""
 
     def decorate(build: Callable[[], Problem]) -> Callable[[], Problem]:
+        about = " ".join((build.__doc__ or "").split())
+
         @functools.cache
         def built() -> Problem:
             problem = build()
             object.__setattr__(problem, "name", name)
-            object.__setattr__(problem, "about", " ".join((build.__doc__ or "").split()))
+            object.__setattr__(problem, "about", about)
             return problem
 
-        register_problem(name, built, belongs_to=belongs_to, double_of=double_of, sampled=sampled)
+        told = about if heavy else None
+        belongs = None if heavy else belongs_to
+        register_problem(name, built, belongs_to=belongs, double_of=double_of, sampled=sampled, heavy=told)
         return built
 
     return decorate

@@ -7,6 +7,7 @@ from it, by the behaviour policy: B = groups · group_size rows. B i.i.d. rollou
 from __future__ import annotations
 
 import copy
+import fnmatch
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -21,8 +22,10 @@ from pgcheck import truth
 from pgcheck.batch import Batch
 from pgcheck.envs.language import LMTask, PrefixTree
 from pgcheck.envs.tabular import MAX_PATHS, TabularMDP
-from pgcheck.errors import BudgetError, ProblemError, UnknownNameError
+from pgcheck.errors import BudgetError, PgcheckError, ProblemError, UnknownNameError, in_words
 from pgcheck.generation import Mismatch, WritingSampler, mismatch
+from pgcheck.policies.decoding import Decoding
+from pgcheck.policies.huggingface import HFPolicy, is_hugging_face
 from pgcheck.policies.tabular import (
     ModulePolicy,
     SoftmaxTable,
@@ -32,7 +35,7 @@ from pgcheck.policies.tabular import (
     logit_gram,
     logit_jacobian,
 )
-from pgcheck.policies.transformer import Decoding, LanguageModel, LMPolicy
+from pgcheck.policies.transformer import LanguageModel, LMPolicy
 from pgcheck.process import Process, ProcessSampler
 from pgcheck.sampling import Sampler, Stream, TableSampler, TreeSampler
 from pgcheck.trajectories import Paths, SideTable, Trajectories, as_table, is_count
@@ -49,9 +52,9 @@ class Problem:
         env: a `TabularMDP`, `Paths` (the table of rollouts itself), or an `LMTask`, which becomes its paths if
             they are few.
         policy: logits `[K, A]`, a module over one-hot contexts, or a policy of `pgcheck.policies`. With a task, a module is
-            a language model, tokens `[n, L]` -> logits `[n, L, V]`.
-        behavior_logits: `[K, A]` of the policy that draws the batches; -inf breaks its support. Default: the policy. With a
-            task, a language model or a `Decoding` will do.
+            a language model: one of transformers, or any from tokens `[n, L]` to logits `[n, L, V]`.
+        behavior_logits: `[K, A]` of the policy that draws the batches; -inf breaks its support. Or a function of the policy's
+            logits, such as `Decoding(top_p=.9)`. Default: the policy. With a task, a language model will do.
         ref_logits: `[K, A]` of the reference policy of KL terms. Default: the policy. With a task, a language model will do.
         kl_coefficient: β, and
         entropy_coefficient: α of the objective E Σ_t γ^t (r_t − β log π/π_ref − α log π), sums over policy positions: J less
@@ -115,6 +118,8 @@ class Problem:
             )
         for name in ("behavior_logits", "ref_logits"):
             given = getattr(self, name)
+            if callable(given):
+                given = self._sampled(name, given)
             table = logits if given is None else as_table(name, given)
             if table.shape != logits.shape:
                 raise ProblemError(f"{name}: shape {list(table.shape)}, expected {list(logits.shape)} as the policy's.")
@@ -136,30 +141,41 @@ class Problem:
                 f"kl_coefficient: {self.kl_coefficient}, without a reference; give `ref_logits` as well."
             )
 
+    def _sampled(self, name: str, sampler: Callable[[Tensor], Any]) -> Any:
+        try:
+            return sampler(self.logits)
+        except PgcheckError:
+            raise
+        except Exception as error:
+            raise ProblemError(f"{name}: called with the policy's logits, it raises {in_words(error)}.") from error
+
     def _read(self, task: LMTask) -> None:
         """The task as its paths, if they are few, and language models as policies over its contexts."""
+        if task.size == "table":
+            object.__setattr__(self, "env", task.paths())  # before any model is copied
 
         def read(model: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:
-            known = isinstance(model, (SoftmaxTable, ModulePolicy, LMPolicy))
-            return model if known else LMPolicy(model, task.contexts, vocab_size=task.vocab_size, dtype=dtype)
+            if isinstance(model, (SoftmaxTable, ModulePolicy, LMPolicy)):
+                return model
+            if is_hugging_face(model):
+                return HFPolicy(model, task, dtype=dtype)
+            return LMPolicy(model, task.contexts, vocab_size=task.vocab_size, actions=task.actions, dtype=dtype)
 
         model = self.policy  # as it was given: a Decoding may want it in another precision
         for name in ("policy", "behavior_logits", "ref_logits"):
             given: Any = getattr(self, name)
-            if isinstance(given, Decoding) and name == "behavior_logits":
-                source = model if given.model is None else given.model
-                with torch.no_grad():
+            with torch.no_grad():
+                if isinstance(given, Decoding) and name == "behavior_logits":
+                    source = model if given.model is None else given.model
                     z = (
                         read(source, given.dtype)()
                         if isinstance(source, nn.Module)
                         else as_table("policy_logits", source)
                     )
-                object.__setattr__(self, name, given.of(z))
-            elif isinstance(given, nn.Module):
-                found = read(given)
-                object.__setattr__(self, name, found if name == "policy" else found().detach())
-        if task.size == "table":
-            object.__setattr__(self, "env", task.paths())
+                    object.__setattr__(self, name, given(z))
+                elif isinstance(given, nn.Module):
+                    found = read(given)
+                    object.__setattr__(self, name, found if name == "policy" else found().detach())
 
     def _hand_over(self, task: LMTask) -> None:
         """Models, where nothing of the task can be listed."""
@@ -167,6 +183,12 @@ class Problem:
         def taken(name: str, given: Any) -> LanguageModel:
             if isinstance(given, LanguageModel):
                 return copy.deepcopy(given)
+            if is_hugging_face(given) or len(task.actions or ()) < task.vocab_size:
+                raise ProblemError(
+                    f"{name}: the prefixes of this task are too many to be listed, and then only a module from tokens [n, L] to"
+                    " logits [n, L, V] that may write every token can be taken. Fewer max_new_tokens, prompts or actions make"
+                    " a list."
+                )
             if not isinstance(given, nn.Module):
                 raise ProblemError(
                     f"{name}: {type(given).__name__}; the prefixes of this task are too many for a table of logits, so it must"
@@ -247,15 +269,12 @@ class Problem:
         """
         if isinstance(self.env, LMTask):
             _ = self.env.prefixes  # or there are none
-        return self._logits if isinstance(self.env, LMTask) else self._logits_now()
+        return self._logits.clone()
 
     @cached_property
     def _logits(self) -> Tensor:
-        return self._logits_now()  # of a large task they are asked for once
-
-    def _logits_now(self) -> Tensor:
         with torch.no_grad():
-            return self.policy().detach().to(torch.float64).clone()
+            return self.policy().detach().to(torch.float64)
 
     @cached_property
     def enumerable(self) -> bool:
@@ -665,8 +684,9 @@ class Problem:
 
     def pinned(self, logits: Tensor) -> Tensor:
         """Logits as the identity of the problem has them: those of a language model, whose last bits differ from
-        machine to machine, to nine decimals."""
-        return logits.round(decimals=9) + 0.0 if isinstance(self.policy, LMPolicy) else logits
+        machine to machine, to nine decimals; to five where they are so many that one may lie between two."""
+        decimals = 9 if logits.numel() <= 4096 else 5
+        return logits.round(decimals=decimals) + 0.0 if isinstance(self.policy, LMPolicy) else logits
 
     def at(self, draw: int) -> Problem:
         """The same problem at another θ: every parameter moved by a seeded normal draw of standard deviation 1/2.
@@ -696,6 +716,7 @@ _BUILDERS: dict[str, Callable[[], Problem]] = {}
 _SETS: dict[str, list[str]] = {"core": [], "off-policy": [], "penalized": []}
 _DOUBLES: dict[str, str] = {}
 _SAMPLED: dict[str, Callable[[], Problem]] = {}
+_HEAVY: dict[str, str] = {}
 
 
 def register_problem(
@@ -705,11 +726,14 @@ def register_problem(
     belongs_to: str | None = None,
     double_of: str | None = None,
     sampled: bool = False,
+    heavy: str | None = None,
 ) -> None:
     """Add a named problem, to the set "core", "off-policy" or "penalized" on which estimators are judged or to none.
 
     `double_of`: the problem of a set that shows whatever this one shows; it is kept for its range, and belongs to no set.
     `sampled`: its batches can be drawn and not enumerated; it is found by its name, and not among `registered_problems`.
+    `heavy`: what a listing says of it, of a problem that takes a model to be loaded: it is built when asked for by its name or
+    family, and by nothing that goes through all problems.
 
     Raises:
         ProblemError: the name is taken, or has an @ (what follows it names a θ).
@@ -719,6 +743,8 @@ def register_problem(
     if name in _BUILDERS or name in _SAMPLED:
         raise ProblemError(f"problem '{name}' is registered already; choose another name.")
     (_SAMPLED if sampled else _BUILDERS)[name] = build
+    if heavy is not None:
+        _HEAVY[name] = heavy
     if double_of is not None:
         _DOUBLES[name] = double_of
     elif belongs_to is not None:
@@ -743,8 +769,20 @@ def doubles() -> dict[str, str]:
 
 
 def registered_problems() -> dict[str, Callable[[], Problem]]:
-    """Builders by name, in order of registration."""
-    return dict(_BUILDERS)
+    """Builders by name, in order of registration; without the heavy ones."""
+    return {name: build for name, build in _BUILDERS.items() if name not in _HEAVY}
+
+
+def heavy_problems() -> dict[str, str]:
+    """Names of problems that take a model to be loaded, and what a listing says of them."""
+    return dict(_HEAVY)
+
+
+def problem_names(pattern: str = "*") -> list[str]:
+    """Names that match; a heavy one if the pattern spells its family out."""
+    family = pattern.partition("/")[0]
+    own = [name for name in _BUILDERS if name not in _HEAVY or name.partition("/")[0] == family]
+    return [name for name in own if fnmatch.fnmatchcase(name, pattern)]
 
 
 def sampled_problems() -> dict[str, Callable[[], Problem]]:

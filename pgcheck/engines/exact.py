@@ -31,6 +31,7 @@ from pgcheck.engines.enumeration import Batches
 from pgcheck.engines.lumped import lump, lumped_sums
 from pgcheck.engines.moments import Moments, Progress, Sums, covariance_from
 from pgcheck.engines.threads import one_thread
+from pgcheck.engines.traces import accumulate_traces, keeps_covariance, lumped_traces
 from pgcheck.errors import BudgetError, NotFiniteError, UsageError, names_problem
 from pgcheck.estimators.base import Couples, Estimator
 from pgcheck.estimators.from_loss import LossCoefficients
@@ -61,20 +62,23 @@ def exact_moments(
     problem: Problem,
     *,
     budget: int = DEFAULT_BUDGET,
+    covariance: bool | None = None,
     progress: Progress | None = None,
 ) -> list[Moments]:
     """E ĝ and Cov ĝ of every estimator on `problem`, all of them on the same batches.
 
     Args:
         budget: most batches evaluated for one estimator (a loss that only runs in a loop counts 300 for each).
+        covariance: whether Cov ĝ `[K·A, K·A]` is kept, or its trace alone. Default: where K·A is at most 2048.
         progress: called between blocks.
 
     Raises:
-        BudgetError: naming the number of batches, the budget and the nearest sampling plan that fits.
+        BudgetError: naming the number of batches, the budget and the nearest sampling plan that fits; or the memory it takes.
         EstimatorError: a declaration that does not hold, or coefficients that are not finite.
     """
     if not is_count(budget):
         raise UsageError(f"budget: {budget!r}; it must be an integer of at least 1.")
+    keep = not estimators or keeps_covariance(problem.trajectories, estimators, covariance)
     plans: dict[_Plan, list[int]] = {}
     parts: dict[int, dict[int, Sums]] = {}
     for i, e in enumerate(estimators):
@@ -91,7 +95,7 @@ def exact_moments(
                 continue
             _refuse_if_too_large(e, problem, table, lumps.evaluations, plan, budget)
             verify_reads(e, table, lumps, problem.name)
-            parts.setdefault(i, {})[size] = lumped_sums(e, table, lumps, progress)
+            parts.setdefault(i, {})[size] = (lumped_sums if keep else lumped_traces)(e, table, lumps, progress)
     for plan, members in plans.items():
         table = problem.trajectories_with(plan.needs)
         batches = Batches(table, _sizes_of(plan, problem), plan.ordered)
@@ -101,7 +105,9 @@ def exact_moments(
         name = f"{problem.name}: {', '.join(e.name for e in asked[:3])}"
         # only a plan of single rollouts asks for the law given the start
         by_start = plan.couples == "trajectory"
-        sums = accumulate(asked, table, batches, by_start=by_start, name=name, progress=progress)
+        sums = (accumulate if keep else accumulate_traces)(
+            asked, table, batches, by_start=by_start, name=name, progress=progress
+        )
         for i, part in zip(members, sums, strict=True):
             parts.setdefault(i, {})[plan.size] = part
     return [_assemble(e, problem, parts[i]) for i, e in enumerate(estimators)]
@@ -216,9 +222,8 @@ def _assemble(estimator: Estimator, problem: Problem, parts: dict[int, Sums]) ->
         )
     fn = estimator.coefficients
     lane = fn.lane or "loop" if isinstance(fn, LossCoefficients) else "coefficients"
-    return Moments(
-        mean.reshape(K, A), (cov + cov.T) / 2, None, evaluated, lane, problem.policy, by_step.reshape(-1, K, A)
-    )
+    whole, trace = ((cov + cov.T) / 2, None) if cov.dim() else (None, float(cov))
+    return Moments(mean.reshape(K, A), whole, None, evaluated, lane, problem.policy, by_step.reshape(-1, K, A), trace)
 
 
 # -- the budget

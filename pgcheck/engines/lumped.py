@@ -115,7 +115,9 @@ def lumped_sums(estimator: Estimator, table: Trajectories, lumps: Lumps, progres
                 has = count > 0
                 if not has.any():
                     continue
-                x, c = _contributions(estimator, table, s, rows[has], k, logits, cells)  # [m, n, cells], [m, n, T]
+                c = own_coefficients(estimator, table, s, rows[has], k, logits)  # [m, n, T]
+                cell = cells_of(table, torch.from_numpy(members).unsqueeze(-1), logits=logits).repeat(len(c), 1)
+                x = scattered(c.flatten(0, 1).flatten(1), cell, cells).unflatten(0, c.shape[:2])  # [m, n, cells]
                 inside = mass[k] / mass[k].sum()
                 mu = (inside.unsqueeze(-1) * x).sum(1)
                 times = torch.from_numpy(count[has].astype(float))
@@ -138,17 +140,11 @@ def lumped_sums(estimator: Estimator, table: Trajectories, lumps: Lumps, progres
     return Sums(to_gradient @ mean, to_gradient @ second @ to_gradient.T, between, lumps.evaluations, by_step)
 
 
-def _contributions(
-    estimator: Estimator,
-    table: Trajectories,
-    start: StartClasses,
-    rows: NDArray[np.int64],
-    k: int,
-    logits: bool,
-    cells: int,
-) -> tuple[Tensor, Tensor]:
-    """x_n(m) of a row of class k for every rollout n of it, given the classes `rows` `[m, G]`: `[m, n, cells]`; and the
-    coefficients behind it, `[m, n, T]` (or `[m, n, T, A]`)."""
+def own_coefficients(
+    estimator: Estimator, table: Trajectories, start: StartClasses, rows: NDArray[np.int64], k: int, logits: bool
+) -> Tensor:
+    """Coefficients `[m, n, T]` (or `[m, n, T, A]`) of a row of class k, for every rollout n of it, given the classes `rows`
+    `[m, G]`."""
     first = np.array([members[0] for members in start.members])
     own = start.members[k]
     others = first[rows]  # representatives
@@ -156,15 +152,10 @@ def _contributions(
     index = np.repeat(others[:, None, :], len(own), axis=1)
     index[np.arange(len(rows))[:, None], np.arange(len(own)), place[:, None]] = own
     index = index.reshape(-1, rows.shape[1])
-    chosen = torch.from_numpy(index)
-    batch = table.batch(chosen, torch.zeros(rows.shape[1], dtype=torch.int64), logits=logits)
+    batch = table.batch(torch.from_numpy(index), torch.zeros(rows.shape[1], dtype=torch.int64), logits=logits)
     c = coefficients_of(estimator, batch)
-    cell = cells_of(table, chosen, logits=logits).reshape(c.shape)
     at = torch.from_numpy(np.repeat(place, len(own)))
-    line = torch.arange(len(at))
-    own_c = c[line, at].to(torch.float64)
-    x = scattered(own_c.flatten(1), cell[line, at].flatten(1), cells)
-    return x.reshape(len(rows), len(own), cells), own_c.unflatten(0, (len(rows), len(own)))
+    return c[torch.arange(len(at)), at].to(torch.float64).unflatten(0, (len(rows), len(own)))
 
 
 def substituted(lumps: Lumps, number: int, *, seed: int) -> tuple[Tensor, Tensor]:

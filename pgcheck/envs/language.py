@@ -16,6 +16,7 @@ twice on everything, in opposite order, and a reward that depends on anything bu
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
@@ -77,6 +78,8 @@ class LMTask:
         prompts: token ids of each, at least one token; drawn uniformly.
         vocab_size: V; tokens are 0 … V − 1.
         eos: the token that ends a completion; None: every completion has `max_new_tokens`.
+        actions: the tokens that the policy may write, A of them; action a of a rollout is `actions[a]`. A language model is
+            then the softmax over their logits alone. Default: every token, A = V.
         max_new_tokens: most tokens that the policy writes.
         reward: see `Reward`; what is correct is correct for these tokens and nothing else.
         batched: whether `reward` takes lists of prompts and completions.
@@ -96,6 +99,7 @@ class LMTask:
     eos: int | None
     max_new_tokens: int
     reward: Reward
+    actions: Sequence[int] | None = None
     batched: bool = False
     tool: Tool | None = None
     max_completions: int = 10_000
@@ -107,8 +111,9 @@ class LMTask:
             raise ProblemError(f"vocab_size: {self.vocab_size!r}; a policy needs at least two tokens to choose from.")
         if not is_count(self.max_new_tokens):
             raise ProblemError(f"max_new_tokens: {self.max_new_tokens!r}; it must be an integer of at least 1.")
-        if self.eos is not None and not self._is_token(self.eos):
-            raise ProblemError(f"eos: {self.eos!r}; expected one of the tokens 0 … {self.vocab_size - 1}, or None.")
+        self._check_actions()
+        if self.eos is not None and self.eos not in self._written:
+            raise ProblemError(f"eos: {self.eos!r}; expected one of the tokens {self._tokens_in_words}, or None.")
         for name in ("reward", "tool"):
             if not callable(getattr(self, name)) and (name, self.tool) != ("tool", None):
                 raise ProblemError(f"{name}: {getattr(self, name)!r}; expected a function of (prompt, completion).")
@@ -134,6 +139,30 @@ class LMTask:
         few = self._digits <= 18 and self.prefix_count <= self.max_prefixes
         return "tree" if few and self.completions <= TREE_COMPLETIONS else "generated"
 
+    def _check_actions(self) -> None:
+        asked: Any = self.actions
+        asked = asked.tolist() if hasattr(asked, "tolist") else asked
+        if asked is None:
+            object.__setattr__(self, "actions", tuple(range(self.vocab_size)))
+            return
+        given = list(asked) if isinstance(asked, Sequence) else []
+        wrong = [x for x in given if not self._is_token(x)] or [x for x, n in Counter(given).items() if n > 1]
+        if wrong or len(given) < 2:
+            raise ProblemError(
+                f"actions: {wrong[0] if wrong else asked!r}; expected two different tokens or more of 0 …"
+                f" {self.vocab_size - 1}, those that the policy may write."
+            )
+        object.__setattr__(self, "actions", tuple(map(int, given)))
+
+    @property
+    def _tokens_in_words(self) -> str:
+        return f"0 … {self.vocab_size - 1}" if len(self._written) == self.vocab_size else str(list(self._written))
+
+    @cached_property
+    def _written(self) -> dict[int, int]:
+        """Token -> action."""
+        return {token: a for a, token in enumerate(self.actions or ())}
+
     def _is_token(self, x: Any) -> bool:
         return isinstance(x, Integral) and not isinstance(x, bool) and 0 <= int(x) < self.vocab_size
 
@@ -144,32 +173,34 @@ class LMTask:
 
     def _completions_of(self, tokens: int) -> int:
         if self.eos is None:
-            return int(self.vocab_size) ** tokens
-        others = self.vocab_size - 1
+            return len(self._written) ** tokens
+        others = len(self._written) - 1
         return sum(others**t for t in range(tokens)) + others**tokens
 
     @property
     def prefix_count(self) -> int:
         """S: every text after which the policy writes a token, of all prompts together."""
-        others = int(self.vocab_size) - (self.eos is not None)
+        others = len(self._written) - (self.eos is not None)
         return len(self.prompts) * sum(others**t for t in range(self.max_new_tokens))
 
     @property
     def _digits(self) -> float:
         """log₁₀ of the completions of one prompt, about: a number too long to write out is never made."""
-        return self.max_new_tokens * math.log10(self.vocab_size - (self.eos is not None))
+        return self.max_new_tokens * math.log10(len(self._written) - (self.eos is not None))
 
     def _too_many(self) -> str:
         P, T = len(self.prompts), self.max_new_tokens
         fits = 0
         while P * self._completions_of(fits + 1) <= self.max_completions:
             fits += 1
+        A = len(self._written)
+        choices = f"vocab_size={A}" if self.vocab_size == A else f"{A} actions"
         number = f"{self.completions:,}" if self._digits < 12 else f"10^{self._digits:.0f}"
         nearest = (
             f"The nearest that fits: max_new_tokens={fits} ({P * self._completions_of(fits):,}); or s" if fits else "S"
         )
         return (
-            f"max_new_tokens: {T} with vocab_size={self.vocab_size} and {P} prompt(s) makes {number} completions;"
+            f"max_new_tokens: {T} with {choices} and {P} prompt(s) makes {number} completions;"
             f" max_completions is {self.max_completions:,}. {nearest}hrink the vocabulary, give fewer prompts, or raise"
             " max_completions."
         )
@@ -189,7 +220,7 @@ class LMTask:
             (s, (*text, token), (*own, True))
             for t, level in enumerate(self.prefixes)
             for s, text, own in level
-            for token in range(self.vocab_size)
+            for token in self._written
             if self.ends(t, token)
         )
 
@@ -211,7 +242,7 @@ class LMTask:
         for t in range(self.max_new_tokens - 1):
             grown = []
             for s, text, own in levels[-1]:
-                for token in range(self.vocab_size):
+                for token in self._written:
                     if not self.ends(t, token):
                         said = self.said_by_tool(s, (*text, token))
                         grown.append((s, (*text, token, *said), (*own, True, *[False] * len(said))))
@@ -278,25 +309,24 @@ class LMTask:
 
     @cached_property
     def _paths(self) -> Paths:
-        N, T = len(self.texts), max(len(text) for _, text, _ in self.texts)
+        T = max(len(text) for _, text, _ in self.texts)
         number = {tokens: k for k, tokens in enumerate(self.contexts)}
         states: dict[tuple[int, Tokens], int] = {}  # two prompts may meet in one context, never in one state
-        state, context, action = (torch.full((N, T), -1) for _ in range(3))
-        reward = torch.zeros(N, T, dtype=torch.float64)
-        scores = self.scores([(s, text) for s, text, _ in self.texts])
-        for n, (s, text, own) in enumerate(self.texts):
-            for t in range(len(text)):
-                if own[t]:
-                    state[n, t] = states.setdefault((s, text[:t]), len(states))
-                    context[n, t] = number[(*self.prompts[s], *text[:t])]
-                    action[n, t] = text[t]
-            reward[n, len(text) - 1] = scores[n]
+        state, context, action = [], [], []
+        for s, text, own in self.texts:
+            here = [t if t < len(text) and own[t] else None for t in range(T)]
+            state.append([-1 if t is None else states.setdefault((s, text[:t]), len(states)) for t in here])
+            context.append([-1 if t is None else number[(*self.prompts[s], *text[:t])] for t in here])
+            action.append([-1 if t is None else self._written[text[t]] for t in here])
+        end = torch.tensor([len(text) for _, text, _ in self.texts])
+        scores = torch.tensor(self.scores([(s, text) for s, text, _ in self.texts]), dtype=torch.float64)
+        reward = torch.zeros(len(end), T, dtype=torch.float64).scatter_(1, (end - 1)[:, None], scores[:, None])
         starts = len(self.prompts)
         return Paths(
-            start=torch.tensor([s for s, _, _ in self.texts]), state=state, context=context, action=action, reward=reward,
-            mask=(action >= 0).to(torch.float64), env_probability=torch.ones(N),
-            start_probability=torch.full((starts,), 1.0 / starts, dtype=torch.float64),
-            end=torch.tensor([len(text) for _, text, _ in self.texts]),
+            start=torch.tensor([s for s, _, _ in self.texts]), state=torch.tensor(state), context=torch.tensor(context),
+            action=torch.tensor(action), reward=reward, mask=(torch.tensor(action) >= 0).to(torch.float64),
+            env_probability=torch.ones(len(end)),
+            start_probability=torch.full((starts,), 1.0 / starts, dtype=torch.float64), end=end,
         )  # fmt: skip
 
     @cached_property
@@ -307,7 +337,7 @@ class LMTask:
             BudgetError: too many prefixes.
             ProblemError: as `paths`.
         """
-        levels, V = self.prefixes, int(self.vocab_size)
+        levels, V = self.prefixes, len(self._written)
         number = {tokens: k for k, tokens in enumerate(self.contexts)}
         states = [(s, text) for level in levels for s, text, _ in level]
         begins = [0]
@@ -315,7 +345,7 @@ class LMTask:
             begins.append(begins[-1] + len(level))
         child = torch.full((len(states), V), -1)
         for t in range(len(levels) - 1):  # the children of a level in order are the next level
-            goes_on = torch.tensor([not self.ends(t, token) for token in range(V)])
+            goes_on = torch.tensor([not self.ends(t, token) for token in self._written])
             onward = child[begins[t] : begins[t + 1]]
             onward[goes_on.expand_as(onward)] = torch.arange(begins[t + 1], begins[t + 2])
         reward = torch.zeros(len(states), V, dtype=torch.float64)
@@ -332,7 +362,7 @@ class LMTask:
     def _finished(self, levels: Sequence[list[tuple[int, Tokens, tuple[bool, ...]]]]) -> Iterator[tuple[int, Tokens]]:
         """Completions, in the order of (prefix, last token)."""
         for t, level in enumerate(levels):
-            last = [token for token in range(self.vocab_size) if self.ends(t, token)]
+            last = [token for token in self._written if self.ends(t, token)]
             for s, text, _ in level:
                 for token in last:
                     yield s, (*text, token)

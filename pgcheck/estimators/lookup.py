@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from pgcheck import named_problems, notes_problems
+from pgcheck import named_problems, notes_problems, pretrained_problems
 from pgcheck.batch import LogitsNotAsked
 from pgcheck.errors import EstimatorError, UsageError, in_words, nearest
 from pgcheck.estimators import zoo
@@ -31,7 +31,7 @@ from pgcheck.seeding import random_state_kept
 
 AnyEstimator = Estimator | str | Callable[..., Any]
 
-FILLED_BY = (named_problems, notes_problems, zoo)
+FILLED_BY = (named_problems, notes_problems, pretrained_problems, zoo)
 PACKAGE = Path(__file__).parent.parent
 
 

@@ -72,7 +72,7 @@ def as_policy(policy: Any, contexts: int) -> nn.Module:
         ProblemError: logits that are not a finite `[K, A]` table of numbers.
     """
     if isinstance(policy, LMPolicy):
-        return copy.deepcopy(policy)  # it was checked when it was made
+        return policy if policy.shared else copy.deepcopy(policy)  # it was checked when it was made
     if isinstance(policy, (SoftmaxTable, ModulePolicy)):
         built: nn.Module = copy.deepcopy(policy)  # a problem is frozen, whatever an optimiser does later
     elif isinstance(policy, nn.Module):
@@ -119,14 +119,17 @@ def in_parameters(policy: nn.Module, x: Tensor) -> Tensor:
     Raises:
         ProblemError: the policy has no parameters.
     """
-    leaves = {name: p.clone().requires_grad_(True) for name, p in _parameters_of(policy).items()}
+    leaves = {name: p.requires_grad_(True) for name, p in _parameters_of(policy).items()}
     total = torch.zeros(sum(p.numel() for p in leaves.values()), dtype=x.dtype, device=x.device)
+    places = total.split([p.numel() for p in leaves.values()])
     for rows, contexts in in_parts(policy):
         z: Tensor = torch.func.functional_call(policy, leaves, rows)
         own = x if contexts is None else x.reshape(-1, z.shape[-1])[contexts]
         value = (z * own.reshape(z.shape)).sum()  # a scalar: given grad_outputs, torch imports sympy, for a second
-        found = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
-        total += torch.cat([g.reshape(-1) for g in found])
+        for place, g in zip(
+            places, torch.autograd.grad(value, list(leaves.values()), materialize_grads=True), strict=True
+        ):
+            place += g.reshape(-1).to(x.device)
     return total
 
 
@@ -135,9 +138,10 @@ def in_parts(policy: nn.Module, *, tokens: int | None = None) -> list[tuple[tupl
 
     `tokens`: most of them that a language model is to read at once, if not as many as it likes.
     """
-    if not isinstance(policy, LMPolicy) or len(parts := policy.in_parts_of(tokens)) < 2:
+    if not isinstance(policy, LMPolicy):
         return [((), None)]
-    return [((rows,), policy.contexts_of(rows)) for rows in parts]
+    parts = policy.in_parts_of(min(tokens or policy.tokens_at_once, policy.tokens_at_once))
+    return [((rows,), policy.contexts_of(rows)) for rows in parts] if len(parts) > 1 else [((), None)]
 
 
 def logit_jacobian(policy: nn.Module) -> Tensor:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -77,27 +76,25 @@ class TinyGPT(nn.Module):
         return logits
 
 
-_TOKENS_AT_ONCE = 2**13  # what stays in cache
 _CHECKED = 256  # prefixes of each length
 
 
-def rows_at_once(length: int) -> int:
-    """Texts of that length which a model is given at once."""
-    return max(1, _TOKENS_AT_ONCE // length)
-
-
 class LMPolicy(nn.Module):
-    """A model on the contexts of a task: called with nothing, it returns logits `[K, V]`.
+    """A model on the contexts of a task: called with nothing, it returns logits `[K, A]`.
 
     Args:
-        model: tokens `[n, L]` → logits `[n, L, V]`; it is copied, and computes in float64.
+        model: tokens `[n, L]` → logits `[n, L, V]`; it is copied.
         contexts: token ids of each, prompt and prefix.
         vocab_size: V.
-        dtype: of weights and arithmetic.
+        actions: the A tokens that may be written: only their logits are read. Default: all of them.
+        dtype: of weights and arithmetic; logits are float64 numbers.
 
     Raises:
         ProblemError: the model raises, says NaN or another vocabulary, is not deterministic, or not causal.
     """
+
+    tokens_at_once = 2**13  # that a forward pass reads: what stays in cache
+    shared = False  # whether the model is its owner's, who leaves it as it is
 
     def __init__(
         self,
@@ -105,18 +102,40 @@ class LMPolicy(nn.Module):
         contexts: Sequence[Sequence[int]],
         *,
         vocab_size: int,
+        actions: Sequence[int] | None = None,
         dtype: torch.dtype = torch.float64,
     ) -> None:
         super().__init__()
-        self.model = copy.deepcopy(model).to(dtype)  # the caller's own stays as it is
-        self.dtype = dtype
         texts = [tuple(tokens) for tokens in contexts]
+        self.vocab_size, self.dtype = vocab_size, dtype
+        self.actions = tuple(range(vocab_size) if actions is None else actions)
+        self._columns = None if len(self.actions) == vocab_size else torch.tensor(self.actions)
+        self._place(texts, *_room(model))
+        self.model = self._copied(model)
+        with random_state_kept(), torch.no_grad():
+            self._check(texts)
+
+    def _copied(self, model: nn.Module) -> nn.Module:
+        return copy.deepcopy(model).to(self.dtype)  # the caller's own stays as it is
+
+    @classmethod
+    def reading(cls, model: nn.Module, tokens: Tensor, where: Tensor) -> LMPolicy:
+        """`model` itself, on contexts that end at position `where[1]` of the rows `where[0]` of `tokens` `[n, L]`."""
+        policy = cls.__new__(cls)
+        nn.Module.__init__(policy)
+        policy.model, policy.dtype = model, torch.float64
+        policy._columns = None
+        policy.register_buffer("tokens", tokens)
+        policy.register_buffer("length", torch.full_like(tokens[:, 0], tokens.shape[1]))
+        policy.register_buffer("where", where)
+        return policy
+
+    def _place(self, texts: list[tuple[int, ...]], room: int | None, why: str) -> None:
         longest = max(map(len, texts))
-        room = getattr(model, "context", None)
-        if isinstance(room, int) and longest > room:
+        if room is not None and longest > room:
             raise ProblemError(
-                f"model: its context is {room} tokens, but it must read {longest}: the longest prompt and all new tokens but"
-                f" the last. Shorten those, or give it a context of {longest}."
+                f"model: its context is {room} tokens{why}, but it must read {longest}: the longest prompt and all new tokens"
+                f" but the last. Shorten those, or give it a context of {longest}."
             )
         inside = {tokens[:i] for tokens in texts for i in range(len(tokens))}
         place: dict[tuple[int, ...], tuple[int, int]] = {}
@@ -125,32 +144,30 @@ class LMPolicy(nn.Module):
             for i in range(len(leaf)):
                 place.setdefault(leaf[: i + 1], (row, i))
         self.tokens: Tensor
+        self.length: Tensor
         self.where: Tensor
         padded = [leaf + (0,) * (longest - len(leaf)) for leaf in leaves]  # what follows is not seen
         self.register_buffer("tokens", torch.tensor(padded))
+        self.register_buffer("length", torch.tensor([len(leaf) for leaf in leaves]))
         self.register_buffer("where", torch.tensor([place[tokens] for tokens in texts]).T)
-        with random_state_kept(), torch.no_grad():
-            self._check(texts, vocab_size)
 
-    @classmethod
-    def reading(cls, model: nn.Module, tokens: Tensor, where: Tensor) -> LMPolicy:
-        """`model` itself, on contexts that end at position `where[1]` of the rows `where[0]` of `tokens` `[n, L]`."""
-        policy = cls.__new__(cls)
-        nn.Module.__init__(policy)
-        policy.model, policy.dtype = model, torch.float64
-        policy.register_buffer("tokens", tokens)
-        policy.register_buffer("where", where)
-        return policy
+    def _says(self, tokens: Tensor, length: Tensor) -> Tensor:
+        """What the model says of rows `tokens` `[n, L]`, of which the first `length` `[n]` are real."""
+        said: Tensor = self.model(tokens)
+        return said
+
+    @property
+    def _first(self) -> int:
+        """The position of the tokens that the first logits of `_says` follow."""
+        return 0
 
     def forward(self, rows: slice | None = None) -> Tensor:
-        """Logits `[K, V]`; with `rows`, those of `contexts_of(rows)`."""
+        """Logits `[K, A]`; with `rows`, those of `contexts_of(rows)`."""
         if rows is None and len(parts := self.parts) > 1:
             back = torch.cat([self.contexts_of(part) for part in parts]).argsort()
             return torch.cat([self(part) for part in parts])[back]
         rows = rows or slice(0, len(self.tokens))
-        row, position = self.where[:, self.contexts_of(rows)]
-        logits: Tensor = self.model(self.tokens[rows])[row - rows.start, position]
-        return logits
+        return self._read(self._says(self.tokens[rows], self.length[rows]), rows)
 
     def at(self, contexts: Tensor) -> LMPolicy:
         """The same model, on some of the contexts."""
@@ -159,6 +176,7 @@ class LMPolicy(nn.Module):
         part._buffers = {
             **self._buffers,
             "tokens": self.tokens[rows],
+            "length": self.length[rows],
             "where": torch.stack([row, self.where[1, contexts]]),
         }
         return part
@@ -168,56 +186,92 @@ class LMPolicy(nn.Module):
         """What the model reads in each context: prompt and prefix."""
         return [tuple(self.tokens[row, : position + 1].tolist()) for row, position in self.where.T.tolist()]
 
+    def _read(self, said: Tensor, rows: slice) -> Tensor:
+        k = self.contexts_of(rows)
+        row, position = self.where[:, k]
+        z = said[row - (rows.start or 0), position - self._first]
+        return z if self._columns is None else z[:, self._columns.to(z.device)]
+
     @property
     def parts(self) -> list[slice]:
         """The rows, as many at once as a forward pass takes."""
-        return self.in_parts_of(None)
+        return self.in_parts_of(self.tokens_at_once)
 
-    def in_parts_of(self, tokens: int | None) -> list[slice]:
+    def in_parts_of(self, tokens: int) -> list[slice]:
         """The rows, so many at once that a forward pass reads about so many tokens."""
         n, L = self.tokens.shape
-        size = rows_at_once(L) if tokens is None else max(1, tokens // L)
+        size = max(1, tokens // L)
         return [slice(low, min(low + size, n)) for low in range(0, n, size)]
 
     def contexts_of(self, rows: slice) -> Tensor:
         """The contexts that `forward` reads off these rows; each context is read off one."""
         return ((self.where[0] >= rows.start) & (self.where[0] < rows.stop)).nonzero().flatten()
 
-    def _check(self, texts: list[tuple[int, ...]], vocab_size: int) -> None:
-        read = self.tokens[self.parts[0]]
-        n, L = read.shape
-        try:
-            found, again = self.model(read), self.model(read)
-        except Exception as error:
-            raise ProblemError(f"model: called with tokens [{n}, {L}], it raises {in_words(error)}.") from error
-        shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        if shape != [n, L, vocab_size]:
-            raise ProblemError(
-                f"model: called with tokens [{n}, {L}], it returns {shape}; expected logits [{n}, {L}, {vocab_size}], the last"
-                " of them the task's vocab_size."
-            )
-        here: Tensor = self()
+    def _check(self, texts: list[tuple[int, ...]]) -> None:
+        z = []
+        for rows in self.parts:
+            found = self._tried(self.tokens[rows], self.length[rows])
+            again = self._tried(self.tokens[rows], self.length[rows])
+            if not torch.equal(found.nan_to_num(), again.nan_to_num()):
+                why = self._what_is_random()
+                raise ProblemError(f"model: two calls with the same tokens differ.{why} Call model.eval() first.")
+            z.append(self._read(found, rows))
+        here = torch.cat(z)[torch.cat([self.contexts_of(rows) for rows in self.parts]).argsort()]
         if not bool(torch.isfinite(here).all()):
             k, a = (int(i) for i in (~torch.isfinite(here)).nonzero()[0])
             raise ProblemError(
-                f"model: the logit of token {a} after {texts[k]} is {float(here[k, a])}; it must be finite."
+                f"model: the logit of token {self.actions[a]} after {texts[k]} is {float(here[k, a])}; it must be finite."
             )
-        if not torch.equal(found, again):
-            noisy = [name for name, m in self.model.named_modules() if m.training and "Dropout" in type(m).__name__]
-            why = f" It is in train mode and has dropout (module '{noisy[0]}')." if noisy else ""
-            raise ProblemError(f"model: two calls with the same tokens differ.{why} Call model.eval() first.")
         for size in sorted(set(map(len, texts))):
             own = [k for k, tokens in enumerate(texts) if len(tokens) == size]
             own = own[:: -(-len(own) // _CHECKED)]
-            alone = self.model(torch.tensor([texts[k] for k in own]))[:, -1]
-            gap = (alone - here[own]).abs().amax(-1)
-            slack = 1e-9 if self.dtype == torch.float64 else 32 * torch.finfo(self.dtype).eps
-            if bool((gap > slack * (1 + here.abs().max())).any()):
-                k = own[int(gap.argmax())]
-                raise ProblemError(
-                    f"model: its logits after {texts[k]} change by {float(gap.max()):.3g} with what follows or stands beside"
-                    " it: it is not causal, or it looks at other rows (batch norm in train mode)."
-                )
+            for low in range(0, len(own), at_once := max(1, self.tokens_at_once // size)):
+                self._check_alone(texts, own[low : low + at_once], here)
+
+    def _tried(self, tokens: Tensor, length: Tensor) -> Tensor:
+        n, L = tokens.shape
+        try:
+            found = self._says(tokens, length)
+        except ProblemError:
+            raise
+        except Exception as error:
+            raise ProblemError(f"model: called with tokens [{n}, {L}], it raises {in_words(error)}.") from error
+        shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        if shape != [n, L - self._first, self.vocab_size]:
+            raise ProblemError(
+                f"model: called with tokens [{n}, {L}], it returns {shape}; expected logits [{n}, {L - self._first},"
+                f" {self.vocab_size}], the last of them the task's vocab_size."
+            )
+        return found
+
+    def _what_is_random(self) -> str:
+        noisy = [name for name, m in self.model.named_modules() if m.training and "Dropout" in type(m).__name__]
+        return f" It is in train mode and has dropout (module '{noisy[0]}')." if noisy else ""
+
+    @property
+    def _tolerance(self) -> float:
+        return 1e-9 if self.dtype == torch.float64 else 32 * torch.finfo(self.dtype).eps
+
+    def _check_alone(self, texts: list[tuple[int, ...]], own: list[int], here: Tensor) -> None:
+        tokens = torch.tensor([texts[k] for k in own])
+        said = self._says(tokens, torch.full((len(own),), tokens.shape[1]))[:, -1]
+        alone = said if self._columns is None else said[:, self._columns]
+        gap = (alone - here[own]).abs().amax(-1)
+        if bool((gap > self._tolerance * (1 + here.abs().max())).any()):
+            k = own[int(gap.argmax())]
+            raise ProblemError(
+                f"model: its logits after {texts[k]} change by {float(gap.max()):.3g} with what follows or stands beside"
+                " it: it is not causal, or it looks at other rows (batch norm in train mode)."
+            )
+
+
+def _room(model: nn.Module) -> tuple[int | None, str]:
+    """Most tokens that the model reads, and which of its fields says so."""
+    for owner, name in ((model, "context"), (getattr(model, "config", None), "max_position_embeddings")):
+        room = getattr(owner, name, None)
+        if isinstance(room, int):
+            return room, "" if owner is model else f" (config.{name})"
+    return None, ""
 
 
 class LanguageModel(nn.Module):
@@ -245,69 +299,3 @@ class LanguageModel(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         logits: Tensor = self.model(tokens)
         return logits
-
-
-@dataclass(frozen=True, eq=False)
-class Decoding:
-    """How a serving engine writes: weights, precision, temperature and truncation of the behaviour policy.
-
-    Args:
-        model: a language model; None: that of the policy.
-        temperature: what logits are divided by.
-        top_k, top_p: see `truncated`.
-        dtype: of the copy of the model that writes; its logits are then float64 numbers.
-
-    Raises:
-        ProblemError: naming the argument and the value.
-    """
-
-    model: nn.Module | None = None
-    _: KW_ONLY
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    dtype: torch.dtype = torch.float64
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.temperature, (int, float)) or not 0 < self.temperature < math.inf:
-            raise ProblemError(f"temperature: {self.temperature!r}; it must be a finite number above 0.")
-        if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
-            raise ProblemError(f"dtype: {self.dtype!r}; expected a floating-point type, torch.bfloat16 for example.")
-
-    @property
-    def plain(self) -> bool:
-        """The model's own law, in float64."""
-        return self.temperature == 1 and not self.truncates and self.dtype == torch.float64
-
-    @property
-    def truncates(self) -> bool:
-        """Some tokens may never be drawn."""
-        return self.top_k is not None or (self.top_p is not None and self.top_p < 1)
-
-    def of(self, logits: Tensor) -> Tensor:
-        """Logits `[K, V]` of the law that is drawn from, of those of the model."""
-        return truncated(logits.to(torch.float64) / self.temperature, top_k=self.top_k, top_p=self.top_p)
-
-    def by(self, policy: nn.Module) -> Decoding:
-        """The same, with the model given: that of the policy if there was none."""
-        return replace(self, model=policy) if self.model is None else self
-
-
-def truncated(logits: Tensor, *, top_k: int | None = None, top_p: float | None = None) -> Tensor:
-    """`logits` `[K, V]` with -inf for every token that a sampler cuts off: all but the `top_k` most likely, and all but the
-    fewest of those whose probability adds up to `top_p`. Ties go to the lower token."""
-    V = logits.shape[-1]
-    if not (top_k is None or 1 <= top_k <= V) or not (top_p is None or 0.0 < top_p <= 1.0):
-        raise ProblemError(
-            f"top_k, top_p: {top_k!r}, {top_p!r}; nothing may be left to sample: 1 ≤ top_k ≤ {V}, 0 < top_p ≤ 1."
-        )
-    if top_k is None and (top_p is None or top_p == 1):
-        return logits
-    order = logits.argsort(dim=-1, descending=True, stable=True)
-    mass = torch.softmax(logits, -1).gather(-1, order)
-    keep = torch.arange(V, device=logits.device) < (V if top_k is None else top_k)
-    if top_p is not None:
-        left = torch.softmax(logits.gather(-1, order).masked_fill(~keep, -math.inf), -1)
-        keep = keep & (left.cumsum(-1) - left < top_p - 1e-12)
-    keep = keep.expand_as(mass)
-    return logits.masked_fill(~torch.zeros_like(keep).scatter(-1, order, keep), -math.inf)

@@ -13,12 +13,14 @@ import re
 import textwrap
 from collections.abc import Callable, Sequence
 
+from torch import Tensor
+
 from pgcheck.engines.exact import exact_moments
 from pgcheck.errors import PgcheckError, UnknownNameError
 from pgcheck.estimators.base import Claim, Estimator, entropy_bonus, find_estimator, kl_penalty, registered_estimators
 from pgcheck.estimators.broken import BROKEN, Broken
 from pgcheck.estimators.lookup import as_estimator, command_name
-from pgcheck.problem import Problem, find_problem, registered_problems
+from pgcheck.problem import Problem, find_problem, heavy_problems, registered_problems
 from pgcheck.render.messages import first_sentence, number
 from pgcheck.runs.suite import read_suite, shipped_suites
 from pgcheck.verdicts.checks import Check, find_check, registered_checks
@@ -52,7 +54,7 @@ def explain(name: str) -> str:
     if name in BROKEN:
         mistake = BROKEN[name]
         return _page(f"mistake {name}, made from {mistake.sound.name}", "mistake", *_mistake_parts(mistake))
-    if name.partition("@")[0] in problems:
+    if name.partition("@")[0] in {*problems, *heavy_problems()}:
         return _page(f"problem {name}", "problem", *_problem_parts(find_problem(name)))
     if name in quantities:
         return _page(f"quantity {name}", "quantity", "", _quantity_parts(quantities[name]))
@@ -372,6 +374,17 @@ def _objective(p: Problem) -> str:
     return " ".join(["return", *kl_term, *([f"plus {entropy:g} × entropy"] if entropy else [])])
 
 
+_SHOWN_ACTIONS = 20
+
+
+def _gradient_row(g: Tensor) -> str:
+    """∇J of one context; of many actions, the largest five."""
+    if len(g) <= _SHOWN_ACTIONS:
+        return "  ".join(f"{x:+.6f}" for x in g.tolist())
+    largest = g.abs().topk(5).indices.tolist()
+    return "  ".join(f"{a}: {float(g[a]):+.6f}" for a in largest) + "  …"
+
+
 def _problem_parts(p: Problem) -> tuple[str, dict[str, str]]:
     t, g = p.trajectories, p.gradient()
     shows = [shown for fact, shown, _ in _SHOWS if shown and fact(p)] or [
@@ -394,7 +407,7 @@ def _problem_parts(p: Problem) -> tuple[str, dict[str, str]]:
         *([] if p.plain_objective else [("objective", _objective(p))]),
         ("J", number(p.value())),
         ("∇J", f"norm {number(float(g.norm()))}"),
-        *((f"  context {k}", "  ".join(f"{x:+.6f}" for x in g[k].tolist())) for k in range(t.contexts)),
+        *((f"  context {k}", _gradient_row(g[k])) for k in range(t.contexts)),
         ("digest", p.digest),
     ]
     return "", {

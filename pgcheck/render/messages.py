@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from pgcheck.engines.direct import DirectMoments
-from pgcheck.problem import registered_problems
+from pgcheck.problem import heavy_problems, registered_problems
 from pgcheck.render.code import estimator_code
 from pgcheck.runs.report import MeasurementRow, ParameterRow, Report, VerdictRow
 from pgcheck.verdicts.checks import find_check
@@ -159,7 +159,7 @@ def _bias_part(
         rows.append(("mend", mend_of(swap)))
     against = diagnosis.subject if diagnosis and diagnosis.kind == "identity" else "reward_to_go"
     against = "reward_to_go" if against == "the gradient" else against
-    if worst.problem.partition("@")[0] in registered_problems():
+    if worst.problem.partition("@")[0] in {*registered_problems(), *heavy_problems()}:
         rows.append(("next", f"pgcheck compare {command} '{against}' --problem {worst.problem}"))
     else:  # the command line knows only the named ones
         rows.append(("next", f'pgcheck.compare(["{against}", {estimator_code(command)}], problem)'))
@@ -173,6 +173,8 @@ def _bias_part(
 def _at(report: Report, m: MeasurementRow) -> str:
     k, a = m.worst_context or 0, m.worst_action or 0
     truth = next(p.gradient for p in report.problems if p.name == m.problem)
+    if not m.expected or not truth:
+        return "see the measurements"
     return f"E ĝ = {m.expected[k][a]:+.6g}, ∇J = {truth[k][a]:+.6g}"
 
 

@@ -23,7 +23,6 @@ number that is not finite, or cannot be had, decides nothing and never passes.
 from __future__ import annotations
 
 import ast
-import fnmatch
 import functools
 import itertools
 import math
@@ -37,7 +36,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pgcheck.errors import UnknownNameError, UsageError
 from pgcheck.estimators.base import Estimator
 from pgcheck.estimators.lookup import as_estimator
-from pgcheck.problem import Problem, find_problem, registered_problems
+from pgcheck.problem import Problem, find_problem, problem_names, registered_problems
 from pgcheck.runs.report import CaseRow
 from pgcheck.verdicts.quantities import Found, Quantity, find_quantity
 from pgcheck.verdicts.verdict import RTOL, Status
@@ -173,7 +172,7 @@ def _problems(patterns: Any) -> list[str]:
         if not isinstance(pattern, str):
             raise UsageError(f"problem: {pattern!r}; expected an id or a pattern.")
         base, _, draw = pattern.partition("@")
-        found = [name for name in registered_problems() if fnmatch.fnmatchcase(name, base)]
+        found = problem_names(base)
         if not found:
             raise UnknownNameError("problem", pattern, registered_problems())
         names |= dict.fromkeys(f"{name}@{draw}" if draw else name for name in found)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
 
 from pgcheck.errors import UsageError
 from pgcheck.estimators.base import Claim, Estimator
@@ -22,6 +23,7 @@ from pgcheck.problem import Problem
 from pgcheck.statistics.sequential import Interval, Judgement
 from pgcheck.verdicts.verdict import Measurement, NotAsked, Space, Status, Verdict, along, as_list, finite_or_none
 
+LARGEST_TABLE = 10_000  # entries of a gradient that is written out
 SCHEMA: Literal["pgcheck-report/1"] = "pgcheck-report/1"
 
 
@@ -46,7 +48,7 @@ class ProblemRow(_Row):
     full_support: bool
     value: float
     gradient_norm: float
-    gradient: list[list[float]]  # ∇J in logit space, [K, A]
+    gradient: list[list[float]]  # ∇J in logit space, [K, A]; empty if that has more than `LARGEST_TABLE` entries
     by_step: list[float | None]  # ⟨g_t, ∇J⟩/‖∇J‖² of each position, for its part g_t of ∇J; sums to 1
 
 
@@ -98,7 +100,7 @@ class MeasurementRow(_Row):
     worst_context: int | None  # of a verdict in parameters: null
     worst_action: int | None
     worst_step: int | None
-    expected: list[list[float]]  # E ĝ in logit space, [K, A]; of a verdict in parameters: empty
+    expected: list[list[float]]  # E ĝ in logits, [K, A]; empty if in parameters, or of over `LARGEST_TABLE` entries
     by_step: list[StepRow]  # what each position contributes to it; empty if the engine does not say
     seed: int | None = None  # of the `batches` that were drawn
     low: dict[str, float | None] = {}  # ends of 95% intervals, by the names above; null where the tails allow none
@@ -276,6 +278,10 @@ def _without_sample(row: dict[str, Any]) -> dict[str, Any]:
     return {name: x for name, x in row.items() if name not in _OF_SAMPLES or x != _OF_SAMPLES[name]}
 
 
+def _table(x: Tensor) -> list[list[float]]:
+    return as_list(x) if x.numel() <= LARGEST_TABLE else []
+
+
 def problem_row(problem: Problem) -> ProblemRow:
     """A problem's line of the report."""
     contexts, actions = problem.logits.shape
@@ -294,7 +300,7 @@ def problem_row(problem: Problem) -> ProblemRow:
         full_support=problem.full_support,
         value=problem.value(),
         gradient_norm=float(problem.gradient().norm()),
-        gradient=as_list(problem.gradient()),
+        gradient=_table(problem.gradient()),
         by_step=[finite_or_none(x) for x in along(problem.gradient_by_step(), problem.gradient())],
     )
 
@@ -323,7 +329,7 @@ def measurement_row(m: Measurement, *, space: Space = "logits") -> MeasurementRo
         worst_context=context,
         worst_action=action,
         worst_step=m.worst_step,
-        expected=as_list(m.expected) if space == "logits" else [],
+        expected=_table(m.expected) if space == "logits" else [],
         by_step=[StepRow(along=finite_or_none(s.along), gap=finite_or_none(s.gap)) for s in m.by_step],
         seed=m.seed,
         low={name: finite_or_none(x.low) for name, x in m.intervals.items()},
@@ -332,7 +338,8 @@ def measurement_row(m: Measurement, *, space: Space = "logits") -> MeasurementRo
 
 
 def measurement_of(row: MeasurementRow, problem: Problem) -> Measurement:
-    """The measurement that `row` was made from, on the `problem` it names; without what each position contributes."""
+    """The measurement that `row` was made from, on the `problem` it names; without what each position contributes. Of a row
+    whose E ĝ is not written out there is none."""
     maybe = ("rel", "scale", "cosine", "off_axis", "bias", "size", "total_variance", "mse", "snr")
     numbers: dict[str, Any] = {name: math.nan if (x := getattr(row, name)) is None else x for name in maybe}
     same = ("estimator", "problem", "finding", "batches", "enumerated", "lane", "worst_step")

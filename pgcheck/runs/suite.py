@@ -26,7 +26,6 @@ Guarantee: an unknown key, a misspelt name or a wrong type is one error that nam
 
 from __future__ import annotations
 
-import fnmatch
 import tomllib
 from dataclasses import fields
 from importlib import resources
@@ -42,7 +41,7 @@ from pgcheck.engines.monte_carlo import DEFAULT_DRAWS, Sampling
 from pgcheck.errors import SuiteError, UnknownNameError, UsageError
 from pgcheck.estimators.base import Estimator, registered_estimators
 from pgcheck.estimators.lookup import as_estimator
-from pgcheck.problem import Problem, find_problem, problem_sets, registered_problems
+from pgcheck.problem import Problem, find_problem, heavy_problems, problem_names, problem_sets, registered_problems
 from pgcheck.runs.cases import Case, check_case
 from pgcheck.runs.report import Report
 from pgcheck.runs.runner import Expectation, run
@@ -145,14 +144,14 @@ def problems_matching(patterns: list[str], *, thetas: int = 1) -> list[Problem]:
     Raises:
         UnknownNameError: a pattern without a match; suggests the nearest id.
     """
-    known, sets = registered_problems(), problem_sets()
+    sets = problem_sets()
     names: list[str] = []
     for pattern in patterns:
-        found = sets.get(pattern) or [name for name in known if fnmatch.fnmatchcase(name, pattern)]
+        found = sets.get(pattern) or problem_names(pattern)
         if not found and "@" in pattern:
             found = [pattern]
         if not found:
-            raise UnknownNameError("problem", pattern, known)
+            raise UnknownNameError("problem", pattern, [*registered_problems(), *heavy_problems()])
         names += [name for name in found if name not in names]
     return [find_problem(name).at(draw) for name in names for draw in range(thetas)]
 

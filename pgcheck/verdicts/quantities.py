@@ -31,6 +31,7 @@ from pgcheck.estimators.base import Estimator
 from pgcheck.estimators.zoo import Composition, compose
 from pgcheck.problem import Problem
 from pgcheck.side import OptimalBaselines, score
+from pgcheck.truth import value_by_enumeration
 from pgcheck.verdicts.verdict import RTOL, Measurement, measure
 
 
@@ -600,3 +601,44 @@ def truncation_bound(*, estimator: Estimator, problem: Problem, cap: float) -> N
     lost = float(chance @ (1.0 - cap / w).clamp(min=0.0))
     bias = _measured(estimator, problem).bias
     return Found(bias / (largest * lost), {"bias": bias, "bound": largest * lost})
+
+
+# -- in the parameters of a policy
+
+
+@quantity
+def parameter_bias(*, estimator: Estimator, problem: Problem) -> Number:
+    """‖E ĝ_θ − ∇_θ J‖ / ‖∇_θ J‖ in all parameters of the policy, one backward pass each: (dz/dθ)ᵀ E ĝ, (dz/dθ)ᵀ ∇_z J."""
+    g, m = problem.parameter_gradient(), _moments(estimator, problem).mean_in_parameters()
+    size = float(g.norm())
+    along = float(m @ g) / size**2
+    return Found(
+        float((m - g).norm()) / size,
+        {"scale": along, "cosine": along * size / float(m.norm()), "parameters": float(len(g))},
+    )
+
+
+@quantity
+def directional_gap(*, problem: Problem, directions: int) -> Number:
+    """max over random directions v of |v·∇_θ J − ∂J/∂v| / ‖∇_θ J‖_v, ∂J/∂v by central differences of fourth order of J at
+    θ + h v. Each parameter moves in proportion to the root mean square of its tensor, seeded; ‖·‖_v is the standard deviation
+    of v·∇_θ J over v."""
+    policy, paths = problem.policy, problem.trajectories.paths
+    named = {name: p.detach() for name, p in policy.named_parameters()}
+    gradient = dict(zip(named, problem.parameter_gradient().split([p.numel() for p in named.values()]), strict=True))
+    rms = {name: p.square().mean().sqrt() for name, p in named.items()}
+    size = math.sqrt(sum(float(rms[name]) ** 2 * float(g.square().sum()) for name, g in gradient.items()))
+    h, worst = 1e-4, 0.0
+
+    def value(v: Mapping[str, Tensor], step: float) -> float:
+        moved = {name: torch.add(p, v[name], alpha=step) for name, p in named.items()}
+        with torch.no_grad():
+            return float(value_by_enumeration(paths, torch.func.functional_call(policy, moved, ())))
+
+    for seed in range(directions):
+        generator = torch.Generator().manual_seed(seed)
+        v = {name: torch.randn(p.shape, generator=generator).to(p) * rms[name] for name, p in named.items()}
+        near, far = (value(v, k * h) - value(v, -k * h) for k in (1, 2))
+        slope = sum(float(v[name].reshape(-1) @ g) for name, g in gradient.items())
+        worst = max(worst, abs((8 * near - far) / (12 * h) - slope))
+    return Found(worst / size, {"‖∇J‖_v": size})

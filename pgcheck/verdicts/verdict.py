@@ -154,9 +154,9 @@ def measure(
     split = moments.by_step is not None and space == "logits"
     if space == "parameters":
         g, m = (x.unsqueeze(0) for x in (problem.parameter_gradient(), moments.mean_in_parameters()))
-        variance = moments.total_variance_by(problem.logit_gram())  # made once for all estimators
+        variance = _variance_in_parameters(problem, moments)
     numbers = {name: getattr(moments, name) for name in ("batches", "enumerated", "lane")}
-    found = judged(estimator.name, problem, m, g, variance, rtol=rtol, **numbers)
+    found = judged(estimator.name, problem, m, g, variance, rtol=rtol, known=space == "logits", **numbers)
     if not split or moments.by_step is None:
         return found
     by_step = steps(moments.by_step, problem.gradient_by_step(), found.truth)
@@ -164,13 +164,23 @@ def measure(
 
 
 def judged(
-    name: str, problem: Problem, m: Tensor, g: Tensor, variance: float, *, rtol: float = RTOL, **run: Any
+    name: str,
+    problem: Problem,
+    m: Tensor,
+    g: Tensor,
+    variance: float,
+    *,
+    rtol: float = RTOL,
+    known: bool = True,
+    **run: Any,
 ) -> Measurement:
-    """Judge m = E ĝ against g, both of one shape, in logits or in parameters; `variance` is tr Cov ĝ there, and `run` says
-    how they were had: batches, enumerated, lane."""
+    """Judge m = E ĝ against g, both of one shape, in logits or in parameters; `variance` is tr Cov ĝ there (not
+    `known`: it may be NaN), and `run` says how they were had: batches, enumerated, lane."""
     numbers = direction(m, g)
     # E‖ĝ‖² ≥ ‖E ĝ‖²; said again because a variance of 0 is known to rounding only
-    norms = [float(g.norm()), float(m.norm()), math.sqrt(max(variance + float((m**2).sum()), 0.0))]
+    norms = [float(g.norm()), float(m.norm())]
+    if known or not math.isnan(variance):  # what is not known makes the tolerance no wider
+        norms.append(math.sqrt(max(variance + float((m**2).sum()), 0.0)))
     size = max(norms) if all(map(math.isfinite, norms)) else math.nan  # a NaN must not hide in the maximum
     # Where every return is the same, g is 0 but for rounding, and so may ĝ be: rounding is not judged against rounding.
     rounding = 16 * torch.finfo(g.dtype).eps * problem.reward_size
@@ -198,7 +208,7 @@ def judged(
         gradient_norm=float(g.norm()),
         total_variance=variance,
         mse=bias**2 + variance,
-        snr=float(m.norm()) / math.sqrt(variance) if variance > 0 else math.inf,
+        snr=float(m.norm()) / math.sqrt(variance) if not variance <= 0 else math.inf,
         rows=problem.rows,
         expected=m,
         truth=g,
@@ -250,6 +260,14 @@ def _sampled_finding(judgements: Mapping[float | None, Judgement]) -> Finding:
     if Status.PASS in status.values():
         return "proportional"
     return "biased" if Status.FAIL in status.values() else "inconclusive"
+
+
+def _variance_in_parameters(problem: Problem, moments: Moments) -> float:
+    """tr Cov ĝ_θ; NaN where it would take a covariance or a Jacobian that does not fit."""
+    try:
+        return moments.total_variance_by(problem.logit_gram())  # the Gram matrix is made once for all estimators
+    except UsageError:
+        return math.nan
 
 
 def _worst_step(moments: Moments, problem: Problem) -> int | None:
