@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from pgcheck.errors import NotFiniteError, UsageError
-from pgcheck.statistics.certificate import GRAM, Spectrum, draws_to_certify, p_value, upper_bound
+from pgcheck.statistics.certificate import GRAM, Spectrum, draws_to_certify, p_value, stretch, upper_bound
 from pgcheck.statistics.guarded import Floats, Scores, draws_for_tails, interval, pareto_k, z_of, z_scores
 from pgcheck.statistics.panel import TWO_SIDED, WITNESSES, Loud, directions, loud_directions, thresholds
 from pgcheck.statistics.status import Status
@@ -391,8 +391,10 @@ class Judge:
         n = self.draws
         return (float(self._total @ self._total) - self._norms2) / (n * (n - 1))
 
-    def _law(self, spectrum: Spectrum) -> dict[str, float]:
-        return {"n": self.draws, "largest": spectrum.largest, "square": spectrum.trace_of_square}
+    def _law(self, spectrum: Spectrum, level: float) -> dict[str, float]:
+        a = float(self._ever.skewness_of_mean[0])
+        law = {"n": self.draws, "largest": spectrum.largest, "square": spectrum.trace_of_square}
+        return law | {"stretch": stretch(a, level)}
 
     def _level(self) -> float:
         """What the certificate may spend at the next look that it can pass."""
@@ -410,7 +412,7 @@ class Judge:
         if self.scale is None:
             level *= 0.9
         Δ = self._tolerance(self._level() * 0.1)
-        law = self._law(self._whole)
+        law = self._law(self._whole, level)
         if bool(self._ever.refused[0]) or self._certificate(0.0, Δ, **law) > level:
             return False
         self._spent += 1
@@ -430,7 +432,7 @@ class Judge:
         kappa = self._scale_interval(along)
         unit = self._target_norm(kappa.value)
         U, β = self._statistic(), self.settings.beta / 2 ** max(self._spent, 1)
-        bias, missed = math.sqrt(max(U, 0.0)), upper_bound(U, β, **self._law(self._whole))  # type: ignore[arg-type]
+        bias, missed = math.sqrt(max(U, 0.0)), upper_bound(U, β, **self._law(self._whole, β))  # type: ignore[arg-type]
         tails = self._tails(along)
         status = Status.PASS if self._passed else Status.FAIL if self._failed else Status.INCONCLUSIVE
         note = ""
@@ -478,7 +480,8 @@ class Judge:
             mean, m2 = float(along.mean[0]), float(along.m2[0])
             U -= mean**2 - m2 / (n * (n - 1))  # ((Σy)² − Σy²)/(n(n−1)) of the scores along μ*
             spectrum = self._across
-        high = upper_bound(U, (1 - CONFIDENCE) / 2, **self._law(spectrum))  # type: ignore[arg-type]
+        tail = (1 - CONFIDENCE) / 2
+        high = upper_bound(U, tail, **self._law(spectrum, tail))  # type: ignore[arg-type]
         low = 0.0 if self._looked == 0 else max(self._aside_low, 0.0)
 
         def share(aside: float, κ: float) -> float:
