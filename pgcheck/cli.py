@@ -1,4 +1,4 @@
-"""The command line: `pgcheck list | run | gate | compare | explain | bench`.
+"""The command line: `pgcheck list | run | gate | compare | design | explain | bench | calibrate`.
 
 Exit codes: 0 every verdict agrees with its claim · 1 a verdict failed or was inconclusive · 2 usage or unreadable
 input · 5 nothing was checked. Everything heavy is imported inside the commands, so that `--help` answers at once.
@@ -446,6 +446,64 @@ def bench(
     if out is not None:
         write_all({out / "bench.md": bench_markdown(ratios), out / "bench.json": as_text})
     typer.echo(as_text if as_json else bench_markdown(ratios), nl=False)
+
+
+@app.command()
+def design(
+    estimator: Annotated[str, typer.Argument(help="a name, or pkg.mod:function of your own")],
+    problem: Annotated[str, typer.Option(help="a problem id", metavar="ID")] = "dialogue/two-turn",
+    rtol: Annotated[float, typer.Option(help="the bias that is tolerated, of ‖∇J‖", metavar="X")] = 0.05,
+    alpha: Annotated[float, typer.Option(help="false FAILs of a whole run", metavar="P")] = 1e-6,
+    beta: Annotated[float, typer.Option(help="false PASSes of a check", metavar="P")] = 1e-3,
+    mode: Annotated[str, typer.Option(help="what FAIL proves: nonzero or exceeds", metavar="MODE")] = "nonzero",
+    draws: Annotated[int | None, typer.Option(min=1, help="batches that may be drawn", metavar="N")] = None,
+    budget: Budget = None,
+    as_json: AsJson = False,
+) -> None:
+    """Plan a sampled verdict: batches it takes, the bias a budget shows, the group size that wastes the fewest rollouts."""
+    from typing import cast
+
+    from pgcheck.design import plan
+    from pgcheck.engines.exact import DEFAULT_BUDGET
+    from pgcheck.estimators.lookup import as_estimator
+    from pgcheck.problem import find_problem
+    from pgcheck.render.design import design_json, design_text
+    from pgcheck.render.progress import ProgressBar
+    from pgcheck.statistics.sequential import SHARE, Mode, Settings
+
+    settings = Settings(rtol=rtol, alpha=alpha / SHARE, beta=beta, mode=cast(Mode, mode))
+    with ProgressBar() as progress:
+        made = plan(
+            as_estimator(estimator),
+            find_problem(problem),
+            settings,
+            draws=draws,
+            budget=budget or DEFAULT_BUDGET,
+            progress=progress,
+        )
+    typer.echo(json.dumps(design_json(made), indent=1, ensure_ascii=False) if as_json else design_text(made))
+
+
+@app.command()
+def calibrate(
+    out: Annotated[Path | None, typer.Option(help="write calibration.md, .json and .svg there", metavar="DIR")] = None,
+    runs: Annotated[int, typer.Option(min=100, help="runs of one look for each law", metavar="N")] = 20_000,
+    seed: Annotated[int, typer.Option(min=0, metavar="N")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how often each stage of a sampled verdict is wrong, against what it promises; takes minutes."""
+    from pgcheck import calibrate as calibration
+    from pgcheck.render.calibration import calibration_figure, calibration_json, calibration_markdown
+    from pgcheck.render.files import write_all
+    from pgcheck.render.progress import ProgressBar
+
+    with ProgressBar() as progress:
+        measured = calibration.calibrate(runs=runs, seed=seed, progress=progress)
+    as_text = json.dumps(calibration_json(measured), indent=1, ensure_ascii=False) + "\n"
+    if out is not None:
+        texts = {"md": calibration_markdown(measured), "json": as_text, "svg": calibration_figure(measured)}
+        write_all({out / f"calibration.{ending}": text for ending, text in texts.items()})
+    typer.echo(as_text if as_json else calibration_markdown(measured), nl=False)
 
 
 def main() -> None:

@@ -29,6 +29,7 @@ from pgcheck.engines.exact import exact_moments
 from pgcheck.errors import UsageError
 from pgcheck.estimators.lookup import as_estimator
 from pgcheck.problem import find_problem
+from pgcheck.statistics.certificate import p_value, stretch, upper_bound
 from pgcheck.statistics.guarded import Floats, z_scores
 from pgcheck.statistics.sequential import GRAIN, Judge, Settings
 
@@ -168,3 +169,23 @@ def test_a_plain_t_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "z_scores", plain)
     rates = [x for x in null_rates(law("paid once"), runs=4000, rng=np.random.default_rng(1)) if x.nominal == 0.001]
     assert any(stats.binom.sf(x.events - 1, x.runs, x.nominal) < ONE_IN_1E8 for x in rates)
+
+
+def test_skewness_stretches_the_certificate() -> None:
+    """A reward paid once in a hundred: .020 at nominal .01 without the stretch, and that is noticed; with it the bound holds."""
+    x, n = law("reinforce on notes/coin-0.01"), Settings().first_look
+    top, square = float(torch.linalg.eigvalsh(x.covariance)[-1]), float((x.covariance**2).sum())
+    Δ = upper_bound(0.0, 1e-4, n=n, largest=top, square=square)
+    rng = np.random.default_rng(1)
+    passed = {True: 0, False: 0}
+    runs = 12_000
+    for _ in range(runs // 500):
+        got = look(x, Settings(), counted_segments(x, Settings(), 500, rng), bias=planted(x, SHAPES[0], Δ))
+        a, gate = got.along.skewness_of_mean, got.along.refused
+        for stretched in passed:
+            for r in np.flatnonzero(~gate):
+                by = stretch(a[r], 0.01) if stretched else 1.0
+                p = p_value(got.statistic[r], Δ, n=n, largest=got.largest[r], square=got.square[r], stretch=by)
+                passed[stretched] += p <= 0.01
+    assert stats.binom.sf(passed[True] - 1, runs, 0.0115) > ONE_IN_1E8
+    assert stats.binom.sf(passed[False] - 1, runs, 0.0115) < ONE_IN_1E8

@@ -1123,6 +1123,90 @@ with without("jax"):
     jax_rival(None, "reinforce")
 ''')  # fmt: skip
 
+case = section("Sampled verdicts")
+
+case("no tolerance", '''
+from pgcheck.statistics.sequential import Settings
+Settings(rtol=0)
+''')  # fmt: skip
+case("a tolerance below zero", '''
+from pgcheck.statistics.sequential import Settings
+Settings(rtol=-0.05)
+''')  # fmt: skip
+case("an error rate of one", '''
+from pgcheck.statistics.sequential import Settings
+Settings(beta=1.0)
+''')  # fmt: skip
+case("a mode", '''
+from pgcheck.statistics.sequential import Settings
+Settings(mode="exceed")
+''')  # fmt: skip
+case("no look", '''
+from pgcheck.statistics.sequential import Settings
+Settings(looks=0)
+''')  # fmt: skip
+case("a rarest event that is certain", '''
+from pgcheck.statistics.sequential import Settings
+Settings(rarest=1.0)
+''')  # fmt: skip
+case("too few draws for the error rates", '''
+from pgcheck.statistics.sequential import Settings
+Settings(first=256, alpha=1e-9)
+''')  # fmt: skip
+case("a reference that is not finite", '''
+from pgcheck.statistics.sequential import Judge, Settings
+Judge(torch.tensor([1.0, float("nan")]), Settings())
+''')  # fmt: skip
+case("a reference of norm zero", '''
+from pgcheck.statistics.sequential import Judge, Settings
+Judge(torch.zeros(3), Settings())
+''')  # fmt: skip
+case("draws of another size", '''
+from pgcheck.statistics.sequential import Judge, Settings
+Judge(torch.ones(3), Settings()).update(torch.ones(1024, 4))
+''')  # fmt: skip
+case("an estimated reference for an open scale", '''
+from pgcheck.statistics.sequential import Judge, Settings
+Judge(torch.ones(3), Settings(), scale=None).update(torch.ones(1024, 3), torch.ones(1024, 3))
+''')  # fmt: skip
+case("one NaN", '''
+from pgcheck.statistics.sequential import Judge, Settings
+draws = torch.ones(1024, 3)
+draws[700, 1] = float("nan")
+Judge(torch.ones(3), Settings()).update(draws)
+''')  # fmt: skip
+case("a verdict before any draw", '''
+from pgcheck.statistics.sequential import Judge, Settings
+Judge(torch.ones(3), Settings()).verdict()
+''')  # fmt: skip
+case("a state of another judge", '''
+from pgcheck.statistics.sequential import Judge, Settings
+Judge.from_state(torch.ones(3), Settings(), state=Judge(torch.ones(4), Settings()).state())
+''')  # fmt: skip
+case("a design without noise", '''
+$ pgcheck design all_action --problem bandit/two-arm
+''')  # fmt: skip
+case("a noise with half a direction", '''
+from pgcheck.statistics.power import Noise
+Noise.flat(10.0, 0.5)
+''')  # fmt: skip
+case("noise beside nothing", '''
+from pgcheck.statistics.power import Noise
+Noise.of(torch.eye(2), torch.zeros(2))
+''')  # fmt: skip
+case("a budget below the first look", '''
+$ pgcheck design leave_one_out --problem bandit/two-arm --draws 100
+''')  # fmt: skip
+case("a design for an absolute tolerance", '''
+from pgcheck.statistics.power import Noise, design
+from pgcheck.statistics.sequential import Settings
+design(Noise.flat(10.0, 5.0), Settings(rtol=0, atol=0.1))
+''')  # fmt: skip
+case("a calibration of five runs", '''
+from pgcheck.calibrate import calibrate
+calibrate(runs=5)
+''')  # fmt: skip
+
 case = section("In a test suite")
 
 case("a check that is expected to fail, misspelt", '''

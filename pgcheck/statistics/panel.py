@@ -18,14 +18,27 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from scipy import special
 from torch import Tensor
+
+from pgcheck.statistics.guarded import Floats
 
 WITNESSES = ("par", "parw", "dense", "white", "sparse", "defl")
 TWO_SIDED = 2  # the first two have a direction without a sign
 LOUD = 16
 _QUIET = 1e-12  # a coordinate's variance below this share of the largest is rounding
 _SHRINK = 1e-3  # a loud direction keeps at least this share
+
+
+def thresholds(level: float) -> Floats:
+    """The z that each witness must reach, `[6]`, so that one does by chance with probability `level` at most.
+
+    `level` is split evenly; for a direction without a sign either side counts.
+    """
+    sides = np.array([2.0] * TWO_SIDED + [1.0] * (len(WITNESSES) - TWO_SIDED))
+    return -np.asarray(special.ndtri(level / len(WITNESSES) / sides))
 
 
 @dataclass(frozen=True)

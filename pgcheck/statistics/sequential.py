@@ -26,13 +26,12 @@ from typing import Literal
 
 import numpy as np
 import torch
-from scipy import special
 from torch import Tensor
 
 from pgcheck.errors import NotFiniteError, UsageError
-from pgcheck.statistics.certificate import GRAM, Spectrum, draws_to_certify, p_value, upper_bound
+from pgcheck.statistics.certificate import GRAM, Spectrum, draws_to_certify, p_value, stretch, upper_bound
 from pgcheck.statistics.guarded import Floats, Scores, draws_for_tails, interval, pareto_k, z_of, z_scores
-from pgcheck.statistics.panel import TWO_SIDED, WITNESSES, Loud, directions, loud_directions
+from pgcheck.statistics.panel import TWO_SIDED, WITNESSES, Loud, directions, loud_directions, thresholds
 from pgcheck.statistics.status import Status
 
 GRAIN = 1024  # draws summed at once; every sum is a merge of these
@@ -152,6 +151,7 @@ class Judgement:
     needed: int | None  # draws at which a verdict is to be expected; None: none in sight, or not needed
     tails: Tails
     note: str  # "nonzero": PASS though a bias below Δ is proven · "tails" · "constant" · ""
+    rarest: float  # an event less likely than this may not have been seen: ln(1/α)/draws
 
 
 class Judge:
@@ -176,16 +176,16 @@ class Judge:
                 "reference: its norm is 0, and a relative tolerance says nothing about it. Give an absolute one (atol=…)"
                 + (" and a fixed scale." if scale is None else ".")
             )
-        self._along = self._reference / size if size > 0 else _any_direction(P)
+        self._along = self._reference / size if size > 0 else _any_direction(P).to(self._reference.device)
         self.decided = False
         self.next_look = settings.first_look
-        zero = torch.zeros(P, dtype=torch.float64)
+        zero = torch.zeros_like(self._reference)
         self._sum, self._total, self._squares, self._absolute = (zero.clone() for _ in range(4))  # X, D, D², |X|
         self._centre = zero.clone()  # mean X of the first grain
         self._norms2, self._norms = 0.0, 0.0  # Σ‖D‖², Σ‖D‖
-        self._v = torch.zeros(P, _CONFIRM + 1, dtype=torch.float64)
+        self._v = zero.new_zeros(P, _CONFIRM + 1)
         self._v[:, 0] = self._along
-        self._loud = Loud(torch.zeros(P, 0, dtype=torch.float64), torch.ones(0, dtype=torch.float64))
+        self._loud = Loud(zero.new_zeros(P, 0), zero.new_ones(0))
         self._whole, self._across = Spectrum(), Spectrum()
         self._ever = Scores.none(2)  # along μ*, and ‖X − centre‖²: all draws
         self._block = Scores.none(_W + 1)  # of the directions in use: the draws they have not seen
@@ -232,12 +232,12 @@ class Judge:
             raise UsageError("reference_draws: with an estimated reference the scale must be given.")
         if x.dtype.is_floating_point:
             self._eps = max(self._eps, float(torch.finfo(x.dtype).eps))
-        x = x.detach().to(device=self._reference.device, dtype=torch.float64)
+        x = x.detach().to(device=self._reference.device, dtype=torch.float64).contiguous()
         self._refuse_not_finite(x)
         if reference_draws is None:
             d = x - self._target
         else:
-            r = reference_draws.detach().to(device=x.device, dtype=torch.float64)
+            r = reference_draws.detach().to(device=x.device, dtype=torch.float64).contiguous()
             self._refuse_not_finite(r)
             d = x - r * float(self.scale or 0.0)
         par = x @ self._along if self.scale is None else d @ self._along
@@ -309,8 +309,7 @@ class Judge:
         if self._frozen >= 0:
             self._confirm()
         evidence = self._evidence()
-        threshold = self._thresholds()
-        ratio = evidence.max(0) / threshold
+        ratio = evidence.max(0) / thresholds(self.settings.stage_level / self.settings.looks)
         best = int(ratio.argmax())
         fired = self._fires(float(ratio[best]))
         self._looked += 1
@@ -355,14 +354,6 @@ class Judge:
             slack = slack + self._allowed
         return np.asarray(slack)
 
-    def _thresholds(self) -> Floats:
-        """The z that each witness must reach to trigger at a look."""
-        level = self.settings.stage_level / (_W * self.settings.looks)
-        sides = np.array([2.0] * TWO_SIDED + [1.0] * (_W - TWO_SIDED))
-        if self.scale is None:
-            sides[0] = 1.0
-        return -np.asarray(special.ndtri(level / sides))
-
     def _fires(self, ratio: float) -> bool:
         """Whether the strongest witness, in units of its threshold, triggers."""
         return ratio >= 1.0
@@ -400,8 +391,10 @@ class Judge:
         n = self.draws
         return (float(self._total @ self._total) - self._norms2) / (n * (n - 1))
 
-    def _law(self, spectrum: Spectrum) -> dict[str, float]:
-        return {"n": self.draws, "largest": spectrum.largest, "square": spectrum.trace_of_square}
+    def _law(self, spectrum: Spectrum, level: float) -> dict[str, float]:
+        a = float(self._ever.skewness_of_mean[0])
+        law = {"n": self.draws, "largest": spectrum.largest, "square": spectrum.trace_of_square}
+        return law | {"stretch": stretch(a, level)}
 
     def _level(self) -> float:
         """What the certificate may spend at the next look that it can pass."""
@@ -419,7 +412,7 @@ class Judge:
         if self.scale is None:
             level *= 0.9
         Δ = self._tolerance(self._level() * 0.1)
-        law = self._law(self._whole)
+        law = self._law(self._whole, level)
         if bool(self._ever.refused[0]) or self._certificate(0.0, Δ, **law) > level:
             return False
         self._spent += 1
@@ -439,7 +432,7 @@ class Judge:
         kappa = self._scale_interval(along)
         unit = self._target_norm(kappa.value)
         U, β = self._statistic(), self.settings.beta / 2 ** max(self._spent, 1)
-        bias, missed = math.sqrt(max(U, 0.0)), upper_bound(U, β, **self._law(self._whole))  # type: ignore[arg-type]
+        bias, missed = math.sqrt(max(U, 0.0)), upper_bound(U, β, **self._law(self._whole, β))  # type: ignore[arg-type]
         tails = self._tails(along)
         status = Status.PASS if self._passed else Status.FAIL if self._failed else Status.INCONCLUSIVE
         note = ""
@@ -467,6 +460,7 @@ class Judge:
             needed=self._needed(U, allowed, tails) if status is Status.INCONCLUSIVE else None,
             tails=tails,
             note=note,
+            rarest=math.log(1 / self.settings.alpha) / n,
         )
 
     def _target_norm(self, kappa: float) -> float:
@@ -486,7 +480,8 @@ class Judge:
             mean, m2 = float(along.mean[0]), float(along.m2[0])
             U -= mean**2 - m2 / (n * (n - 1))  # ((Σy)² − Σy²)/(n(n−1)) of the scores along μ*
             spectrum = self._across
-        high = upper_bound(U, (1 - CONFIDENCE) / 2, **self._law(spectrum))  # type: ignore[arg-type]
+        tail = (1 - CONFIDENCE) / 2
+        high = upper_bound(U, tail, **self._law(spectrum, tail))  # type: ignore[arg-type]
         low = 0.0 if self._looked == 0 else max(self._aside_low, 0.0)
 
         def share(aside: float, κ: float) -> float:
