@@ -30,9 +30,9 @@ _BIAS = (("scale", "scale"), ("rel", "rel"), ("off_axis", "off_axis"))
 _COLUMNS: dict[str, tuple[tuple[str, str], ...]] = {  # heading and column of the tables of the page
     "results": (
         *_NAMES, ("problem", "problem"), *_BIAS, ("tr Cov", "variance"), ("× ref", "ratio"), ("SNR", "snr"),
-        ("batches to match", "batches_to_match"), ("rollouts a batch", "cost"),
-        ("rollouts to match", "rollouts_to_match"), ("lower MSE than ref", "when"),
-        ("… for equal rollouts", "when_rollouts"),
+        ("rollouts a batch", "cost"),
+        ("rollouts to match", "rollouts_to_match"), ("MSE below ref's", "when"),
+        ("… at equal cost", "when_rollouts"),
     ),
     "steps": (("estimator", "estimator"), ("t", "step"), ("tr Cov of the part", "variance"), ("share of tr Cov ĝ", "share")),
     "sources": (("estimator", "estimator"), ("t", "step"), ("Σ_τ rollout", "rollout"), ("Σ_a action", "action"),
