@@ -22,7 +22,7 @@ from pgcheck.render.files import write_all
 from pgcheck.render.frames import csv
 from pgcheck.render.html import environment
 from pgcheck.render.messages import number
-from pgcheck.render.plots import MARKERS, SERIES, drawings
+from pgcheck.render.plots import SERIES, drawings, marker
 from pgcheck.runs.compare import Comparison
 
 _NAMES = (("estimator", "estimator"), ("found", "finding"))
@@ -161,7 +161,7 @@ def _mark(i: int) -> Markup:
         "p": '<path d="M6 1.2l4.8 3.5-1.8 5.7H3L1.2 4.7z"/>', "h": '<path d="M6 1l4.3 2.5v5L6 11 1.7 8.5v-5z"/>',
         "*": '<path d="M6 .8l1.500 3.400 3.700.4-2.800 2.500.8 3.700L6 8.900l-3.200 1.900.8-3.700L.8 4.600l3.700-.4z"/>',
     }  # fmt: skip
-    shape = Markup(shapes[MARKERS[i % len(MARKERS)]])
+    shape = Markup(shapes[marker(i)])
     return Markup('<svg viewBox="0 0 12 12" class="mark" style="fill:var(--s{})" aria-hidden="true">{}</svg>').format(
         i % SERIES, shape
     )

@@ -32,9 +32,15 @@ from pgcheck.verdicts.variance import mse_curves, noise
 
 HEIGHT = 236.0
 ROW = 17.0
+SERIES = 10  # colors
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "p", "h", "*")
 FINDINGS = ("unbiased", "proportional", "biased")
 PARTS = ("rollout", "action", "state")
+
+
+def marker(i: int) -> str:
+    """Of estimator number i: no two of the first hundred share marker and color."""
+    return MARKERS[(i + i // SERIES) % len(MARKERS)]
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,6 @@ class Ink:
         return self.series[i % len(self.series)]
 
 
-SERIES = 10
 PAGE = Ink(  # stand-ins
     "#010101", "#020202", "#030303", tuple(f"#1100{i:02x}" for i in range(SERIES)),
     {name: f"#2200{i:02x}" for i, name in enumerate(FINDINGS)}, {name: f"#3300{i:02x}" for i, name in enumerate(PARTS)},
@@ -118,7 +123,7 @@ def _legend(figure: Figure, drawing: Drawing, ink: Ink) -> None:
         keys = [
             (
                 " ".join(name.split()),
-                {"color": ink.of(int(i)), "marker": MARKERS[int(i) % len(MARKERS)], "lw": 1.1, "markersize": 4.5},
+                {"color": ink.of(int(i)), "marker": marker(int(i)), "lw": 1.1, "markersize": 4.5},
             )
             for i, name in zip(names["number"], names["estimator"], strict=True)
         ]
@@ -215,9 +220,9 @@ def _belongs_to(ax: Axes, i: int) -> Iterator[None]:
         artist.set_gid(f"e{i}")
 
 
-def _points(ax: Axes, x: Any, y: Any, *, color: str, marker: str, size: float = 5.5, **more: Any) -> None:
-    edge = 1.3 if marker in "x|" else 0
-    ax.plot(x, y, color=color, marker=marker, markersize=size, markeredgewidth=edge, ls="none", zorder=4, **more)
+def _points(ax: Axes, x: Any, y: Any, *, color: str, shape: str, size: float = 5.5, **more: Any) -> None:
+    edge = 1.3 if shape in "x|" else 0
+    ax.plot(x, y, color=color, marker=shape, markersize=size, markeredgewidth=edge, ls="none", zorder=4, **more)
 
 
 def _lines(
@@ -230,7 +235,7 @@ def _lines(
     if numbers:
         sns.lineplot(
             rows, x=x, y=y, ax=ax, hue="number", hue_order=numbers, palette={i: ink.of(i) for i in numbers},
-            style="number", style_order=numbers, markers=[MARKERS[i % len(MARKERS)] for i in numbers] if points else False,
+            style="number", style_order=numbers, markers=[marker(i) for i in numbers] if points else False,
             dashes=False, markersize=4.5, markeredgewidth=0, linewidth=1.1, errorbar=None, estimator=None, legend=False,
         )  # fmt: skip
     for i, line in zip(numbers, ax.lines[before:], strict=True):
@@ -290,7 +295,7 @@ def _point(ax: Axes, r: Mapping[Any, Any], column: str, at: float, ink: Ink, lim
     with _belongs_to(ax, i):
         if ends[0] < ends[1]:
             ax.hlines(at, max(ends[0], limits[0]), min(ends[1], limits[1]), color=color, lw=1.4)
-        _points(ax, [value if inside else limits[value > 1]], [at], color=color, marker=mark, clip_on=False)
+        _points(ax, [value if inside else limits[value > 1]], [at], color=color, shape=mark, clip_on=False)
 
 
 # -- bias and variance
@@ -330,7 +335,7 @@ def _plane(table: pd.DataFrame, gradient_norm: float) -> Drawing:
                 if b > 0 and r["rel_low"] < r["rel_high"]:
                     scale = gradient_norm / unit
                     ax.hlines(s, r["rel_low"] * scale, r["rel_high"] * scale, color=ink.of(i), lw=2)
-                _points(ax, [at], [s], color=ink.of(i), marker=MARKERS[i % len(MARKERS)])
+                _points(ax, [at], [s], color=ink.of(i), shape=marker(i))
         ticks = [t * 10.0**e for e in range(-12, 6) for t in ((1,) if high / floor > 300 else (1, 2, 5))]
         ax.xaxis.set_major_locator(
             FixedLocator([*([] if biased.all() else [floor]), *(t for t in ticks if floor * 2.5 < t <= high)])
@@ -363,7 +368,7 @@ def _mse(table: pd.DataFrame, gradient_norm: float) -> Drawing:
         for i, own in _each(curves):
             with _belongs_to(ax, i):
                 marks = own.iloc[i % 5 :: 8]
-                _points(ax, marks["rollouts"], marks["mse"], color=ink.of(i), marker=MARKERS[i % len(MARKERS)], size=4)
+                _points(ax, marks["rollouts"], marks["mse"], color=ink.of(i), shape=marker(i), size=4)
                 if (own["mse_low"] < own["mse_high"]).any():
                     ax.fill_between(own["rollouts"], own["mse_low"], own["mse_high"], color=ink.of(i), alpha=0.2, lw=0)
         ax.set_xlabel("rollouts spent", color=ink.faint, labelpad=2)
@@ -399,8 +404,8 @@ def _sources(table: pd.DataFrame, approximate: pd.DataFrame) -> Drawing:
                 for part in PARTS:
                     ax.barh(at, r[part], left=start, height=0.62, color=ink.parts[part], lw=0)
                     start += r[part]
-                _points(ax, [own["none"]], [at], color=ink.ink, marker="|", size=9)
-                _points(ax, [own["independent"]], [at], color=ink.ink, marker="x", size=5)
+                _points(ax, [own["none"]], [at], color=ink.ink, shape="|", size=9)
+                _points(ax, [own["independent"]], [at], color=ink.ink, shape="x", size=5)
         ax.set_ylim(len(sums) - 0.5, -0.5)
         ax.set_xlim(left=0)
         ax.set_yticks([])
@@ -429,7 +434,7 @@ def _blocks(table: pd.DataFrame) -> Drawing:
         order = {name: at for at, name in enumerate(largest.index)}
         for i, own in _each(rows):
             with _belongs_to(ax, i):
-                _points(ax, 100 * own["share"], own["block"].map(order), color=ink.of(i), marker=MARKERS[i % len(MARKERS)],
+                _points(ax, 100 * own["share"], own["block"].map(order), color=ink.of(i), shape=marker(i),
                         size=4.5, alpha=0.85)  # fmt: skip
         ax.set_ylim(len(order) - 0.5, -0.5)
         ax.set_xlim(left=0)

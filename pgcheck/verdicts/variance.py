@@ -109,7 +109,7 @@ def _against(row: Mapping[str, Any], base: Mapping[str, Any], floor: float) -> d
     if row is base:
         found = {name: (x[1],) * 3 for name, x in found.items()}
     price = row["cost"] / base["cost"]
-    found["rollouts_to_match"] = tuple(x * price for x in found["batches_to_match"])  # type: ignore[assignment]
+    found["rollouts_to_match"] = tuple(x * price for x in found["batches_to_match"])
     out = {
         f"{name}{end}": x for name, three in found.items() for end, x in zip(("_low", "", "_high"), three, strict=True)
     }

@@ -27,7 +27,7 @@ from pgcheck.render import comparison as render
 from pgcheck.render.comparison import report_html, takeaways, when, with_interval, write_tables
 from pgcheck.render.figures import SETTINGS
 from pgcheck.render.messages import number
-from pgcheck.render.plots import KEYS, PRINT, drawings
+from pgcheck.render.plots import KEYS, PRINT, drawings, marker
 from pgcheck.runs.compare import Comparison, Sweeps, comparison, measured
 from tests.render.pages import HOSTILE, Page, assert_self_contained, column_of, in_browser
 
@@ -183,6 +183,10 @@ def test_takeaways() -> None:
     assert takeaways(alone().tables["comparison"]) == [
         "Reference: reinforce, unbiased, tr Cov 0.00045, SNR 6, 4 rollouts a batch."
     ]
+
+
+def test_marks_tell_a_hundred_estimators_apart() -> None:
+    assert len({(marker(i), PRINT.of(i)) for i in range(100)}) == 100
 
 
 # -- the script
