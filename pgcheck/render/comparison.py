@@ -190,9 +190,11 @@ def _cell(row: Mapping[str, Any], name: str) -> Cell:
 
 
 def with_interval(row: Mapping[str, Any], name: str) -> str:
-    """The number, and its interval where that has a length."""
+    """The number, and its interval where that has a length; or that there is none."""
     low, high = row.get(f"{name}_low", math.nan), row.get(f"{name}_high", math.nan)
     value = _words(row[name])
+    if f"{name}_low" in row and value != "—" and (pd.isna(low) or pd.isna(high)):
+        return f"{value} [no interval]"  # the tails of the sample allow none
     return f"{value} [{_words(low)}, {_words(high)}]" if low < high else value
 
 

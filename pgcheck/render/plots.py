@@ -229,7 +229,7 @@ def _lines(
     ax: Axes, rows: pd.DataFrame, ink: Ink, x: str, y: str, *, low: str = "", high: str = "", points: bool = True
 ) -> None:
     """A line for each estimator, with points, and intervals where they have a length."""
-    rows = rows[np.isfinite(rows[y])]
+    rows = rows[np.isfinite(rows[y]) & (rows[low].notna() if low else True)]
     numbers = sorted(int(i) for i in rows["number"].unique())
     before = len(ax.lines)
     if numbers:
@@ -285,9 +285,9 @@ def _ratios(table: pd.DataFrame) -> Drawing:
 
 
 def _point(ax: Axes, r: Mapping[Any, Any], column: str, at: float, ink: Ink, limits: tuple[float, float]) -> None:
-    """The point of one row with its interval; an arrow at the edge for 0 and infinity, nothing for NaN."""
+    """The point of one row with its interval; an arrow at the edge for 0 and infinity, nothing where either is NaN."""
     value, i, color = float(r[column]), int(r["number"]), ink.finding.get(r["finding"], ink.ink)
-    if math.isnan(value):
+    if math.isnan(value) or math.isnan(r.get(f"{column}_low", value)):
         return
     ends = (r.get(f"{column}_low", value), r.get(f"{column}_high", value))
     inside = limits[0] <= value <= limits[1]
@@ -325,7 +325,7 @@ def _plane(table: pd.DataFrame, gradient_norm: float) -> Drawing:
         places = iter(np.geomspace(floor / 1.6, floor * 1.6, max(int((~biased).sum()), 1)))
         for r, b, s in zip(rows.to_dict("records"), bias, deviation, strict=True):
             i, at = int(r["number"]), b if b > 0 else next(places)
-            if not (math.isfinite(s) and s > 0):
+            if not (math.isfinite(s) and s > 0) or math.isnan(r["variance_low"]):
                 continue
             with _belongs_to(ax, i):
                 ax.plot([at, at], [s, s / 10], color=ink.of(i), lw=0.8)  # 100 batches averaged
@@ -364,6 +364,7 @@ def _mse(table: pd.DataFrame, gradient_norm: float) -> Drawing:
         _log(ax, "y", list(curves["mse"]))
         cost = dict(zip(rows["estimator"], rows["cost"], strict=True))
         curves = curves[curves["rollouts"] >= curves["estimator"].map(cost) * (1 - 1e-9)]  # one batch at least
+        curves = curves[curves["mse_low"].notna()]
         _lines(ax, curves, ink, "rollouts", "mse", points=False)
         for i, own in _each(curves):
             with _belongs_to(ax, i):

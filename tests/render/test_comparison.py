@@ -8,7 +8,6 @@ import io
 import json
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -20,15 +19,14 @@ import pytest
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 
 import pgcheck
-from pgcheck.estimators.base import Estimator
-from pgcheck.estimators.lookup import as_estimator, as_estimators
-from pgcheck.problem import Problem, find_problem
+from pgcheck.estimators.lookup import as_estimator
 from pgcheck.render import comparison as render
 from pgcheck.render.comparison import report_html, takeaways, when, with_interval, write_tables
 from pgcheck.render.figures import SETTINGS
 from pgcheck.render.messages import number
 from pgcheck.render.plots import KEYS, PRINT, drawings, marker
-from pgcheck.runs.compare import Comparison, Sweeps, comparison, measured
+from pgcheck.runs.compare import Comparison, Sweeps
+from pgcheck.verdicts.variance import relative
 from tests.render.pages import HOSTILE, Page, assert_self_contained, column_of, in_browser
 
 SWEEPS = Sweeps(groups=(1, 2), group_sizes=(2, 3), staleness=(0.0, 1.0))
@@ -44,19 +42,20 @@ def rich() -> Comparison:
     )
 
 
-def sampled(estimators: Sequence[Estimator], problem: Problem) -> pd.DataFrame:
-    """As an engine that samples would fill the columns: intervals of 10% either way."""
-    table = measured(estimators, problem)
-    for name in ("scale", "rel", "variance", "mse", "snr"):
-        table[f"{name}_low"], table[f"{name}_high"] = 0.9 * table[name], 1.1 * table[name]
-    return table.assign(batches=1000)
-
-
 @cache
 def with_intervals() -> Comparison:
-    return comparison(
-        as_estimators(["reinforce", "grpo"]), [find_problem("dialogue/two-turn")], sweeps=SWEEPS, by=sampled
-    )
+    """As an engine that samples fills the columns: intervals of 10% either way; no blocks."""
+    c = pgcheck.comparison(["reinforce", "grpo"], "dialogue/two-turn", sweeps=SWEEPS)
+    tables = {name: table.copy() for name, table in c.tables.items() if name != "blocks"}
+    for table in tables.values():
+        for name in ("scale", "rel", "variance", "mse", "snr"):
+            if name in table and f"{name}_low" in table:
+                table[f"{name}_low"], table[f"{name}_high"] = 0.9 * table[name], 1.1 * table[name]
+    columns = [
+        x for x in tables["comparison"] if not x.startswith(("ratio", "batches_to", "rollouts_to", "better", "break"))
+    ]
+    tables["comparison"] = relative(tables["comparison"][columns].assign(batches=1000))
+    return replace(c, tables=tables)
 
 
 @cache
@@ -158,6 +157,7 @@ def test_words() -> None:
     assert with_interval({"x": 1.5, "x_low": 1.5, "x_high": 1.5}, "x") == with_interval({"x": 1.5}, "x") == "1.5"
     assert with_interval({"x": math.inf}, "x") == "∞"
     assert with_interval({"x": None}, "x") == "—"
+    assert with_interval({"x": 1.5, "x_low": math.nan, "x_high": math.nan}, "x") == "1.5 [no interval]"
     assert when("same", math.nan, "batches") == "equal"
     assert when("below", 1234.5, "batches") == "below 1.23e+03 batches"
     assert when("below", 0.7, "batches") == "never"  # there is no such batch
