@@ -55,7 +55,7 @@ _CAPTIONS = {
     " along ∇J. Color: what was found of the bias. An arrow points to 0 or ∞.",
     "plane": "<b>Bias and variance</b>. A point is one batch, its line the way down to an average of 100. Dashed: equal MSE,"
     " the further down and left the better; where a line has crossed into the vertical part of a dashed curve, only bias is"
-    " left and more data do not help. The gray column holds those without bias.",
+    " left and more data do not help. The gray column holds those without bias, or where a sample found none.",
     "mse": "<b>Who wins at which budget</b>: MSE of the average over a budget of rollouts, those behind the baseline counted."
     " Unbiased ones go down for ever, a biased one ends at ‖bias‖². Where two lines cross is the break-even R*.",
     "steps": "<b>By position</b>: variance of the part of ĝ that position t contributes. Parts covary, so that they need not"
@@ -250,12 +250,15 @@ def takeaways(table: pd.DataFrame) -> list[str]:
                 else ""
             )
         )
-    winning = [r for r in rows if r["better_per_rollout"] == "below" and r["break_even_rollouts"] > r["cost"]]
+    known = [r for r in rows if r["finding"] in ("biased", "proportional")]  # of a sample: shown, not suspected
+    winning = [r for r in known if r["better_per_rollout"] == "below" and r["break_even_rollouts"] > r["cost"]]
     if winning:
         winning.sort(key=lambda r: -r["break_even_rollouts"])
         budgets = ", ".join(f"{r['estimator']} below {r['break_even_rollouts']:,.3g}" for r in winning)
         said.append(f"More biased than {name}, and yet of lower MSE at a small budget of rollouts: {budgets}.")
-    wrong = sorted((r for r in rows if r["off_axis"] > 1e-9), key=lambda r: -r["off_axis"])
+    wrong = sorted(
+        (r for r in known if r["finding"] == "biased" and r["off_axis"] > 1e-9), key=lambda r: -r["off_axis"]
+    )
     if wrong:
         worst = wrong[0]
         said.append(

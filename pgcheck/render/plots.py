@@ -307,10 +307,11 @@ def _plane(table: pd.DataFrame, gradient_norm: float) -> Drawing:
     def draw(figure: Figure, rows: pd.DataFrame, ink: Ink) -> None:
         of = "/‖∇J‖" if gradient_norm > 0 else ""
         ax = _axes(figure, ink, title=f"√tr Cov{of}, one batch", xlabel=f"‖bias‖{of}")
-        biased = rows["finding"] != "unbiased"
-        bias = (rows["bias"] / unit).where(biased, 0.0)
+        bias = (rows["bias"] / unit).where(rows["finding"] != "unbiased", 0.0)
+        biased, ends = bias > 0, ["rel_low", "rel_high"]
+        far = rows[ends].where(rows["finding"] != "unbiased", axis=0).to_numpy().ravel() * gradient_norm / unit
         deviation = np.sqrt(rows["variance"].clip(lower=0)) / unit
-        some = [x for x in (*bias, *(rows["rel_low"][biased]), *(rows["rel_high"][biased])) if x > 0]
+        some = [x for x in (*bias, *far) if x > 0]
         # those without bias stand side by side in a column of their own, left of the logarithmic axis
         floor = min(some, default=0.1) / 6  # a place, no value
         low, high = _log(ax, "x", some, include=[floor / 2, floor * 12] if not biased.all() else ())
@@ -330,11 +331,12 @@ def _plane(table: pd.DataFrame, gradient_norm: float) -> Drawing:
             with _belongs_to(ax, i):
                 ax.plot([at, at], [s, s / 10], color=ink.of(i), lw=0.8)  # 100 batches averaged
                 if r["variance_low"] < r["variance_high"]:
-                    ends = np.sqrt(np.array([r["variance_low"], r["variance_high"]])) / unit
-                    ax.vlines(at, *ends, color=ink.of(i), lw=2)
-                if b > 0 and r["rel_low"] < r["rel_high"]:
-                    scale = gradient_norm / unit
-                    ax.hlines(s, r["rel_low"] * scale, r["rel_high"] * scale, color=ink.of(i), lw=2)
+                    ax.vlines(
+                        at, *(np.sqrt(r[f"variance_{end}"]) / unit for end in ("low", "high")), color=ink.of(i), lw=2
+                    )
+                if r["finding"] != "unbiased" and r["rel_low"] < r["rel_high"]:
+                    left, right = (r[end] * gradient_norm / unit for end in ends)
+                    ax.hlines(s, max(left, low) if b > 0 else at, right, color=ink.of(i), lw=2)
                 _points(ax, [at], [s], color=ink.of(i), shape=marker(i))
         ticks = [t * 10.0**e for e in range(-12, 6) for t in ((1,) if high / floor > 300 else (1, 2, 5))]
         ax.xaxis.set_major_locator(
