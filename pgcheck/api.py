@@ -434,6 +434,8 @@ def comparison(
     relative_to: AnyEstimator | None = None,
     sweeps: Sweeps | None = None,
     budget: int = DEFAULT_BUDGET,
+    engine: Engine = "exact",
+    sampling: Sampling | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
     """What the variance comparison report shows, as tables: `compare`, and variance by step, source and block, and sweeps
@@ -447,7 +449,7 @@ def comparison(
     with ProgressBar() as bar:
         return runs_compare.comparison(
             chosen, on, relative_to=reference, space=space, sweeps=Sweeps() if sweeps is None else sweeps,
-            budget=budget, progress=progress or bar,
+            budget=budget, engine=checked_engine(engine), sampling=sampling, progress=progress or bar,
         )  # fmt: skip
 
 

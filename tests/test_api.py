@@ -535,8 +535,8 @@ COLUMNS = ["estimator", "problem", "finding", "rel", "scale", "cosine", "off_axi
 
 ENDS = [f"{name}_{end}" for name in ("scale", "rel", "variance", "mse", "snr") for end in ("low", "high")]
 RELATIVE = [
-    "ratio", "ratio_low", "ratio_high", "batches_to_match", "rollouts_to_match", "better", "break_even",
-    "better_per_rollout", "break_even_rollouts",
+    *(f"{name}{end}" for name in ("ratio", "batches_to_match", "rollouts_to_match") for end in ("_low", "", "_high")),
+    "better", "break_even", "better_per_rollout", "break_even_rollouts",
 ]  # fmt: skip
 
 
@@ -544,7 +544,7 @@ def test_compare() -> None:
     table = pgcheck.compare(["rloo", "grpo", grpo_like], [SOUND_PROBLEM, "bandit/two-arm"])
     assert isinstance(table, pd.DataFrame)
     assert list(table.columns) == [*COLUMNS, "batches", "cost", *ENDS, "relative_to", *RELATIVE]
-    for name in ("scale", "rel", "variance", "mse", "snr", "ratio"):
+    for name in ("scale", "rel", "variance", "mse", "snr", "ratio", "rollouts_to_match"):
         for end in ("low", "high"):
             assert list(table[f"{name}_{end}"]) == list(table[name])  # exact
     assert list(table["estimator"]) == ["leave_one_out", "grpo", "grpo_like"] * 2

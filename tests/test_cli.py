@@ -209,12 +209,56 @@ def test_nothing_is_half_written(run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize("ending", [".csv", ".json", ".md", ".html"])
 def test_compare_writes_its_table(run: Run, tmp_path: Path, ending: str) -> None:
     code, out, _ = run(
-        "compare", "rloo", "grpo", "mine:sound", "--problem", "bandit/two-arm", "--out", f"table{ending}"
+        "compare", "rloo", "grpo", "mine:sound", "--problem", "bandit/two-arm", "--no-sweeps", "--out", f"table{ending}"
     )
     assert code == 0
     assert "(exact)" in out
     text = (tmp_path / f"table{ending}").read_text()
     assert all(name in text for name in ("leave_one_out", "grpo", "sound"))
+
+
+def test_compare_writes_its_report(run: Run, tmp_path: Path) -> None:
+    """The page with its sweeps, tables and figures in a folder; what was written stands below the table."""
+    code, out, _ = run(
+        *(
+            "compare",
+            "reinforce",
+            "mine:sound",
+            "--problem",
+            "bandit/two-arm",
+            "--relative-to",
+            "mine:sound",
+            "--out",
+            "r.html",
+        ),
+        *("--tables", "tables", "--groups", "1,2", "--group-sizes", "2", "--staleness", "0,.5"),
+    )
+    assert code == 0
+    assert "written: r.html" in out
+    assert "relative to <b>sound</b>" in (tmp_path / "r.html").read_text()
+    names = {p.name for p in (tmp_path / "tables").iterdir()}
+    for name in ("comparison", "groups", "group_sizes", "staleness", "steps", "sources", "blocks"):
+        assert f"{name}.csv" in names
+    for name in ("ratios", "plane", "mse", "groups-variance", "staleness-bias"):
+        assert {f"bandit-two-arm-{name}.svg", f"bandit-two-arm-{name}.png"} <= names
+    assert f"written: tables ({len(names)} files)" in out
+    staleness = (tmp_path / "tables" / "staleness.csv").read_text().splitlines()
+    assert [row.split(",")[2] for row in staleness[1:]] == ["0.0", "0.0", "0.5", "0.5"]
+
+
+def test_compare_without_sweeps(run: Run, tmp_path: Path) -> None:
+    code, _, _ = run("compare", "reinforce", "--problem", "bandit/two-arm", "--no-sweeps", "--out", "r.html")
+    assert code == 0
+    page = (tmp_path / "r.html").read_text()
+    assert "Who wins at which budget" in page
+    assert "Batch size" not in page
+
+
+def test_compare_in_parameters(run: Run) -> None:
+    code, out, _ = run("compare", "reinforce", "--problem", "lm/stale", "--space", "parameters", "--json")
+    assert code == 0
+    in_logits = json.loads(run("compare", "reinforce", "--problem", "lm/stale", "--json")[1])
+    assert json.loads(out)[0]["variance"] != in_logits[0]["variance"]
 
 
 def test_compare_as_json(run: Run) -> None:

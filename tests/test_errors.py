@@ -1289,6 +1289,21 @@ $ pgcheck compare cispo --budget 10
 case("a file of an unknown kind", '''
 $ pgcheck compare grpo --out table.xlsx
 ''')  # fmt: skip
+case("a reference that is not compared", '''
+$ pgcheck compare grpo cispo --relative-to rloo
+''')  # fmt: skip
+case("sizes that are no numbers", '''
+$ pgcheck compare grpo --out report.html --group-sizes 2,four
+''')  # fmt: skip
+case("half a group", '''
+$ pgcheck compare grpo --out report.html --group-sizes 2.5
+''')  # fmt: skip
+case("a sampler from the future", '''
+$ pgcheck compare grpo --out report.html --staleness 0,-1
+''')  # fmt: skip
+case("tables in a folder that is a file", '''
+$ pgcheck compare reinforce --problem bandit/two-arm --no-sweeps --tables mine.py
+''')  # fmt: skip
 case("a folder that is a file", '''
 $ pgcheck run small.toml --out mine.py
 ''')  # fmt: skip

@@ -22,7 +22,7 @@ from pgcheck.render.files import write_all
 from pgcheck.render.frames import csv
 from pgcheck.render.html import environment
 from pgcheck.render.messages import number
-from pgcheck.render.plots import MARKERS, SERIES, drawings
+from pgcheck.render.plots import SERIES, drawings, marker
 from pgcheck.runs.compare import Comparison
 
 _NAMES = (("estimator", "estimator"), ("found", "finding"))
@@ -30,9 +30,9 @@ _BIAS = (("scale", "scale"), ("rel", "rel"), ("off_axis", "off_axis"))
 _COLUMNS: dict[str, tuple[tuple[str, str], ...]] = {  # heading and column of the tables of the page
     "results": (
         *_NAMES, ("problem", "problem"), *_BIAS, ("tr Cov", "variance"), ("× ref", "ratio"), ("SNR", "snr"),
-        ("batches to match", "batches_to_match"), ("rollouts a batch", "cost"),
-        ("rollouts to match", "rollouts_to_match"), ("lower MSE than ref", "when"),
-        ("… for equal rollouts", "when_rollouts"),
+        ("rollouts a batch", "cost"),
+        ("rollouts to match", "rollouts_to_match"), ("MSE below ref's", "when"),
+        ("… at equal cost", "when_rollouts"),
     ),
     "steps": (("estimator", "estimator"), ("t", "step"), ("tr Cov of the part", "variance"), ("share of tr Cov ĝ", "share")),
     "sources": (("estimator", "estimator"), ("t", "step"), ("Σ_τ rollout", "rollout"), ("Σ_a action", "action"),
@@ -55,7 +55,7 @@ _CAPTIONS = {
     " along ∇J. Color: what was found of the bias. An arrow points to 0 or ∞.",
     "plane": "<b>Bias and variance</b>. A point is one batch, its line the way down to an average of 100. Dashed: equal MSE,"
     " the further down and left the better; where a line has crossed into the vertical part of a dashed curve, only bias is"
-    " left and more data do not help. The gray column holds those without bias.",
+    " left and more data do not help. The gray column holds those without bias, or where a sample found none.",
     "mse": "<b>Who wins at which budget</b>: MSE of the average over a budget of rollouts, those behind the baseline counted."
     " Unbiased ones go down for ever, a biased one ends at ‖bias‖². Where two lines cross is the break-even R*.",
     "steps": "<b>By position</b>: variance of the part of ĝ that position t contributes. Parts covary, so that they need not"
@@ -161,7 +161,7 @@ def _mark(i: int) -> Markup:
         "p": '<path d="M6 1.2l4.8 3.5-1.8 5.7H3L1.2 4.7z"/>', "h": '<path d="M6 1l4.3 2.5v5L6 11 1.7 8.5v-5z"/>',
         "*": '<path d="M6 .8l1.500 3.400 3.700.4-2.800 2.500.8 3.700L6 8.900l-3.200 1.900.8-3.700L.8 4.600l3.700-.4z"/>',
     }  # fmt: skip
-    shape = Markup(shapes[MARKERS[i % len(MARKERS)]])
+    shape = Markup(shapes[marker(i)])
     return Markup('<svg viewBox="0 0 12 12" class="mark" style="fill:var(--s{})" aria-hidden="true">{}</svg>').format(
         i % SERIES, shape
     )
@@ -190,9 +190,11 @@ def _cell(row: Mapping[str, Any], name: str) -> Cell:
 
 
 def with_interval(row: Mapping[str, Any], name: str) -> str:
-    """The number, and its interval where that has a length."""
+    """The number, and its interval where that has a length; or that there is none."""
     low, high = row.get(f"{name}_low", math.nan), row.get(f"{name}_high", math.nan)
     value = _words(row[name])
+    if f"{name}_low" in row and value != "—" and (pd.isna(low) or pd.isna(high)):
+        return f"{value} [no interval]"  # the tails of the sample allow none
     return f"{value} [{_words(low)}, {_words(high)}]" if low < high else value
 
 
@@ -248,12 +250,15 @@ def takeaways(table: pd.DataFrame) -> list[str]:
                 else ""
             )
         )
-    winning = [r for r in rows if r["better_per_rollout"] == "below" and r["break_even_rollouts"] > r["cost"]]
+    known = [r for r in rows if r["finding"] in ("biased", "proportional")]  # of a sample: shown, not suspected
+    winning = [r for r in known if r["better_per_rollout"] == "below" and r["break_even_rollouts"] > r["cost"]]
     if winning:
         winning.sort(key=lambda r: -r["break_even_rollouts"])
         budgets = ", ".join(f"{r['estimator']} below {r['break_even_rollouts']:,.3g}" for r in winning)
         said.append(f"More biased than {name}, and yet of lower MSE at a small budget of rollouts: {budgets}.")
-    wrong = sorted((r for r in rows if r["off_axis"] > 1e-9), key=lambda r: -r["off_axis"])
+    wrong = sorted(
+        (r for r in known if r["finding"] == "biased" and r["off_axis"] > 1e-9), key=lambda r: -r["off_axis"]
+    )
     if wrong:
         worst = wrong[0]
         said.append(

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,9 +32,15 @@ from pgcheck.verdicts.variance import mse_curves, noise
 
 HEIGHT = 236.0
 ROW = 17.0
+SERIES = 10  # colors
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "p", "h", "*")
 FINDINGS = ("unbiased", "proportional", "biased")
 PARTS = ("rollout", "action", "state")
+
+
+def marker(i: int) -> str:
+    """Of estimator number i: no two of the first hundred share marker and color."""
+    return MARKERS[(i + i // SERIES) % len(MARKERS)]
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,6 @@ class Ink:
         return self.series[i % len(self.series)]
 
 
-SERIES = 10
 PAGE = Ink(  # stand-ins
     "#010101", "#020202", "#030303", tuple(f"#1100{i:02x}" for i in range(SERIES)),
     {name: f"#2200{i:02x}" for i, name in enumerate(FINDINGS)}, {name: f"#3300{i:02x}" for i, name in enumerate(PARTS)},
@@ -87,20 +93,21 @@ class Drawing:
     def svg(self, prefix: str) -> Markup:
         """Inline, ids prefixed."""
         with mpl.rc_context(SETTINGS):
-            return inline(self._made(PAGE, FigureCanvasSVG), prefix, VARIABLES)
+            return inline(self.made(PAGE, FigureCanvasSVG), prefix, VARIABLES)
 
     def file(self, form: str) -> bytes:
         """As a file, "svg" or "png", on white."""
         out = io.BytesIO()
         with mpl.rc_context(SETTINGS):
-            figure = self._made(PRINT, FigureCanvasSVG if form == "svg" else FigureCanvasAgg)
+            figure = self.made(PRINT, FigureCanvasSVG if form == "svg" else FigureCanvasAgg)
             metadata = {"Date": None, "Creator": None} if form == "svg" else {"Software": None}
             _legend(figure, self, PRINT)
             figure.savefig(out, format=form, dpi=72 if form == "svg" else 216, facecolor="white", metadata=metadata,
                            bbox_inches="tight", pad_inches=0.08)  # fmt: skip
         return out.getvalue()
 
-    def _made(self, ink: Ink, canvas: Any) -> Figure:
+    def made(self, ink: Ink, canvas: Any) -> Figure:
+        """The figure, drawn."""
         figure = Figure(figsize=(WIDTH / 72, self.height / 72), dpi=72)
         canvas(figure)
         self.draw(figure, self.rows, ink)
@@ -114,7 +121,10 @@ def _legend(figure: Figure, drawing: Drawing, ink: Ink) -> None:
     if kind is None:
         names = drawing.rows.drop_duplicates("number").sort_values("number")
         keys = [
-            (name, {"color": ink.of(int(i)), "marker": MARKERS[int(i) % len(MARKERS)], "lw": 1.1, "markersize": 4.5})
+            (
+                " ".join(name.split()),
+                {"color": ink.of(int(i)), "marker": marker(int(i)), "lw": 1.1, "markersize": 4.5},
+            )
             for i, name in zip(names["number"], names["estimator"], strict=True)
         ]
     else:
@@ -189,7 +199,7 @@ def _log(
     if narrow:
         subs: tuple[float, ...] = (1.0,) if decades > 1.5 else (1.0, 3.0) if decades > 0.8 else (1.0, 2.0, 5.0)
     else:
-        subs = (1.0,) if decades > 2 else (1.0, 2.0, 5.0) if decades > 0.7 else tuple(float(i) for i in range(1, 10))
+        subs = (1.0,) if decades > 2 else (1.0, 2.0, 5.0) if decades > 0.7 else (1.0, 2.0, 3.0, 5.0, 7.0)
     axis.set_major_locator(LogLocator(subs=subs, numticks=(4 if narrow else 5) if decades > 2 else 12))
     axis.set_major_formatter(FuncFormatter(_short))
     axis.set_minor_locator(NullLocator())
@@ -201,22 +211,40 @@ def _each(rows: pd.DataFrame) -> list[tuple[int, pd.DataFrame]]:
     return [(int(str(i)), own) for i, own in rows.groupby("number", sort=True)]
 
 
-def _lines(ax: Axes, rows: pd.DataFrame, ink: Ink, x: str, y: str, *, low: str = "", high: str = "") -> None:
-    """A line with points for each estimator, and intervals where they have a length."""
-    for i, own in _each(rows):
-        own = own[np.isfinite(own[y])]
-        if own.empty:
-            continue
-        before = set(ax.get_children())
+@contextmanager
+def _belongs_to(ax: Axes, i: int) -> Iterator[None]:
+    """What is drawn inside is estimator number i's."""
+    before = set(ax.get_children())
+    yield
+    for artist in set(ax.get_children()) - before:
+        artist.set_gid(f"e{i}")
+
+
+def _points(ax: Axes, x: Any, y: Any, *, color: str, shape: str, size: float = 5.5, **more: Any) -> None:
+    edge = 1.3 if shape in "x|" else 0
+    ax.plot(x, y, color=color, marker=shape, markersize=size, markeredgewidth=edge, ls="none", zorder=4, **more)
+
+
+def _lines(
+    ax: Axes, rows: pd.DataFrame, ink: Ink, x: str, y: str, *, low: str = "", high: str = "", points: bool = True
+) -> None:
+    """A line for each estimator, with points, and intervals where they have a length."""
+    rows = rows[np.isfinite(rows[y]) & (rows[low].notna() if low else True)]
+    numbers = sorted(int(i) for i in rows["number"].unique())
+    before = len(ax.lines)
+    if numbers:
         sns.lineplot(
-            own, x=x, y=y, ax=ax, color=ink.of(i), marker=MARKERS[i % len(MARKERS)], markersize=4.5, markeredgewidth=0,
-            linewidth=1.1, errorbar=None, legend=False,
+            rows, x=x, y=y, ax=ax, hue="number", hue_order=numbers, palette={i: ink.of(i) for i in numbers},
+            style="number", style_order=numbers, markers=[marker(i) for i in numbers] if points else False,
+            dashes=False, markersize=4.5, markeredgewidth=0, linewidth=1.1, errorbar=None, estimator=None, legend=False,
         )  # fmt: skip
-        if low:
-            some = own[own[low] < own[high]]
-            ax.vlines(some[x], some[low], some[high], color=ink.of(i), lw=1.1)
-        for artist in set(ax.get_children()) - before:
-            artist.set_gid(f"e{i}")
+    for i, line in zip(numbers, ax.lines[before:], strict=True):
+        line.set_gid(f"e{i}")
+    for i, own in _each(rows):
+        some = own[own[low] < own[high]] if low else own.iloc[:0]
+        if len(some):
+            with _belongs_to(ax, i):
+                ax.vlines(some[x], some[low], some[high], color=ink.of(i), lw=1.1)
     ax.set_ylabel("")
 
 
@@ -226,7 +254,8 @@ def _lines(ax: Axes, rows: pd.DataFrame, ink: Ink, x: str, y: str, *, low: str =
 def _names(ax: Axes, names: Mapping[int, str], room: float, ink: Ink) -> None:
     """Names of rows left of the axes, cut to their room; the tables have them whole."""
     longest = int(room / LETTER)
-    for at, (i, name) in enumerate(names.items()):
+    for at, (i, given) in enumerate(names.items()):
+        name = " ".join(given.split())
         short = name if len(name) <= longest else f"{name[: longest - 1]}…"
         text = ax.annotate(
             short, (0, at), xycoords=("axes fraction", "data"), xytext=(-6, 0), textcoords="offset points", ha="right",
@@ -256,21 +285,17 @@ def _ratios(table: pd.DataFrame) -> Drawing:
 
 
 def _point(ax: Axes, r: Mapping[Any, Any], column: str, at: float, ink: Ink, limits: tuple[float, float]) -> None:
-    """The point of one row with its interval; an arrow at the edge for 0 and infinity, nothing for NaN."""
+    """The point of one row with its interval; an arrow at the edge for 0 and infinity, nothing where either is NaN."""
     value, i, color = float(r[column]), int(r["number"]), ink.finding.get(r["finding"], ink.ink)
-    if math.isnan(value):
+    if math.isnan(value) or math.isnan(r.get(f"{column}_low", value)):
         return
-    before = set(ax.get_children())
     ends = (r.get(f"{column}_low", value), r.get(f"{column}_high", value))
-    if ends[0] < ends[1]:
-        ax.hlines(at, max(ends[0], limits[0]), min(ends[1], limits[1]), color=color, lw=1.4)
     inside = limits[0] <= value <= limits[1]
-    sns.scatterplot(
-        x=[value if inside else limits[value > 1]], y=[at], ax=ax, color=color, s=26, linewidth=0, legend=False,
-        marker=("s" if r["finding"] == "biased" else "o") if inside else (">" if value > 1 else "<"), clip_on=False,
-    )  # fmt: skip
-    for artist in set(ax.get_children()) - before:
-        artist.set_gid(f"e{i}")
+    mark = ("s" if r["finding"] == "biased" else "o") if inside else (">" if value > 1 else "<")
+    with _belongs_to(ax, i):
+        if ends[0] < ends[1]:
+            ax.hlines(at, max(ends[0], limits[0]), min(ends[1], limits[1]), color=color, lw=1.4)
+        _points(ax, [value if inside else limits[value > 1]], [at], color=color, shape=mark, clip_on=False)
 
 
 # -- bias and variance
@@ -282,10 +307,11 @@ def _plane(table: pd.DataFrame, gradient_norm: float) -> Drawing:
     def draw(figure: Figure, rows: pd.DataFrame, ink: Ink) -> None:
         of = "/‖∇J‖" if gradient_norm > 0 else ""
         ax = _axes(figure, ink, title=f"√tr Cov{of}, one batch", xlabel=f"‖bias‖{of}")
-        biased = rows["finding"] != "unbiased"
-        bias = (rows["bias"] / unit).where(biased, 0.0)
+        bias = (rows["bias"] / unit).where(rows["finding"] != "unbiased", 0.0)
+        biased, ends = bias > 0, ["rel_low", "rel_high"]
+        far = rows[ends].where(rows["finding"] != "unbiased", axis=0).to_numpy().ravel() * gradient_norm / unit
         deviation = np.sqrt(rows["variance"].clip(lower=0)) / unit
-        some = [x for x in (*bias, *(rows["rel_low"][biased]), *(rows["rel_high"][biased])) if x > 0]
+        some = [x for x in (*bias, *far) if x > 0]
         # those without bias stand side by side in a column of their own, left of the logarithmic axis
         floor = min(some, default=0.1) / 6  # a place, no value
         low, high = _log(ax, "x", some, include=[floor / 2, floor * 12] if not biased.all() else ())
@@ -300,19 +326,18 @@ def _plane(table: pd.DataFrame, gradient_norm: float) -> Drawing:
         places = iter(np.geomspace(floor / 1.6, floor * 1.6, max(int((~biased).sum()), 1)))
         for r, b, s in zip(rows.to_dict("records"), bias, deviation, strict=True):
             i, at = int(r["number"]), b if b > 0 else next(places)
-            if not (math.isfinite(s) and s > 0):
+            if not (math.isfinite(s) and s > 0) or math.isnan(r["variance_low"]):
                 continue
-            before = set(ax.get_children())
-            ax.plot([at, at], [s, s / 10], color=ink.of(i), lw=0.8)  # 100 batches averaged
-            if r["variance_low"] < r["variance_high"]:
-                ax.vlines(at, *np.sqrt(np.array([r["variance_low"], r["variance_high"]])) / unit, color=ink.of(i), lw=2)
-            if b > 0 and r["rel_low"] < r["rel_high"]:
-                scale = gradient_norm / unit
-                ax.hlines(s, r["rel_low"] * scale, r["rel_high"] * scale, color=ink.of(i), lw=2)
-            sns.scatterplot(x=[at], y=[s], ax=ax, color=ink.of(i), s=34, linewidth=0, legend=False,
-                            marker=MARKERS[i % len(MARKERS)], zorder=4)  # fmt: skip
-            for artist in set(ax.get_children()) - before:
-                artist.set_gid(f"e{i}")
+            with _belongs_to(ax, i):
+                ax.plot([at, at], [s, s / 10], color=ink.of(i), lw=0.8)  # 100 batches averaged
+                if r["variance_low"] < r["variance_high"]:
+                    ax.vlines(
+                        at, *(np.sqrt(r[f"variance_{end}"]) / unit for end in ("low", "high")), color=ink.of(i), lw=2
+                    )
+                if r["finding"] != "unbiased" and r["rel_low"] < r["rel_high"]:
+                    left, right = (r[end] * gradient_norm / unit for end in ends)
+                    ax.hlines(s, max(left, low) if b > 0 else at, right, color=ink.of(i), lw=2)
+                _points(ax, [at], [s], color=ink.of(i), shape=marker(i))
         ticks = [t * 10.0**e for e in range(-12, 6) for t in ((1,) if high / floor > 300 else (1, 2, 5))]
         ax.xaxis.set_major_locator(
             FixedLocator([*([] if biased.all() else [floor]), *(t for t in ticks if floor * 2.5 < t <= high)])
@@ -340,18 +365,16 @@ def _mse(table: pd.DataFrame, gradient_norm: float) -> Drawing:
         _log(ax, "x", budgets)
         _log(ax, "y", list(curves["mse"]))
         cost = dict(zip(rows["estimator"], rows["cost"], strict=True))
+        curves = curves[curves["rollouts"] >= curves["estimator"].map(cost) * (1 - 1e-9)]  # one batch at least
+        curves = curves[curves["mse_low"].notna()]
+        _lines(ax, curves, ink, "rollouts", "mse", points=False)
         for i, own in _each(curves):
-            own = own[own["rollouts"] >= own["estimator"].map(cost) * (1 - 1e-9)]  # one batch at least
-            before = set(ax.get_children())
-            sns.lineplot(own, x="rollouts", y="mse", ax=ax, color=ink.of(i), linewidth=1.1, errorbar=None, legend=False)
-            marks = own.iloc[i % 5 :: 8]
-            sns.scatterplot(marks, x="rollouts", y="mse", ax=ax, color=ink.of(i), s=18, linewidth=0, legend=False,
-                            marker=MARKERS[i % len(MARKERS)])  # fmt: skip
-            if (own["mse_low"] < own["mse_high"]).any():
-                ax.fill_between(own["rollouts"], own["mse_low"], own["mse_high"], color=ink.of(i), alpha=0.2, lw=0)
-            for artist in set(ax.get_children()) - before:
-                artist.set_gid(f"e{i}")
-        ax.set_ylabel("")
+            with _belongs_to(ax, i):
+                marks = own.iloc[i % 5 :: 8]
+                _points(ax, marks["rollouts"], marks["mse"], color=ink.of(i), shape=marker(i), size=4)
+                if (own["mse_low"] < own["mse_high"]).any():
+                    ax.fill_between(own["rollouts"], own["mse_low"], own["mse_high"], color=ink.of(i), alpha=0.2, lw=0)
+        ax.set_xlabel("rollouts spent", color=ink.faint, labelpad=2)
 
     return Drawing("mse", table, draw, HEIGHT + 40)
 
@@ -379,16 +402,13 @@ def _sources(table: pd.DataFrame, approximate: pd.DataFrame) -> Drawing:
         _dress(ax, ink, "variance of a row's terms, summed over t")
         sums = rows.groupby("number")[list(PARTS)].sum()
         for at, (number, r) in enumerate(sums.iterrows()):
-            before, start = set(ax.get_children()), 0.0
-            for part in PARTS:
-                ax.barh(at, r[part], left=start, height=0.62, color=ink.parts[part], lw=0)
-                start += r[part]
-            own = approximate[approximate["number"] == number].iloc[0]
-            for name, marker in (("none", "|"), ("independent", "x")):
-                sns.scatterplot(x=[own[name]], y=[at], ax=ax, color=ink.ink, marker=marker, s=70 if marker == "|" else 22,
-                                linewidth=1.3, legend=False, zorder=4)  # fmt: skip
-            for artist in set(ax.get_children()) - before:
-                artist.set_gid(f"e{int(str(number))}")
+            own, start = approximate[approximate["number"] == number].iloc[0], 0.0
+            with _belongs_to(ax, int(str(number))):
+                for part in PARTS:
+                    ax.barh(at, r[part], left=start, height=0.62, color=ink.parts[part], lw=0)
+                    start += r[part]
+                _points(ax, [own["none"]], [at], color=ink.ink, shape="|", size=9)
+                _points(ax, [own["independent"]], [at], color=ink.ink, shape="x", size=5)
         ax.set_ylim(len(sums) - 0.5, -0.5)
         ax.set_xlim(left=0)
         ax.set_yticks([])
@@ -416,12 +436,9 @@ def _blocks(table: pd.DataFrame) -> Drawing:
         _dress(ax, ink, "share of tr Cov, %")
         order = {name: at for at, name in enumerate(largest.index)}
         for i, own in _each(rows):
-            before = set(ax.get_children())
-            points = pd.DataFrame({"x": 100 * own["share"], "y": own["block"].map(order)})
-            sns.scatterplot(points, x="x", y="y", ax=ax, color=ink.of(i), marker=MARKERS[i % len(MARKERS)], s=20,
-                            linewidth=0, alpha=0.85, legend=False)  # fmt: skip
-            for artist in set(ax.get_children()) - before:
-                artist.set_gid(f"e{i}")
+            with _belongs_to(ax, i):
+                _points(ax, 100 * own["share"], own["block"].map(order), color=ink.of(i), shape=marker(i),
+                        size=4.5, alpha=0.85)  # fmt: skip
         ax.set_ylim(len(order) - 0.5, -0.5)
         ax.set_xlim(left=0)
         ax.set_yticks(range(len(order)), [""] * len(order))

@@ -1,10 +1,9 @@
 """Estimators side by side: the table of `pgcheck.compare`, and everything the variance comparison report shows, as frames.
 
 A sweep measures the same estimators on the same problem with one thing moved: the number of groups in a batch, the size of
-the group, or how far the policy that draws the batches is behind. What it is measured by is an argument, so that a sampled
-engine fills the same columns.
+the group, or how far the policy that draws the batches is behind. Sampled engines fill the same columns.
 
-Guarantee: numbers and names only; what could not be enumerated is a row of `missing` with the reason, never an empty plot.
+Guarantee: numbers and names only; what could not be measured is a row of `missing` with the reason, never an empty plot.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pgcheck.engines.choice import Engine, moments_by
-from pgcheck.engines.exact import DEFAULT_BUDGET, exact_moments
+from pgcheck.engines.exact import DEFAULT_BUDGET
 from pgcheck.engines.moments import Moments, Progress
 from pgcheck.engines.monte_carlo import Sampling
 from pgcheck.errors import BudgetError, UsageError
@@ -32,9 +32,6 @@ from pgcheck.verdicts.quantities import find_quantity
 from pgcheck.verdicts.variance import approximations, blocks, relative, row_of, sources, step_covariance, step_rows
 from pgcheck.verdicts.verdict import Space, measure
 
-Measure = Callable[[Sequence[Estimator], Problem], pd.DataFrame]
-# the lines of `pgcheck.compare` of these estimators on one problem, all on the same batches
-
 
 @dataclass(frozen=True)
 class Sweeps:
@@ -45,13 +42,15 @@ class Sweeps:
         group_sizes: sizes of the group, one group a batch.
         staleness: how far the logits that draw the batches are on the way from the policy's (0) to those of an older one
             (1): the problem's own behavior policy, or else the policy at another θ (`Problem.at(1)`).
-        budget: most batches a point.
+        budget: most batches of a point that are enumerated, and
+        draws: most that are drawn.
     """
 
     groups: tuple[int, ...] = (1, 2, 3, 4, 6, 8)
     group_sizes: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 16)
     staleness: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     budget: int = 100_000
+    draws: int = 16_384
 
     def __post_init__(self) -> None:
         for name in ("groups", "group_sizes"):
@@ -88,7 +87,7 @@ def measured(
     sampling: Sampling | None = None,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
-    """A `Measure`, by the engine that is named."""
+    """The lines of `pgcheck.compare` of these estimators on one problem, all on the same batches."""
     found = moments_by(
         engine, estimators, problem, budget=budget, sampling=sampling, scales=[(1.0, None)] * len(estimators),
         progress=progress,
@@ -149,44 +148,50 @@ def comparison(
     space: Space = "logits",
     sweeps: Sweeps = NO_SWEEPS,
     budget: int = DEFAULT_BUDGET,
+    engine: Engine = "exact",
+    sampling: Sampling | None = None,
     progress: Progress | None = None,
-    by: Measure | None = None,
 ) -> Comparison:
     """Measure, sweep, and split by step, source and block.
 
     Tables: `comparison` (the columns of `pgcheck.compare`), `steps`, `sources`, `approximations`, `blocks`; the sweeps
     `groups`, `group_sizes`, `staleness` with the columns of `comparison` and what was moved; `missing`.
 
-    Args:
-        by: what measures; default, `measured` with this budget.
+    Where it is sampled, numbers of `comparison` and of the sweeps have their intervals; splits by step and source are always
+    enumerated, and blocks are of exact moments.
 
     Raises:
         UnknownNameError: `relative_to` is none of the estimators.
         BudgetError: a problem as it is does not fit the budget; a point of a sweep that does not is `missing`.
     """
-    made = _Tables()
+    made, how, reference = _Tables(), sampling or Sampling(), relative_to or estimators[0].name
     for p in problems:
-        if by is None:
-            found = exact_moments(estimators, p, budget=budget, progress=progress)
-            table = _lines(estimators, p, found, space)
-            _blocks(made, estimators, p, found)
-        else:
-            table = by(estimators, p)
-        made.add("comparison", relative(table, to=relative_to), {})
-        for i, e in enumerate(estimators):
+        found = moments_by(
+            engine,
+            estimators,
+            p,
+            budget=budget,
+            sampling=how,
+            scales=[(1.0, None)] * len(estimators),
+            progress=progress,
+        )
+        made.add("comparison", relative(_lines(estimators, p, found, space), to=reference), {})
+        for i, (e, m) in enumerate(zip(estimators, found, strict=True)):
             if progress is not None:
-                progress(f"{p.name}: by step and source", i, len(estimators))
+                progress(f"{p.name}: by step, source and block", i, len(estimators))
+            _blocks(made, e, p, m)
             _splits(made, e, p)
-        at = by or (lambda es, q: measured(es, q, space=space, budget=sweeps.budget))
+        short = replace(how, draws=min(how.draws, sweeps.draws))
         for name, moved, q in _points(p, sweeps):
             if progress is not None:
                 progress(f"{p.name}: {name}", 0, 1)
+            at = partial(measured, problem=q, space=space, budget=sweeps.budget, engine=engine, sampling=short)
             lines = _point(made, at, estimators, p, q, _point_name(name, moved))
             if len(lines):
-                made.add(name, _relative_if_there(lines, relative_to or estimators[0].name), moved)
+                made.add(name, _relative_if_there(lines, reference), moved)
     return Comparison(
         [estimator_row(e) for e in estimators], [problem_row(p) for p in problems],
-        relative_to or estimators[0].name, space, made.frames(),
+        reference, space, made.frames(),
     )  # fmt: skip
 
 
@@ -203,8 +208,10 @@ def _points(problem: Problem, sweeps: Sweeps) -> Iterable[tuple[str, dict[str, f
         yield name, moved, problem.with_sampling(groups=groups, group_size=G)
     for fraction in sweeps.staleness:
         stale = replace(problem, behavior_logits=stale_logits(problem, fraction))
-        square = find_quantity("second_moment_of_weight")(problem=stale).value
-        yield "staleness", {"staleness": fraction, "effective_rows": 1.0 / square}, stale
+        rows = math.nan
+        if problem.enumerable:
+            rows = 1.0 / find_quantity("second_moment_of_weight")(problem=stale).value
+        yield "staleness", {"staleness": fraction, "effective_rows": rows}, stale
 
 
 def _point_name(sweep: str, moved: Mapping[str, float]) -> str:
@@ -221,7 +228,12 @@ def stale_logits(problem: Problem, fraction: float) -> Tensor:
 
 
 def _point(
-    made: _Tables, at: Measure, estimators: Sequence[Estimator], problem: Problem, moved: Problem, what: str
+    made: _Tables,
+    at: Callable[[Sequence[Estimator]], pd.DataFrame],
+    estimators: Sequence[Estimator],
+    problem: Problem,
+    moved: Problem,
+    what: str,
 ) -> pd.DataFrame:
     """The lines of those estimators that fit, each on its own if they do not all."""
     asked = [e for e in estimators if e.fits(moved)]
@@ -229,33 +241,34 @@ def _point(
         if e not in asked:
             made.miss(e.name, problem, what, "too small a batch for it")
     try:
-        return at(asked, moved) if asked else pd.DataFrame()
+        return at(asked) if asked else pd.DataFrame()
     except BudgetError:
         pass
     lines = []
     for e in asked:
         try:
-            lines.append(at([e], moved))
+            lines.append(at([e]))
         except BudgetError:
             made.miss(e.name, problem, what, "more batches than the budget of a sweep")
     return pd.concat(lines, ignore_index=True) if lines else pd.DataFrame()
 
 
-def _blocks(made: _Tables, estimators: Sequence[Estimator], problem: Problem, found: Sequence[Moments]) -> None:
+def _blocks(made: _Tables, estimator: Estimator, problem: Problem, found: Moments) -> None:
     spaces: tuple[Space, ...] = ("logits",) if isinstance(problem.policy, SoftmaxTable) else ("logits", "parameters")
-    for e, m in zip(estimators, found, strict=True):
-        for space in spaces:
-            try:
-                per_block = blocks(m, problem, space=space)
-            except BudgetError:
-                made.miss(e.name, problem, f"variance by {space}", "more logits × parameters than fit")
-                continue
-            total = sum(per_block.values())
-            rows = [
-                {"block": name, "variance": v, "share": v / total if total > 0 else 0.0}
-                for name, v in per_block.items()
-            ]
-            made.add("blocks", rows, {"estimator": e.name, "problem": problem.name, "space": space})
+    if found.batches is not None:
+        made.miss(estimator.name, problem, "blocks", "sampled: there are no intervals for blocks")
+        return
+    for space in spaces:
+        try:
+            per_block = blocks(found, problem, space=space)
+        except BudgetError:
+            made.miss(estimator.name, problem, f"blocks of {space}", "more logits × parameters than fit")
+            continue
+        total = sum(per_block.values())
+        rows = [
+            {"block": name, "variance": v, "share": v / total if total > 0 else 0.0} for name, v in per_block.items()
+        ]
+        made.add("blocks", rows, {"estimator": estimator.name, "problem": problem.name, "space": space})
 
 
 _SPLIT_BUDGET = 200_000  # batches
@@ -263,6 +276,9 @@ _SPLIT_BUDGET = 200_000  # batches
 
 def _splits(made: _Tables, estimator: Estimator, problem: Problem) -> None:
     names = {"estimator": estimator.name, "problem": problem.name}
+    if not problem.enumerable:
+        made.miss(estimator.name, problem, "steps and sources", "too many rollouts to be listed")
+        return
     covariance = step_covariance(estimator, problem, budget=_SPLIT_BUDGET)
     if covariance is None:
         made.miss(estimator.name, problem, "steps", "too many batches to split by step")

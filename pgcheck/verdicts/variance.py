@@ -66,14 +66,14 @@ def row_of(estimator: Estimator, problem: Problem, x: Measurement) -> dict[str, 
 def relative(table: pd.DataFrame, *, to: str | None = None) -> pd.DataFrame:
     """The table with each row compared to the reference `to` (default: the first estimator) on the same problem.
 
-    Added: `relative_to`; `ratio`, tr Cov over the reference's, with `ratio_low`, `ratio_high`; `batches_to_match`, the
+    Added: `relative_to`; `ratio`, tr Cov over the reference's; `batches_to_match`, the
     batches that have as much signal for their noise as one batch of the reference (∞ where E ĝ points away from ∇J, NaN
     where ∇J = 0); `rollouts_to_match`, the same in units of the reference's cost; `better` and `break_even`, when its MSE
     is below the reference's and N*; `better_per_rollout` and `break_even_rollouts`, the same for equal numbers of
     rollouts, R*. N* is NaN where there is none.
 
-    `ratio_low` and `ratio_high` that a sampled engine has filled in (paired draws make them narrow) are kept; else they
-    are the quotients of the ends, which are wide.
+    The first three have ends NAME_low and NAME_high. `ratio_low` and `ratio_high` that a sampled engine has filled in
+    (paired draws make them narrow) are kept; else ends are quotients of ends, which are wide. N* has none.
 
     Raises:
         UnknownNameError: no estimator of that name in the table.
@@ -95,19 +95,29 @@ def relative(table: pd.DataFrame, *, to: str | None = None) -> pd.DataFrame:
 
 def _against(row: Mapping[str, Any], base: Mapping[str, Any], floor: float) -> dict[str, Any]:
     (low, V, high), (base_low, U, base_high) = (_with_ends(r, floor) for r in (row, base))
-    ends = {"ratio_low": _quotient(low, base_high), "ratio_high": _quotient(high, base_low)}
+    k, h = (
+        {end: float(r.get(f"scale{end}", r["scale"])) for end in ("_low", "", "_high")} for r in (row, base)
+    )  # fmt: skip
+    found = {
+        "ratio": (_quotient(low, base_high), _quotient(V, U), _quotient(high, base_low)),
+        "batches_to_match": (
+            _quotient(noise(k["_high"], low), noise(h["_low"], base_high)),
+            _quotient(noise(k[""], V), noise(h[""], U)),
+            _quotient(noise(k["_low"], high), noise(h["_high"], base_low)),
+        ),
+    }
     if row is base:
-        ends = {"ratio_low": 1.0, "ratio_high": 1.0}
-    given = {name: row[name] for name in ends if not pd.isna(row.get(name, math.nan))}
-    matched = _quotient(noise(row["scale"], V), noise(base["scale"], U))
+        found = {name: (x[1],) * 3 for name, x in found.items()}
+    price = row["cost"] / base["cost"]
+    found["rollouts_to_match"] = tuple(x * price for x in found["batches_to_match"])
+    out = {
+        f"{name}{end}": x for name, three in found.items() for end, x in zip(("_low", "", "_high"), three, strict=True)
+    }
+    out |= {name: row[name] for name in ("ratio_low", "ratio_high") if not pd.isna(row.get(name, math.nan))}
     squares = squared_bias(row), squared_bias(base)
     better, even = break_even((squares[0], V), (squares[1], U))
     per_rollout, even_rollouts = break_even((squares[0], V * row["cost"]), (squares[1], U * base["cost"]))
-    return {
-        "ratio": _quotient(V, U),
-        **(ends | given),
-        "batches_to_match": matched,
-        "rollouts_to_match": matched * row["cost"] / base["cost"],
+    return out | {
         "better": better,
         "break_even": even,
         "better_per_rollout": per_rollout,

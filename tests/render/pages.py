@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass, field, replace
@@ -121,6 +122,30 @@ class Page(HTMLParser):
     def find(self, tag: str, **attrs: str) -> list[Element]:
         wanted = {name.rstrip("_"): value for name, value in attrs.items()}
         return [e for e in self.elements if e.tag == tag and wanted.items() <= e.attrs.items()]
+
+
+def assert_self_contained(name: str, text: str) -> None:
+    """Tags close in order, ids are unique, every #link has its target, and nothing is fetched from anywhere."""
+    page = Page(text)
+    ids = [e.attrs["id"] for e in page.elements if "id" in e.attrs]
+    assert len(ids) == len(set(ids)), name
+    for e in page.elements:
+        href = e.attrs.get("href", "#")
+        assert href[0] == "#", (name, e)
+        assert href == "#" or href[1:] in ids, (name, e)
+        assert not {"src", "srcset", "xlink:href", "action", "background"} & set(e.attrs), (name, e)
+        assert e.tag not in {"link", "iframe", "img", "object", "embed", "base"}, (name, e)
+        style = e.attrs.get("style", "") + (e.text if e.tag == "style" else "")
+        assert "@import" not in style
+        assert all(target.startswith("#") for target in re.findall(r"url\((.*?)\)", style)), (name, e)
+    assert set(re.findall(r"url\(#([\w-]+)\)", text)) <= set(ids), name
+    assert page.find("meta", name="viewport")
+
+
+def column_of(table: str, column: int) -> str:
+    """The texts of a column, for `in_browser`."""
+    rows = f'[...document.getElementById("{table}").tBodies[0].rows]'
+    return f"JSON.stringify({rows}.map((r) => r.cells[{column}].textContent))"
 
 
 def in_browser(page: str, script: str, folder: Path, *, hash_: str = "", width: int | None = None) -> str:

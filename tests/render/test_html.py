@@ -5,22 +5,24 @@ from __future__ import annotations
 import csv
 import io
 import json
-import re
 from pathlib import Path
 
-import pandas as pd
 import pytest
 
-from pgcheck import api
-from pgcheck.render.html import comparison_html, html
+from pgcheck.render.html import html
 from pgcheck.render.messages import number
-from pgcheck.render.tables import COMPARISON, columns
+from pgcheck.render.tables import columns
 from pgcheck.runs.report import Report
-from tests.render.pages import HOSTILE, Page, case_report, in_browser, lone_report, rich_report
-
-
-def comparison() -> pd.DataFrame:
-    return api.compare(["reinforce", "grpo"], ["dialogue/two-turn", "mdp/pessimal"])
+from tests.render.pages import (
+    HOSTILE,
+    Page,
+    assert_self_contained,
+    case_report,
+    column_of,
+    in_browser,
+    lone_report,
+    rich_report,
+)
 
 
 @pytest.fixture(scope="module")
@@ -40,30 +42,15 @@ def empty_report() -> Report:
 
 def pages() -> dict[str, str]:
     made = {"rich": html(rich_report()), "lone": html(lone_report()), "empty": html(empty_report())}
-    made["cases"] = html(case_report())
-    return made | {"comparison": comparison_html(comparison())}
+    return made | {"cases": html(case_report())}
 
 
 # -- the document
 
 
 def test_well_formed_and_self_contained() -> None:
-    """Tags close in order, ids are unique, every #link has its target, and nothing is fetched from anywhere."""
     for name, text in pages().items():
-        page = Page(text)
-        ids = [e.attrs["id"] for e in page.elements if "id" in e.attrs]
-        assert len(ids) == len(set(ids)), name
-        for e in page.elements:
-            href = e.attrs.get("href", "#")
-            assert href[0] == "#", (name, e)
-            assert href == "#" or href[1:] in ids, (name, e)
-            assert not {"src", "srcset", "xlink:href", "action", "background"} & set(e.attrs), (name, e)
-            assert e.tag not in {"link", "iframe", "img", "object", "embed", "base"}, (name, e)
-            style = e.attrs.get("style", "") + (e.text if e.tag == "style" else "")
-            assert "@import" not in style
-            assert all(target.startswith("#") for target in re.findall(r"url\((.*?)\)", style)), (name, e)
-        assert set(re.findall(r"url\(#([\w-]+)\)", text)) <= set(ids), name
-        assert page.find("meta", name="viewport")
+        assert_self_contained(name, text)
 
 
 def test_the_same_bytes_twice(text: str) -> None:
@@ -146,11 +133,6 @@ def test_sentences() -> None:
 # -- the script
 
 
-def column_of(table: str, column: int) -> str:
-    rows = f'[...document.getElementById("{table}").tBodies[0].rows]'
-    return f"JSON.stringify({rows}.map((r) => r.cells[{column}].textContent))"
-
-
 def test_sorting_by_a_link(text: str, tmp_path: Path) -> None:
     """#sort=TABLE,COLUMN,DIRECTION; numbers as numbers, dashes last either way."""
     for direction, sign in (("ascending", 1), ("descending", -1)):
@@ -222,11 +204,3 @@ def test_words_find_sentences(tmp_path: Path) -> None:
     assert displayed == ["block", "none"]  # cards, on a phone
     rows = list(csv.reader(io.StringIO(text)))
     assert [row[0] for row in rows] == ["sentence", "κ < 1 & κ > 0.", '<i>"x", y</i>']
-
-
-def test_comparison_page_sorts(tmp_path: Path) -> None:
-    table = comparison()
-    page = comparison_html(table)
-    assert [e.text for e in Page(page).find("th")][: len(COMPARISON)] == list(COMPARISON)
-    found = json.loads(in_browser(page, column_of("comparison-1", 0), tmp_path, hash_="#sort=comparison-1,0,ascending"))
-    assert found == ["grpo", "reinforce"]

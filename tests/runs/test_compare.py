@@ -12,10 +12,8 @@ import pytest
 import torch
 
 import pgcheck
-from pgcheck.estimators.base import Estimator
-from pgcheck.estimators.lookup import as_estimators
 from pgcheck.problem import Problem, find_problem
-from pgcheck.runs.compare import Comparison, Sweeps, comparison, measured, stale_logits
+from pgcheck.runs.compare import Comparison, Sweeps, stale_logits
 from tests.engines.oracle import rollout_chances
 
 NAMES = ["reinforce", "leave_one_out", "grpo", "vineppo"]
@@ -131,23 +129,21 @@ def test_the_reference_may_be_missing() -> None:
 
 
 def test_another_engine_fills_the_same_columns() -> None:
-    """Whatever measures: its intervals are carried along, and into the ratios."""
-    calls = []
-
-    def sampled(estimators: Sequence[Estimator], problem: Problem) -> pd.DataFrame:
-        calls.append(problem)
-        table = measured(estimators, problem)
-        for name in ("scale", "rel", "variance", "mse", "snr"):
-            table[f"{name}_low"], table[f"{name}_high"] = 0.9 * table[name], 1.1 * table[name]
-        return table.assign(batches=1000)
-
-    problem = find_problem("bandit/two-arm")
-    made = comparison(as_estimators(["reinforce", "grpo"]), [problem], sweeps=Sweeps((2,), (), ()), by=sampled)
-    assert len(calls) == 2
-    line = made.tables["comparison"].iloc[1]
-    assert line["ratio_low"] == pytest.approx(line["ratio"] * 0.9 / 1.1)
-    assert line["ratio_high"] == pytest.approx(line["ratio"] * 1.1 / 0.9)
-    assert (made.tables["groups"]["variance_low"] < made.tables["groups"]["variance_high"]).all()
+    """Sampled: intervals that hold the exact numbers, in the ratios as well; splits stay exact, blocks have no intervals."""
+    how = {"sampling": pgcheck.Sampling(seed=1, draws=8192), "sweeps": Sweeps((2,), (), (), draws=4096)}
+    made = pgcheck.comparison(["reinforce", "grpo"], "dialogue/two-turn", engine="monte_carlo", **how)  # type: ignore[arg-type]
+    exact = pgcheck.comparison(["reinforce", "grpo"], "dialogue/two-turn", sweeps=Sweeps((2,), (), ()))
+    assert set(made.tables) == set(exact.tables) - {"blocks"}
+    for name in ("comparison", "groups"):
+        found, known = made.tables[name], exact.tables[name]
+        assert list(found.columns) == list(known.columns)
+        assert (found["variance_low"] < found["variance_high"]).all()
+        assert (found["batches"] <= (8192 if name == "comparison" else 4096)).all()
+        for column in ("variance", "ratio", "rollouts_to_match"):
+            assert (found[f"{column}_low"] <= known[column]).all(), column
+            assert (known[column] <= found[f"{column}_high"]).all(), column
+    pd.testing.assert_frame_equal(made.tables["steps"], exact.tables["steps"])
+    assert set(made.tables["missing"]["what"]) == {"blocks"}
 
 
 @pytest.mark.parametrize(

@@ -285,8 +285,12 @@ def test_relative_of_sampled_rows() -> None:
         line("a", 0.0, 4.0, variance_low=2.0, variance_high=5.0),
         line("b", 0.0, 1.0, variance_low=0.5, variance_high=2.0),
     ]
-    b = v.relative(pd.DataFrame(rows)).iloc[1]
+    a, b = v.relative(pd.DataFrame(rows)).to_dict("records")
     assert (b["ratio_low"], b["ratio"], b["ratio_high"]) == (0.1, 0.25, 1.0)
+    assert (a["ratio_low"], a["ratio"], a["ratio_high"]) == (1.0, 1.0, 1.0)
+    halved = [row | {"scale_low": 0.5, "scale_high": 2.0} for row in rows]
+    b = v.relative(pd.DataFrame(halved)).iloc[1]
+    assert (b["batches_to_match_low"], b["batches_to_match"], b["batches_to_match_high"]) == (0.1 / 16, 0.25, 16.0)
     paired = [
         row | {"ratio_low": low, "ratio_high": high} for row, low, high in zip(rows, (1, 0.2), (1, 0.3), strict=True)
     ]
