@@ -10,6 +10,7 @@ import numpy as np
 
 from pgcheck.render.messages import number
 from pgcheck.runs.gate import Difference, EstimatorEntry, ExactEntry, Gate
+from pgcheck.verdicts.verdict import Status
 
 _VISIBLE = 1e-4  # relative; smaller changes of a number do not show in its four digits
 
@@ -78,7 +79,46 @@ def _what(d: Difference) -> str:
         said = [f"the claims changed: {_listed(before.claims)} → {_listed(after.claims)}"] if d.kind == "claims" else []
         names = sorted({*before.checks, *after.checks})
         pairs = [(n, before.checks.get(n, 0), after.checks.get(n, 0)) for n in names]
-        a, b = before.vector, after.vector
+        moved = ", ".join(f"{n} {a} → {b}" for n, a, b in pairs if a != b)
+        return "; ".join([*said, *([f"checks asked on another number of problems: {moved}"] if moved else [])])
+    if d.kind == "missing":
+        return "not in the baseline: it is new, or was renamed"
+    if d.kind == "orphaned":
+        return "in the baseline, and not in the run: it was deleted, renamed or deselected"
+    if d.kind == "number":
+        return "E ĝ or its variance is no number (NaN or infinite)"
+    if d.kind == "stale":
+        return f"{d.check} is expected to fail ({d.reason}), and does not"
+    status = d.verdict.status if d.verdict else Status.FAIL
+    spoken = (d.verdict.reason if d.verdict else d.reason) or (
+        f"measured {number(d.verdict.measured)}, allowed {number(d.verdict.allowed)}" if d.verdict else ""
+    )
+    return f"{d.check} is {status}: {spoken}"
+
+
+def _listed(claims: list[str]) -> str:
+    return ", ".join(claims) or "none"
+
+
+def changes(before: ExactEntry, after: ExactEntry) -> str:
+    """“scale 0.75 → 1, now unbiased (was proportional); variance 0.1 → 0.13, grew ×1.3”."""
+    said = []
+    for name in ("scale", "rel", "off_axis", "cosine"):
+        a, b = getattr(before, name), getattr(after, name)
+        if a != b and (a is None or b is None or abs(a - b) > _VISIBLE * max(abs(a), abs(b), 1e-6)):
+            said.append(f"{name} {_short(a)} → {_short(b)}")
+    if before.finding != after.finding:
+        said.append(f"now {after.finding} (was {before.finding})")
+    elif said:
+        said.append(f"still {after.finding}")
+    old, new = before.total_variance, after.total_variance
+    if abs(old - new) > _VISIBLE * max(abs(old), abs(new)) and abs(old - new) > 1e-9 * after.size**2:
+        way = "grew" if new > old else "fell"
+        times = f" ×{number(new / old)}" if old > 1e-12 * before.size**2 else ""
+        said.append(f"variance {number(old)} → {number(new)}, {way}{times}")
+    if said:
+        return ", ".join(said)
+    a, b = before.vector, after.vector
     moved = float(np.linalg.norm(a - b)) if a.shape == b.shape else math.inf
     part = moved / after.size if after.size > 0 else moved
     return f"E ĝ moved by {number(part)} of its size, variance by {number(abs(new - old))}; {after.finding} as before"
