@@ -4,6 +4,9 @@
     pgcheck.check_estimator(my_loss)      # raises pgcheck.BiasError, or returns a Report
 
 Names are imported on first use, so that `import pgcheck` and `pgcheck --help` do not wait for torch.
+
+PYTEST_DONT_REWRITE: pytest rewrites the packages of its plugins, and warns of one that was imported before it; there is no
+assert here to rewrite.
 """
 
 from __future__ import annotations

@@ -282,7 +282,7 @@ def gate(
     from pgcheck.render.messages import failure_messages
     from pgcheck.render.provenance import read_places
     from pgcheck.runs.config import expected_failures, load_config
-    from pgcheck.runs.gate import Baseline, baseline_of, compare, read_baseline, read_report
+    from pgcheck.runs.gate import EMPTY, baseline_of, compare, read_baseline, read_report
 
     config = load_config(Path.cwd())
     if baseline is None and config.baseline is None:
@@ -290,7 +290,7 @@ def gate(
     path = baseline or Path(str(config.baseline))
     run_of = read_report(report)
     fresh = update and not path.exists()
-    known = Baseline(estimators=[], entries=[]) if fresh else read_baseline(path)
+    known = EMPTY if fresh else read_baseline(path)
     found = compare(run_of, known, expected=expected_failures(config))
     names = words.Places(report=str(report), baseline=str(path))
     messages = failure_messages(run_of)

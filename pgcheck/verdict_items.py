@@ -39,7 +39,7 @@ from pgcheck.render.ci import places_of
 from pgcheck.render.files import write_all
 from pgcheck.render.provenance import provenance, provenance_path
 from pgcheck.runs.config import load_config, plan
-from pgcheck.runs.gate import Baseline, Difference, ExactEntry, compare, read_baseline
+from pgcheck.runs.gate import EMPTY, Baseline, Difference, ExactEntry, compare, read_baseline
 from pgcheck.runs.report import Report, merged
 from pgcheck.runs.runner import wanted_checks, why_not_measured
 from pgcheck.testing import EstimatorCheck, Judge, expected_failures
@@ -160,7 +160,7 @@ def _moved(found: Difference | None) -> tuple[float | None, float | None]:
     """How far E ĝ is from that of the baseline, and how far it may be."""
     if found is None or not (isinstance(found.before, ExactEntry) and isinstance(found.after, ExactEntry)):
         return None, None
-    a, b = (np.array(x.mean if x.mean is not None else x.sketch, dtype=float) for x in (found.before, found.after))
+    a, b = found.before.vector, found.after.vector
     return float(np.linalg.norm(a - b)) if a.shape == b.shape else math.inf, RTOL * found.after.size
 
 
@@ -214,7 +214,7 @@ class Session:
         self.baseline: Baseline | None = None
         if self.path is not None:
             fresh = self.update and not self.path.exists()
-            self.baseline = Baseline(estimators=[], entries=[]) if fresh else read_baseline(self.path)
+            self.baseline = EMPTY if fresh else read_baseline(self.path)
         self.tasks: list[Task] = []
         self.own: list[Task] = []
         if self.asked and (settings.estimators or option.pgcheck_suite or settings.suite):
@@ -273,16 +273,14 @@ class Session:
 
     def difference(self, verdict: Verdict) -> Difference | None:
         """How an entry differs from the baseline."""
-        before = self.baseline or Baseline(estimators=[], entries=[])
+        before = self.baseline or EMPTY
         key = verdict.estimator, verdict.problem
-        part = Baseline(
-            estimators=[e for e in before.estimators if (e.estimator, "") == key],
-            entries=[e for e in before.entries if e.key == key],
-        )
+        rows = [e for e in before.estimators if (e.estimator, "") == key]
+        part = before.model_copy(update={"estimators": rows, "entries": [e for e in before.entries if e.key == key]})
         report = merged([verdict.task.report] if verdict.task else [], suite="pytest")
         if verdict.problem:
-            rows = [m for m in report.measurements if m.problem == verdict.problem]
-            report = report.model_copy(update={"measurements": rows, "estimators": [], "verdicts": []})
+            cells = [m for m in report.measurements if m.problem == verdict.problem]
+            report = report.model_copy(update={"measurements": cells, "estimators": [], "verdicts": []})
         else:
             report = report.model_copy(update={"measurements": []})
         found = compare(report, part)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -117,17 +118,10 @@ def changes(before: ExactEntry, after: ExactEntry) -> str:
         said.append(f"variance {number(old)} → {number(new)}, {way}{times}")
     if said:
         return ", ".join(said)
-    moved = (
-        float(np.linalg.norm(_vector(before) - _vector(after)))
-        if _vector(before).shape == _vector(after).shape
-        else 0.0
-    )
+    a, b = before.vector, after.vector
+    moved = float(np.linalg.norm(a - b)) if a.shape == b.shape else math.inf
     part = moved / after.size if after.size > 0 else moved
     return f"E ĝ moved by {number(part)} of its size, variance by {number(abs(new - old))}; {after.finding} as before"
-
-
-def _vector(entry: ExactEntry) -> np.ndarray:
-    return np.array(entry.sketch if entry.mean is None else entry.mean, dtype=float)
 
 
 def _short(x: float | None) -> str:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pgcheck.errors import UsageError
 from pgcheck.runs.report import SCHEMA as REPORT_SCHEMA
@@ -48,7 +48,7 @@ class ExactEntry(_Row):
 
     estimator: str
     problem: str
-    engine: Literal["exact"] = "exact"
+    engine: Literal["exact"]
     digest: str  # of the problem
     finding: Finding
     rel: float | None
@@ -60,9 +60,23 @@ class ExactEntry(_Row):
     mean: list[list[float]] | None  # E ĝ, [K, A], if it has no more than WHOLE numbers
     sketch: list[float] | None  # else ⟨E ĝ, v_j⟩, [DIRECTIONS]
 
+    @model_validator(mode="after")
+    def _is_one_vector(self) -> ExactEntry:
+        if (self.mean is None) == (self.sketch is None):
+            raise ValueError("mean or sketch: one of them is null, and the other is not")
+        if self.mean is not None and (not self.mean or len({len(row) for row in self.mean}) > 1):
+            raise ValueError("mean: its rows are not of one length")
+        return self
+
     @property
     def key(self) -> tuple[str, str]:
+        """What tells it from other entries."""
         return self.estimator, self.problem
+
+    @property
+    def vector(self) -> np.ndarray:
+        """E ĝ, or its sketch."""
+        return np.array(self.sketch if self.mean is None else self.mean, dtype=float)
 
 
 class EstimatorEntry(_Row):
@@ -76,7 +90,7 @@ class EstimatorEntry(_Row):
 class Baseline(_Row):
     """A baseline file."""
 
-    schema_: Literal["pgcheck-baseline/1"] = Field(default=SCHEMA, alias="schema")
+    schema_: Literal["pgcheck-baseline/1"] = Field(alias="schema")
     estimators: list[EstimatorEntry]
     entries: list[ExactEntry]
 
@@ -94,6 +108,8 @@ class Baseline(_Row):
             parts.append(f' "{name}": [\n  {lines}\n ]' if table else f' "{name}": []')
         return "{\n" + ",\n".join(parts) + "\n}\n"
 
+
+EMPTY = Baseline(schema=SCHEMA, estimators=[], entries=[])
 
 Kind = Literal["changed", "problem", "claims", "checks", "missing", "orphaned", "verdict", "stale", "number"]
 # "stale": a check that is expected to fail, and does not; "number": E ĝ or tr Cov ĝ is none
@@ -146,6 +162,7 @@ class Gate:
             raise ValueError("a baseline is not made of a run that fails")
         rows = [*self.same, *(d.after for d in self.differences if d.after is not None)]
         return Baseline(
+            schema=SCHEMA,
             estimators=[x for x in rows if isinstance(x, EstimatorEntry)],
             entries=[x for x in rows if isinstance(x, ExactEntry)],
         )
@@ -176,6 +193,7 @@ def entry_of(m: MeasurementRow, problem: ProblemRow) -> ExactEntry | None:
     return ExactEntry(
         estimator=m.estimator,
         problem=m.problem,
+        engine="exact",
         digest=problem.digest,
         finding=m.finding,
         **{name: getattr(m, name) for name in ("rel", "scale", "cosine", "off_axis", "size", "total_variance")},
@@ -213,6 +231,7 @@ def baseline_of(report: Report) -> Baseline:
         asked.setdefault(v.estimator, Counter())[v.check] += 1
     made = [entry_of(m, problems[m.problem]) for m in report.measurements]
     return Baseline(
+        schema=SCHEMA,
         estimators=[
             EstimatorEntry(estimator=e.name, claims=claims_in_words(e), checks=dict(sorted(asked[e.name].items())))
             for e in report.estimators
@@ -362,16 +381,17 @@ def _kind_of_estimator(before: EstimatorEntry | None, after: EstimatorEntry | No
 
 def agree(before: ExactEntry, after: ExactEntry, gradient_norm: float) -> bool:
     """Every number of two entries of one problem agrees, each to its tolerance."""
-    size, length = after.size, float(np.linalg.norm(np.array(after.sketch if after.mean is None else after.mean)))
+    size, a, b = after.size, before.vector, after.vector
     of_mean = RTOL * size
     of_truth = _over(of_mean, gradient_norm)
-    of_angle = _over(of_mean, length) + of_truth
+    of_angle = _over(of_mean, float(np.linalg.norm(b))) + of_truth
     return (
         before.finding == after.finding
+        and (before.mean is None) == (after.mean is None)
+        and a.shape == b.shape
+        and bool((abs(a - b) <= of_mean).all())
         and _near(before.size, after.size, of_mean)
         and _near(before.total_variance, after.total_variance, RTOL * size**2)
-        and _near(before.sketch, after.sketch, of_mean)
-        and _near(before.mean, after.mean, of_mean)
         and all(_near(getattr(before, x), getattr(after, x), of_truth) for x in ("rel", "scale"))
         and all(_near(getattr(before, x), getattr(after, x), of_angle) for x in ("cosine", "off_axis"))
     )
@@ -381,12 +401,5 @@ def _over(a: float, b: float) -> float:
     return a / b if b > 0 else 0.0
 
 
-def _near(a: Any, b: Any, tolerance: float) -> bool:
-    if a is None or b is None:
-        return a is b
-    x, y = (np.array(z, dtype=float) if _rectangular(z) else None for z in (a, b))
-    return x is not None and y is not None and x.shape == y.shape and bool((abs(x - y) <= tolerance).all())
-
-
-def _rectangular(x: Any) -> bool:
-    return not isinstance(x, list) or len({len(row) if isinstance(row, list) else -1 for row in x}) <= 1
+def _near(a: float | None, b: float | None, tolerance: float) -> bool:
+    return a is b if a is None or b is None else abs(a - b) <= tolerance
