@@ -44,6 +44,14 @@ class What(StrEnum):
     quantities = "quantities"
 
 
+class Engines(StrEnum):
+    """How expectations are had."""
+
+    exact = "exact"
+    monte_carlo = "monte_carlo"
+    auto = "auto"
+
+
 class Format(StrEnum):
     """How a report is printed."""
 
@@ -77,6 +85,24 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Budget = Annotated[
     int | None, typer.Option(min=1, help="Most batches enumerated for one estimator on one problem.", metavar="N")
 ]
+
+Engine = Annotated[
+    Engines | None,
+    typer.Option(help="exact: enumerate; monte_carlo: sample; auto: sample what does not fit", metavar="NAME"),
+]
+Draws = Annotated[int | None, typer.Option(min=1, help="most batches sampled on one problem", metavar="N")]
+Seed = Annotated[int | None, typer.Option(min=0, help="of what is sampled (default: 0)", metavar="N")]
+Tolerance = Annotated[
+    float | None,
+    typer.Option(help="bias that a sampled verdict calls none, as a part of ‖∇J‖ (default: .05)", metavar="X"),
+]
+Alpha = Annotated[
+    float | None, typer.Option(help="chance that sampling fails a correct run (default: 1e-6)", metavar="X")
+]
+Beta = Annotated[
+    float | None, typer.Option(help="chance that sampling passes one biased estimator (default: 1e-3)", metavar="X")
+]
+Device = Annotated[str | None, typer.Option(help="where sampled batches are evaluated: cpu, cuda", metavar="NAME")]
 
 
 def _version(asked: bool) -> None:
@@ -188,8 +214,15 @@ def run(
     form: Annotated[Format, typer.Option("--format", help="what is printed")] = Format.terminal,
     as_json: AsJson = False,
     budget: Budget = None,
+    engine: Engine = None,
+    tolerance: Tolerance = None,
+    alpha: Alpha = None,
+    beta: Beta = None,
+    draws: Draws = None,
+    seed: Seed = None,
+    device: Device = None,
 ) -> None:
-    """Run a suite: every estimator on every problem, exactly, against its claims. `[tool.pgcheck]` of pyproject.toml says
+    """Run a suite: every estimator on every problem, against its claims. `[tool.pgcheck]` of pyproject.toml says
     what is run; each argument takes the place of its line there."""
     from pgcheck.render.ci import on_github, outcomes_of_run, places_of, tell_github
     from pgcheck.render.files import write_report
@@ -199,6 +232,9 @@ def run(
 
     form = Format.json if as_json else form
     planned = plan(load_config(Path.cwd()), suite=suite, estimators=estimator or (), budget=budget)
+    settings = {"engine": engine and engine.value, "tolerance": tolerance, "alpha": alpha, "beta": beta, "draws": draws,
+                "seed": seed, "device": device}  # fmt: skip
+    planned = planned.with_settings(**{name: x for name, x in settings.items() if x is not None})
     with ProgressBar() as progress:
         report = planned.run(progress=progress)
         messages = _explained(report, planned)
@@ -343,10 +379,16 @@ def compare(
     ] = None,
     as_json: AsJson = False,
     budget: Budget = None,
+    engine: Engine = None,
+    draws: Draws = None,
+    seed: Seed = None,
+    tolerance: Tolerance = None,
+    device: Device = None,
 ) -> None:
-    """Compare bias and variance of estimators on the same batches, exactly."""
+    """Compare bias and variance of estimators on the same batches, exactly where that is asked for."""
     from pgcheck import api
     from pgcheck.engines.exact import DEFAULT_BUDGET
+    from pgcheck.engines.monte_carlo import Sampling
     from pgcheck.errors import UsageError
     from pgcheck.render.progress import ProgressBar
 
@@ -354,7 +396,14 @@ def compare(
     if out is not None and out.suffix not in endings:
         raise UsageError(f"out: {out.name}; its ending must be one of {', '.join(endings)}.")
     swept = _sweeps(sweeps, groups, group_sizes, staleness)
-    given: dict[str, Any] = {"relative_to": relative_to, "space": space.value, "budget": budget or DEFAULT_BUDGET}
+    sampled = {"draws": draws, "seed": seed, "tolerance": tolerance, "device": device}
+    given: dict[str, Any] = {
+        "relative_to": relative_to,
+        "space": space.value,
+        "budget": budget or DEFAULT_BUDGET,
+        "engine": (engine or Engines.exact).value,
+        "sampling": Sampling(**{name: x for name, x in sampled.items() if x is not None}),  # type: ignore[arg-type]
+    }
     on = problem or ["dialogue/two-turn"]
     written = []
     with ProgressBar() as progress:

@@ -47,8 +47,13 @@ SETTINGS: dict[Any, Any] = {
     "font.family": "sans-serif",
     "text.parse_math": False,
 }
-FINDINGS = ("unbiased", "proportional", "biased")
-_WORST = {"unbiased": "always unbiased", "proportional": "at worst proportional", "biased": "biased somewhere"}
+FINDINGS = ("unbiased", "inconclusive", "proportional", "biased")
+_WORST = {
+    "unbiased": "always unbiased",
+    "inconclusive": "somewhere not decided",
+    "proportional": "at worst proportional",
+    "biased": "biased somewhere",
+}
 _DECADES = {0.1: ".1", 1.0: "1", 10.0: "10", 100.0: "100"}
 
 

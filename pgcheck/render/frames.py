@@ -64,7 +64,7 @@ def overview(report: Report) -> pd.DataFrame:
     names = [e.name for e in report.estimators]
     if table.empty:
         return pd.DataFrame(index=names, columns=["worst", "asked", "biased", "worst_rel", "off_axis", "times_least"])
-    order = ("unbiased", "proportional", "biased")
+    order = ("unbiased", "inconclusive", "proportional", "biased")
     table["is_biased"], table["order"] = table["finding"] == "biased", table["finding"].map(order.index)
     made = table.groupby("estimator", sort=False).agg(
         worst=("order", lambda found: order[found.max()]),

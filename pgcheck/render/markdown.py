@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import pandas as pd
 
-from pgcheck.render.messages import failure_messages, number
-from pgcheck.render.tables import COMPARISON, LEGEND, case_message, case_rows, columns, comparison_rows, matrix, summary
-from pgcheck.runs.report import Report
+from pgcheck.render.messages import failure_messages, number, sampled_words, with_ends
+from pgcheck.render.tables import COMPARISON, case_message, case_rows, columns, comparison_rows, legend, matrix, summary
+from pgcheck.runs.report import Report, VerdictRow
 
 
 def markdown(report: Report, messages: Mapping[str, str] | None = None) -> str:
@@ -41,7 +41,7 @@ def _cell(text: str) -> str:
 
 def _matrix(report: Report) -> list[str]:
     shown, across = matrix(report), columns(report)
-    lines = ["## Verdict matrix", "", LEGEND.replace("    ", "; "), ""]
+    lines = ["## Verdict matrix", "", legend(report).replace("    ", "; "), ""]
     lines.append("| estimator | " + " | ".join(str(i + 1) for i in range(len(across))) + " |")
     lines.append("|---|" + ":-:|" * len(across))
     for e in report.estimators:
@@ -64,10 +64,18 @@ def _matrix(report: Report) -> list[str]:
         lines += ["|---|---|--:|--:|--:|--:|--:|--:|--:|"]
         for m in report.measurements:
             if m.estimator == e.name:
-                values = (m.rel, m.scale, m.cosine, m.off_axis, m.total_variance, m.mse, m.snr)
-                lines.append(f"| `{m.problem}` | {m.finding} | " + " | ".join(number(x) for x in values) + " |")
+                lines.append(f"| `{m.problem}` | {m.finding} | " + " | ".join(with_ends(m, x) for x in _NUMBERS) + " |")
+        lines += [f"- {_sampled_line(v)}" for v in report.verdicts if v.estimator == e.name and v.sample]
         lines.append("")
     return lines
+
+
+_NUMBERS = ("rel", "scale", "cosine", "off_axis", "total_variance", "mse", "snr")
+
+
+def _sampled_line(v: VerdictRow) -> str:
+    where = f" on `{v.problem}`" if v.problem else ""
+    return f"{v.check}{where}: {sampled_words(v)}{' (as the suite expects)' if v.expected else ''}."
 
 
 def _claim_words(kind: str, conditions: list[str], reason: str) -> str:

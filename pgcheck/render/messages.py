@@ -24,6 +24,43 @@ def number(x: float | None) -> str:
     return f"{x:.0e}" if 0 < abs(x) < 1e-12 else f"{x:.4g}"
 
 
+def with_ends(m: MeasurementRow, name: str) -> str:
+    """A number of a measurement, and behind it the 95% interval of one that was sampled."""
+    text, key = number(getattr(m, name)), "variance" if name == "total_variance" else name
+    low, high = m.low.get(key), m.high.get(key)
+    return text if low is None or high is None else f"{text} [{low:.3g}, {high:.3g}]"
+
+
+def sampled_words(v: VerdictRow) -> str:
+    """What a sampled verdict says, how sure it is, and what it could have missed."""
+    s = v.sample
+    if s is None:
+        return v.reason
+    measured = (
+        f"‖E ĝ − κ ∇J‖/‖κ ∇J‖ ≈ {number(v.measured)}" if v.check == "proportional" else f"rel ≈ {number(v.measured)}"
+    )
+    after = f"{v.status.value} after {s.batches:,} batches: "
+    missed = f"anything above {number(s.missed)} is excluded, at an error rate of {s.beta:g}"
+    if v.status is Status.FAIL and v.check != "biased":
+        direction = f" along `{s.witness}`" if s.witness else ""
+        return f"{after}a bias is proven{direction}, at an error rate of {s.alpha:g} for the whole run; {measured}"
+    if v.status is Status.PASS and v.check == "biased":
+        return f"{after}a bias is proven on '{v.reason}', at an error rate of {s.alpha:g} for the whole run; {measured}"
+    if v.status is not Status.INCONCLUSIVE:
+        small = f"{after}the bias is below {number(v.allowed)}; {measured}, {missed}"
+        return f"{small}; that it is not 0 is proven" if s.note == "nonzero" else small
+    needed = f"; it would take about {s.needed:,} batches" if s.needed else ""
+    if s.note == "constant":
+        return f"{after}every batch gives the same estimate along ∇J; take the exact engine"
+    if s.note == "tails":
+        tails = (
+            f"skewness of the mean {number(s.skewness)} (allowed: .1), largest share of one batch {number(s.largest_share)}"
+            f" (allowed: .05), tail index {number(s.pareto_k)}, {number(s.effective_batches)} effective batches"
+        )
+        return f"{after}the tails are too heavy for an honest verdict at this number: {tails}{needed}"
+    return f"{after}{measured}, up to {number(s.missed)} is not excluded, {number(v.allowed)} is allowed{needed}"
+
+
 def first_sentence(page: str) -> str:
     """The opening line of a docstring."""
     return page.strip().split("\n")[0]
@@ -120,6 +157,8 @@ def _bias_part(
     command: str,
 ) -> str:
     undecided = [v for v in failures if v.status is Status.INCONCLUSIVE]
+    if undecided and len(undecided) == len(failures) and undecided[0].sample:
+        return _undecided_part(estimator, undecided, command)
     if len(undecided) == len(failures):
         return f"{estimator}: INCONCLUSIVE on {len(undecided)} problem(s): {undecided[0].reason}"
     failed = [v for v in failures if v.status is Status.FAIL]
@@ -141,11 +180,16 @@ def _bias_part(
     claim = "E ĝ = ∇J" if worst.check == "unbiased" else "E ĝ = κ ∇J"
     if worst.claimed_scale is not None and worst.check == "proportional":
         claim += f" with κ = {number(worst.claimed_scale)}"
-    rows = [("what", f"{claim} does not hold on '{worst.problem}', the worst of them; exact, no sampling error")]
+    how = sampled_words(worst) if worst.sample else "exact, no sampling error"
+    rows = [("what", f"{claim} does not hold on '{worst.problem}', the worst of them; {how}")]
     if m is not None:
         rows.append(
             ("where", f"context {m.worst_context}, action {m.worst_action}{_step(report, m)}: {_at(report, m)}")
         )
+        if worst.sample:
+            numbers = ", ".join(f"{name} {with_ends(m, name)}" for name in ("rel", "scale", "off_axis"))
+            rows.append(("measured", f"{numbers}, of {worst.sample.batches:,} batches, seed {m.seed}; in brackets 95%"))
+    if m is not None and not worst.sample:
         rows.append(
             (
                 "measured",
@@ -168,6 +212,23 @@ def _bias_part(
     return f"{estimator} is not {worst.check}: {len(failed)} of {len(asked)} problems contradict the claim.\n" + _lines(
         rows
     )
+
+
+def _undecided_part(estimator: str, undecided: Sequence[VerdictRow], command: str) -> str:
+    """Every problem on which a sample did not decide, and what would."""
+    first = undecided[0]
+    rows = [("what", f"{v.check} on '{v.problem or v.reason}': {sampled_words(v)}") for v in undecided[:4]]
+    if len(undecided) > 4:
+        rows.append(("and", f"{len(undecided) - 4} more"))
+    draws = max((v.sample.needed or 0 for v in undecided if v.sample), default=0)
+    name = first.problem or first.reason
+    if name.partition("@")[0] in registered_problems() and draws:
+        rows.append(("next", f"pgcheck compare {command} --problem {name} --engine monte_carlo --draws {draws}"))
+    else:
+        rows.append(
+            ("next", "a smaller problem, which can be enumerated; or an estimator with a lighter tail to compare with")
+        )
+    return f"{estimator}: INCONCLUSIVE on {len(undecided)} problem(s).\n" + _lines(rows)
 
 
 def _at(report: Report, m: MeasurementRow) -> str:

@@ -20,6 +20,11 @@ class ProgressBar:
         self.began = time.monotonic()
         self.bar: Progress | None = None
         self.tasks: dict[str, TaskID] = {}
+        self.notes: dict[str, str] = {}
+
+    def note(self, what: str, text: str) -> None:
+        """What is known so far, shown behind `what` the next time it is told of."""
+        self.notes[what] = text
 
     def __call__(self, what: str, done: int, total: int) -> None:
         if not self.enabled or (self.bar is None and time.monotonic() - self.began < PATIENCE):
@@ -30,7 +35,8 @@ class ProgressBar:
             self.bar.start()
         if what not in self.tasks:
             self.tasks[what] = self.bar.add_task(what, total=total)
-        self.bar.update(self.tasks[what], completed=done, total=total, visible=done < total)
+        shown = f"{what}  {self.notes[what]}" if self.notes.get(what) else what
+        self.bar.update(self.tasks[what], completed=done, total=total, visible=done < total, description=shown)
 
     def __enter__(self) -> ProgressBar:
         return self

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
@@ -12,8 +14,14 @@ from pgcheck.render.messages import BIAS_CHECKS, number
 from pgcheck.runs.report import CaseRow, MeasurementRow, ProblemRow, Report, VerdictRow
 from pgcheck.verdicts.verdict import Status
 
-SYMBOL = {"unbiased": "=", "proportional": "∝", "biased": "≠", "none": "·"}
+SYMBOL = {"unbiased": "=", "inconclusive": "?", "proportional": "∝", "biased": "≠", "none": "·"}
 LEGEND = "= E ĝ is ∇J    ∝ E ĝ is κ ∇J    ≠ E ĝ is neither    · not asked    ! contradicts the claim"
+SAMPLED_LEGEND = "    ? the sample does not decide"
+
+
+def legend(report: Report) -> str:
+    """What the symbols of the matrix mean."""
+    return LEGEND + (SAMPLED_LEGEND if report.sampled else "")
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,7 @@ def columns(report: Report) -> list[Column]:
     return [Column(base, tuple(p.name for p in rows), rows[0]) for base, rows in by_base.items()]
 
 
-_ORDER = ("none", "unbiased", "proportional", "biased")
+_ORDER = ("none", "unbiased", "inconclusive", "proportional", "biased")
 
 
 def matrix(report: Report) -> dict[tuple[str, str], Cell]:
@@ -92,6 +100,7 @@ def _cell(m: MeasurementRow | None, reason: str, wrong: VerdictRow | None) -> Ce
         "unbiased": "",
         "proportional": f"×{number(m.scale)}",
         "biased": number(m.rel) if m.rel is not None else "∇J=0",
+        "inconclusive": "∇J=0" if m.rel is None else f"{number(m.rel)}, at most {number(m.high.get('rel'))}",
     }[m.finding]
     return Cell(SYMBOL[m.finding], text, m.finding, wrong is not None, not reason, reason, m)
 
@@ -100,15 +109,22 @@ def summary(report: Report) -> str:
     """One line: how many verdicts and cases, how many of each status."""
     lines = []
     if report.verdicts or not report.cases:
-        pairs = len(report.measurements)
+        exact = len(report.measurements) - report.sampled
+        pairs = " and ".join([*[f"{exact} exact"] * (exact > 0 or not report.sampled), *_sampled_words(report)])
         lines.append(
-            f"{len(report.verdicts)} verdicts: {_by_status(report.count())}. {pairs} exact measurements of"
+            f"{len(report.verdicts)} verdicts: {_by_status(report.count())}. {pairs} measurements of"
             f" {len(report.estimators)} estimators on {len(report.problems)} problems; {len(report.not_asked)} pairs not"
             " asked."
         )
     if report.cases:
         lines.append(f"{len(report.cases)} cases: {_by_status(Counter(c.status for c in report.cases))}.")
     return " ".join(lines)
+
+
+def _sampled_words(report: Report) -> list[str]:
+    expected = sum(v.expected for v in report.verdicts)
+    known = f" ({expected} of the undecided are expected to be)" if expected else ""
+    return [f"{report.sampled} sampled{known}"] if report.sampled else []
 
 
 def _by_status(count: Counter[Status]) -> str:
@@ -194,14 +210,21 @@ def comparison_rows(table: pd.DataFrame) -> dict[str, list[tuple[str, ...]]]:
             (
                 r["estimator"],
                 r["finding"],
-                *(number(_finite(r[name])) for name in ("rel", "scale", "cosine", "off_axis", "variance")),
+                *(_with_ends(r, name) for name in ("rel", "scale", "cosine", "off_axis", "variance")),
                 number(r["variance"] / least) if least > 0 else "—",
-                number(r["mse"]),
-                number(_finite(r["snr"])),
+                _with_ends(r, "mse"),
+                _with_ends(r, "snr"),
             )
             for r in rows.to_dict("records")
         ]
     return out
+
+
+def _with_ends(row: Mapping[Any, Any], name: str) -> str:
+    """A number, and behind it the 95% interval of one that was sampled."""
+    value, low, high = (row.get(key, math.nan) for key in (name, f"{name}_low", f"{name}_high"))
+    text = number(_finite(value))
+    return f"{text} [{low:.3g}, {high:.3g}]" if math.isfinite(low) and math.isfinite(high) and low < high else text
 
 
 def _finite(x: float) -> float | None:

@@ -11,19 +11,19 @@ from rich.text import Text
 
 from pgcheck.render.tables import (
     COMPARISON,
-    LEGEND,
     Cell,
     Column,
     case_message,
     case_rows,
     columns,
     comparison_rows,
+    legend,
     matrix,
     summary,
 )
 from pgcheck.runs.report import Report
 
-_STYLE = {"unbiased": "green", "proportional": "cyan", "biased": "yellow", "none": "dim"}
+_STYLE = {"unbiased": "green", "proportional": "cyan", "biased": "yellow", "inconclusive": "magenta", "none": "dim"}
 _ROOMY = 92  # from here on, families are headed by their whole names
 _NARROW = 120  # below this many columns a comparison leaves out the last two of its numbers that others imply
 
@@ -67,7 +67,7 @@ def _print_matrix(report: Report, console: Console) -> None:
             line.append(" " * (_span(name, group, console) - len(group)))
         console.print(line, no_wrap=True, crop=False, overflow="ignore")
     console.print()
-    console.print(Text(LEGEND, style="dim"))
+    console.print(Text(legend(report), style="dim"))
     for name, group in families:
         short = [column.name.partition("/")[2] for column in group]
         console.print(Text(f"{name}: {', '.join(short)}", style="dim"))
@@ -97,10 +97,12 @@ def _style(cell: Cell) -> str:
 
 
 def print_comparison(table: pd.DataFrame, console: Console) -> None:
-    """One table for each problem; all numbers exact."""
+    """One table for each problem."""
     hidden = {"cosine", "MSE"} if console.width < _NARROW else set()
     for problem, rows in comparison_rows(table).items():
-        shown = Table(title=f"{problem} (exact)", title_justify="left", box=None, pad_edge=False)
+        drawn = table[table["problem"] == problem]["batches"].dropna()
+        how = f"{int(drawn.max()):,} batches drawn, with 95% intervals" if len(drawn) else "exact"
+        shown = Table(title=f"{problem} ({how})", title_justify="left", box=None, pad_edge=False)
         for i, name in enumerate(COMPARISON):
             if name not in hidden:
                 shown.add_column(name, justify="left" if i < 2 else "right", no_wrap=True)

@@ -154,6 +154,10 @@ class Plan:
         """What they are judged on."""
         return self.suite.resolve_problems(own=self.estimators is not None)
 
+    def with_settings(self, **settings: Any) -> Plan:
+        """The plan with other fields of the suite (`engine`, `tolerance`, `draws`, …)."""
+        return replace(self, suite=self.suite.model_copy(update=settings))
+
     def run(self, *, progress: Progress | None = None) -> Report:
         """Run it."""
         return self.suite.run(estimators=self.estimators, progress=progress)

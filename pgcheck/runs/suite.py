@@ -76,6 +76,7 @@ class Suite(BaseModel):
     tolerance: float = Field(default=Sampling.tolerance, gt=0, lt=1)
     alpha: float = Field(default=Sampling.alpha, gt=0, lt=0.5)
     beta: float = Field(default=Sampling.beta, gt=0, lt=0.5)
+    device: str = Sampling.device
     expect: list[ExpectRow] = []
     case: list[Case] = []
 

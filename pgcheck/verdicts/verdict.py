@@ -255,11 +255,12 @@ def _measure_sampled(estimator: Estimator, problem: Problem, moments: Moments, s
 
 def _sampled_finding(judgements: Mapping[float | None, Judgement]) -> Finding:
     status = {κ: j.status for κ, j in judgements.items()}
-    if status.get(1.0) is Status.PASS:
-        return "unbiased"
+    one = status.pop(1.0, Status.FAIL)  # if it was not asked for, only the rest decides
+    if one is not Status.FAIL:
+        return "unbiased" if one is Status.PASS else "inconclusive"
     if Status.PASS in status.values():
         return "proportional"
-    return "biased" if Status.FAIL in status.values() else "inconclusive"
+    return "biased" if Status.FAIL in status.values() or 1.0 in judgements else "inconclusive"
 
 
 def _variance_in_parameters(problem: Problem, moments: Moments) -> float:

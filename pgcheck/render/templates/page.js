@@ -1,6 +1,6 @@
 // Sorting, filtering, CSV and links into closed sections. Without it the page is whole, in the order of the run.
 const all = (selector, root = document) => [...root.querySelectorAll(selector)];
-const RANK = { none: 0, unbiased: 1, proportional: 2, biased: 3 };
+const RANK = { none: 0, unbiased: 1, inconclusive: 1.5, proportional: 2, biased: 3 };
 
 const finding = (cell) => Object.keys(RANK).find((name) => cell.classList.contains(name));
 const key = (cell) => {
