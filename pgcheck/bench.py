@@ -25,14 +25,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pgcheck.engines.coefficients import coefficients_of
 from pgcheck.engines.enumeration import Batches
 from pgcheck.engines.exact import accumulate, exact_moments
 from pgcheck.engines.moments import Progress
+from pgcheck.engines.sketch import ParameterSpace, SketchSpace, sketch_moments
 from pgcheck.engines.threads import one_thread
+from pgcheck.envs.language import LMTask
 from pgcheck.envs.tabular import TabularMDP
 from pgcheck.errors import PgcheckError, UsageError
 from pgcheck.estimators.base import Estimator
 from pgcheck.estimators.lookup import as_estimator
+from pgcheck.policies import TinyGPT
 from pgcheck.problem import Problem, find_problem
 
 ROUNDS = 7
@@ -40,6 +44,10 @@ ROWS = (3, 4, 6, 8)
 SAMPLES = 40_000  # batches a round for the vectorised ones
 MOST_TUPLES = 2_000_000
 LOOP_SAMPLES = 150  # batches a round for the loop of backward
+DRAWS = 65_536  # of a task whose contexts are listed, for the sketch
+WRITTEN = 1_024  # of one whose completions the model writes
+DIRECTIONS = 32
+VERDICTS = (("leave_one_out", 2), ("grpo", 2), ("leave_one_out", 8), ("leave_one_out", 16))  # of a transformer
 TEN = (
     "batch_mean", "leave_one_out", "reinforce_pp", "grpo", "cispo(notes)", "batch_mean_alive", "batch_mean(reward_to_go)",
     "batch_mean(group)", "reinforce_pp(group)", "leave_one_out(batch)",
@@ -313,6 +321,113 @@ def tenth_estimator(problem: Problem, rows: int, *, rounds: int = ROUNDS) -> lis
     )
 
 
+# -- language models: (E ĝ_θ [P], E‖ĝ_θ‖²) of M batches, or a sketch of them
+
+
+def digits_of_six(rows: int) -> Problem:
+    """A transformer of 26 thousand parameters, six tokens, four steps: 781 completions; one group."""
+    task = LMTask(
+        [(1, 2)], vocab_size=6, eos=0, max_new_tokens=4, reward=lambda prompt, text: float(sum(text) % 3 == 0)
+    )
+    return Problem(task, TinyGPT(6, context=5, seed=1), groups=1, group_size=rows, name="bench/digits-of-six")
+
+
+def model_by_backward(problem: Problem, index: Tensor, estimator: str) -> tuple[Tensor, float]:
+    """As a training loop does it: the loss of one group through the model, one `backward` a group."""
+    table, policy = problem.trajectories, problem.policy
+    last = table.paths.context.gather(1, (table.paths.end - 1).unsqueeze(1)).squeeze(1)
+    tokens = policy.tokens[policy.where[0, last]]  # of every rollout
+    place = policy.where[1, table.paths.context.clamp(min=0)]
+    batch = table.batch(index, problem.group_labels)
+    parameters = list(policy.parameters())
+    mean, second = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float64), 0.0
+    for m, rows in enumerate(index):
+        z = policy.model(tokens[rows]).gather(1, place[rows].unsqueeze(-1).expand(-1, -1, table.actions))
+        logp = (
+            torch.log_softmax(z, -1).gather(-1, batch.action[m].clamp(min=0).unsqueeze(-1)).squeeze(-1) * batch.mask[m]
+        )
+        of_row = logp.sum(-1) if estimator == "leave_one_out" else logp.sum(-1) / batch.mask[m].sum(-1)
+        (advantage(batch.episode_return[m], estimator, torch) * of_row).mean().backward()
+        g = torch.cat([p.grad.reshape(-1) for p in parameters if p.grad is not None])
+        policy.zero_grad(set_to_none=True)
+        mean += g
+        second += float(g @ g)
+    return mean / len(index), second / len(index)
+
+
+def model_verdicts(estimator: str, rows: int, *, rounds: int = ROUNDS) -> list[Ratio]:
+    """The exact verdict in 26 thousand parameters against a loop over its groups; and its time against five seconds."""
+    problem, e = digits_of_six(rows), as_estimator(estimator)
+    every = Batches(problem.trajectories, problem.sizes).count
+    few = Batches(problem.trajectories, problem.sizes).random(LOOP_SAMPLES, seed=1)
+    space = ParameterSpace(problem)
+    c = coefficients_of(e, problem.trajectories.batch(few, problem.group_labels))
+    x = space.project(c, problem.trajectories, few)
+    expected = x.mean(0), float((x * x).sum(-1).mean())
+    _refuse_unless_equal("loop of backward", model_by_backward(problem, few, estimator), expected)
+
+    def verdict() -> tuple[float, float]:
+        fresh = digits_of_six(rows)  # nothing is kept from the round before
+        (m,) = exact_moments([e], fresh, budget=10**7)
+        g = fresh.parameter_gradient()
+        return float((m.mean_in_parameters() - g).norm() / g.norm()), m.total_variance
+
+    contenders: dict[str, tuple[Callable[[], Any], float]] = {
+        "exact engine": (verdict, every),
+        "loop of backward": (lambda: model_by_backward(problem, few, estimator), LOOP_SAMPLES),
+    }
+    rates = in_turns(contenders, rounds=rounds)
+    subject = f"{estimator}, G = {rows}, a transformer: {number_of(every)} groups"
+    seconds = [every / r for r in rates["exact engine"]]
+    each = [5.0 / t for t in seconds]
+    out = _ratios("exact verdict of a transformer", subject, "groups/s", rates) if every < 10**7 else []
+    timed = statistics.median(seconds), 5.0, statistics.median(each), min(each), max(each)
+    return [*out, Ratio("time of a verdict", subject, "five seconds", "s", *timed)]
+
+
+def number_of(n: int) -> str:
+    """With commas, or as a power of ten."""
+    return f"{n:,}" if n < 10**9 else f"{n:.1e}"
+
+
+def sketched(problem: Problem, *, batches: int, directions: int = 32, rounds: int = ROUNDS) -> list[Ratio]:
+    """A sketch of one estimator from nothing, against the same coordinates of the same draws by a backward pass a group."""
+    e = as_estimator("grpo")
+    space = SketchSpace.of(problem, directions=directions)
+    few = max(2, min(batches, LOOP_SAMPLES))
+    table, index = problem.sampler().draw(0, few)
+    c = coefficients_of(e, table.batch(index, problem.group_labels))
+    exact = ParameterSpace(problem)
+
+    def loop() -> Tensor:
+        table, index = problem.sampler().draw(0, few)
+        c = coefficients_of(e, table.batch(index, problem.group_labels))
+        return exact.project(c, table, index) @ space.directions.T
+
+    here, there = space.project(c, table, index), loop()
+    _refuse_unless_equal(
+        "backward passes", (there.mean(0), float((there**2).mean())), (here.mean(0), float((here**2).mean()))
+    )
+    contenders: dict[str, tuple[Callable[[], Any], float]] = {
+        "sketch engine": (lambda: sketch_moments([e], problem, batches=batches, directions=directions), batches),
+        "backward passes": (loop, few),
+    }
+    subject = f"{problem.name}, G = {problem.rows}, {batches:,} draws, {len(space.directions)} directions"
+    return _ratios("sketch", subject, "draws/s", in_turns(contenders, rounds=rounds))
+
+
+def tenth_in_a_sketch(problem: Problem, *, batches: int, directions: int = 32, rounds: int = ROUNDS) -> list[Ratio]:
+    """Ten estimators on the same draws against nine of them."""
+    ten = [as_estimator(name) for name in TEN]
+    run = functools.partial(sketch_moments, problem=problem, batches=batches, directions=directions)
+    contenders: dict[str, tuple[Callable[[], Any], float]] = {
+        "ten": (lambda: run(ten), 1),
+        "nine": (lambda: run(ten[:-1]), 1),
+    }
+    subject = f"{TEN[-1]} beside nine, {problem.name}, {batches:,} draws, {directions} directions"
+    return _ratios("tenth estimator", subject, "runs/s", in_turns(contenders, rounds=rounds))
+
+
 def has_jax() -> bool:
     """Whether the extra `bench` is installed."""
     from importlib.util import find_spec
@@ -332,6 +447,12 @@ def bench(*, rounds: int = ROUNDS, progress: Progress | None = None) -> list[Rat
         work.append(functools.partial(exact_verdicts, tree, estimator, rows, rounds=rounds))
     work.append(functools.partial(exact_verdicts, dense[0], "leave_one_out", 5, rounds=rounds))
     work.append(functools.partial(tenth_estimator, dense[0], 5, rounds=rounds))
+    for estimator, rows in VERDICTS:
+        work.append(functools.partial(model_verdicts, estimator, rows, rounds=min(rounds, 3)))
+    written, few = find_problem("lm-large/written"), min(rounds, 3)
+    work.append(functools.partial(sketched, digits_of_six(8), batches=DRAWS, directions=DIRECTIONS, rounds=few))
+    work.append(functools.partial(sketched, written, batches=WRITTEN, directions=DIRECTIONS, rounds=few))
+    work.append(functools.partial(tenth_in_a_sketch, written, batches=WRITTEN, directions=DIRECTIONS, rounds=few))
     out: list[Ratio] = []
     with one_core():
         for done, step in enumerate(work):

@@ -105,6 +105,27 @@ def test_an_exact_engine_that_computes_something_else_is_refused(monkeypatch: py
         bench.exact_verdicts(find_problem("mdp/two-state"), "leave_one_out", 2, rounds=1)
 
 
+@pytest.mark.parametrize("estimator", ["leave_one_out", "grpo"])
+def test_a_loop_through_the_model(estimator: str) -> None:
+    """In parameters: dz/dθ of the loops in logit space."""
+    problem = bench.digits_of_six(3)
+    index = bench.Batches(problem.trajectories, problem.sizes).random(4, seed=3)
+    mean, second = bench.model_by_backward(problem, index, estimator)
+    each = [problem.in_parameters(by_hand(problem, index[m : m + 1], estimator)[0]) for m in range(4)]
+    torch.testing.assert_close(mean, sum(each) / 4, rtol=0, atol=1e-12)
+    assert second == pytest.approx(sum(float(g @ g) for g in each) / 4, rel=1e-10)
+
+
+def test_a_sketch_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = bench.ParameterSpace.project
+    monkeypatch.setattr(bench.ParameterSpace, "project", lambda *args: right(*args) * 1.001)
+    monkeypatch.setattr(bench, "LOOP_SAMPLES", 3)
+    with pytest.raises(PgcheckError, match="'backward passes' computes something else"):
+        bench.sketched(bench.digits_of_six(2), batches=8, directions=2, rounds=1)
+    with pytest.raises(PgcheckError, match="'loop of backward' computes something else"):
+        bench.model_verdicts("grpo", 2, rounds=1)
+
+
 def test_contenders_run_in_turn() -> None:
     """a b | a b a b: once each to warm up, then round by round."""
     calls: list[str] = []
@@ -135,7 +156,11 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "SAMPLES", 64)
     monkeypatch.setattr(bench, "LOOP_SAMPLES", 4)
     monkeypatch.setattr(bench, "MOST_TUPLES", 20_000)
+    monkeypatch.setattr(bench, "VERDICTS", (("grpo", 2),))
     monkeypatch.setattr(bench, "ROWS", (3,))
+    monkeypatch.setattr(bench, "DRAWS", 64)
+    monkeypatch.setattr(bench, "WRITTEN", 16)
+    monkeypatch.setattr(bench, "DIRECTIONS", 2)
 
 
 @pytest.mark.usefixtures("small")
