@@ -66,7 +66,7 @@ def plan(
         BudgetError: the problem's own batches cannot be enumerated.
     """
     (m,) = exact_moments([estimator], problem, budget=budget, progress=progress)
-    noise = Noise.of(m.covariance, problem.gradient().flatten())
+    noise = Noise.of(m.whole_covariance, problem.gradient().flatten())
     sizes = []
     if isinstance(problem.group_size, int):
         for size in range(1, LARGEST_GROUP + 1):

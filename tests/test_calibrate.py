@@ -172,7 +172,7 @@ def test_a_plain_t_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_skewness_stretches_the_certificate() -> None:
-    """A reward paid once in a hundred: .020 at nominal .01 without the stretch, and that is noticed; with it the bound holds."""
+    """A reward paid once in a hundred: .020 at nominal .01 without the stretch, which is noticed; with it the bound holds."""
     x, n = law("reinforce on notes/coin-0.01"), Settings().first_look
     top, square = float(torch.linalg.eigvalsh(x.covariance)[-1]), float((x.covariance**2).sum())
     Δ = upper_bound(0.0, 1e-4, n=n, largest=top, square=square)
