@@ -529,7 +529,7 @@ def calibrate(
     rates: list[Rate] = []
     powers: list[Power] = []
     verdicts: list[EndToEnd] = []
-    few = max(5, runs // 1000)
+    few = max(2, runs // 1000)
     for i, law in enumerate(chosen):
         if progress is not None:
             progress(law.name, i, len(chosen))

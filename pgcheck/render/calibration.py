@@ -73,7 +73,8 @@ def calibration_markdown(c: Calibration) -> str:
         "## Draws to a FAIL",
         "",
         "Against the one test at the same α (1e-6/1024) that knows the direction of the bias beforehand. The schedule ends a"
-        " confirmed FAIL at 8 192, 16 384, … draws.",
+        " confirmed FAIL at 8,192, 16,384, … draws, never earlier. A ratio below 1: a witness that weighs quiet coordinates up"
+        " beats the direction of the bias itself.",
         "",
         "| law | bias | ‖b‖/‖μ*‖ | FAIL | median draws | oracle | ratio |",
         "|---|---|--:|--:|--:|--:|--:|",
