@@ -388,7 +388,9 @@ def _count(counts: list[int], low: Floats, truth: float | Floats, high: Floats) 
 
 def _coverage(law: Law, name: str, missed: int, given: int, runs: int) -> Rate:
     """Misses among the intervals that were given."""
-    return rate("interval misses", law, name, 1 - CONFIDENCE, runs=given, events=missed, refused=1 - given / runs)
+    return rate(
+        "interval misses", law, name, round(1 - CONFIDENCE, 9), runs=given, events=missed, refused=1 - given / runs
+    )
 
 
 def false_passes(law: Law, *, runs: int, rng: np.random.Generator, settings: Settings | None = None) -> list[Rate]:
