@@ -143,7 +143,11 @@ def test_batched_rewards_are_the_same() -> None:
 
     one, many = small(), small(reward=batched, batched=True)
     assert torch.equal(one.paths().reward, many.paths().reward)
-    assert calls == [many.completions] * 2
+    assert calls == [
+        many.completions,
+        many.completions - 1,
+        1,
+    ]  # and again: from the last to the first, one of them alone
     assert many.paths() is many.paths()
 
 
@@ -199,11 +203,28 @@ def test_a_wrong_reward_shows_the_completion(wrong: language.Reward, said: str) 
         small(reward=wrong).paths()
 
 
+def test_a_batched_reward_may_squeeze_and_round() -> None:
+    """A network in float32 says a number of its own for one text, and the last bits as they come."""
+
+    def squeezed(prompts: list[Tokens], texts: list[Tokens]) -> torch.Tensor:
+        return torch.tensor([len(text) / 3 + 1e-8 * len(texts) for text in texts]).squeeze()
+
+    assert small(reward=squeezed, batched=True).paths().reward.sum() > 0
+
+
 def test_a_reward_that_looks_elsewhere() -> None:
-    """At a counter; at its neighbor."""
+    """At a counter; at its neighbor; at the mean of all."""
     counter = itertools.count()
     with pytest.raises(ProblemError, match=r"when asked again, for prompt \(1,\), completion \(0,\)"):
         small(reward=lambda prompt, text: float(next(counter))).paths()
     ranked = small(batched=True, reward=lambda prompts, texts: list(range(len(texts))))
+
+    def centred(prompts: list[Tokens], texts: list[Tokens]) -> list[float]:
+        """In whatever order they are asked, the same."""
+        lengths = [float(len(text)) for text in texts]
+        return [x - sum(lengths) / len(lengths) for x in lengths]
+
+    with pytest.raises(ProblemError, match="no other row"):
+        small(reward=centred, batched=True).paths()
     with pytest.raises(ProblemError, match="no other row"):
         ranked.paths()

@@ -136,6 +136,20 @@ def test_a_wrong_step_fails_for_its_reason(step: Step, settings: dict[str, Any],
     assert {v.check for v in caught.value.report.failures} == {"unbiased"}
 
 
+def test_another_estimator_than_it_is_said_to_be() -> None:
+    with pytest.raises(pgcheck.CheckFailed) as caught:
+        check(steps.rloo, same_as="grpo")
+    assert not isinstance(caught.value, pgcheck.BiasError)
+    assert [v.check for v in caught.value.report.failures] == ["same_as"]
+    assert "in expectation this is ∇J exactly" in str(caught.value)
+
+
+def test_a_claim_of_bias_is_refuted_by_an_unbiased_step() -> None:
+    with pytest.raises(pgcheck.BiasError, match="rloo is not biased"):
+        check(steps.rloo, claim=pgcheck.biased("by mistake"))
+    assert check(steps.averaged_over_the_row, claim=pgcheck.biased("by its lengths")).exit_code == 0
+
+
 # -- hygiene
 
 

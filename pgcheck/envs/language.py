@@ -29,6 +29,8 @@ from torch import Tensor
 from pgcheck.errors import BudgetError, ProblemError, in_words
 from pgcheck.trajectories import Paths, is_count
 
+_SAME_REWARD = 1e-6  # a network in float32 may say as much else in a batch of another size
+
 Tokens = tuple[int, ...]
 Reward = Callable[[Any, Any], Any]
 # (prompt, completion) -> float, both tuples of tokens; with batched=True, lists of those -> as many floats. A completion has
@@ -347,9 +349,9 @@ class LMTask:
         """
         prompts, completions = [tuple(self.prompts[s]) for s, _ in texts], [text for _, text in texts]
         first = self._scored(prompts, completions)
-        second = self._scored(prompts[::-1], completions[::-1])[::-1]
+        second = self._asked_again(prompts, completions)
         for prompt, text, a, b in zip(prompts, completions, first, second, strict=True):
-            if a != b:
+            if not math.isclose(a, b, rel_tol=_SAME_REWARD, abs_tol=_SAME_REWARD):
                 raise ProblemError(
                     f"reward: {a:.6g}, and {b:.6g} when asked again, for prompt {prompt}, completion {text}; it must depend on"
                     " nothing else: no randomness, no state, no other row."
@@ -361,6 +363,14 @@ class LMTask:
                 )
         return first
 
+    def _asked_again(self, prompts: list[Tokens], texts: list[Tokens]) -> list[float]:
+        """From the last to the first, and the last one alone: what looks at other rows, all of them or those before, then says
+        something else."""
+        return [
+            *(self._scored(prompts[-2::-1], texts[-2::-1])[::-1] if len(texts) > 1 else []),
+            *self._scored(prompts[-1:], texts[-1:]),
+        ]
+
     def _scored(self, prompts: list[Tokens], texts: list[Tokens]) -> list[float]:
         if self.batched:
             try:
@@ -371,6 +381,8 @@ class LMTask:
                     f"reward: raises {in_words(error)} on {len(texts)} completions, the first of them prompt {prompts[0]},"
                     f" completion {texts[0]}."
                 ) from error
+            if len(texts) == 1 and not isinstance(found, list):
+                found = [found]  # squeezed
             if not isinstance(found, list) or len(found) != len(texts):
                 got = f"{len(found)} values" if isinstance(found, list) else "one value"
                 raise ProblemError(

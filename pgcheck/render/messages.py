@@ -273,6 +273,8 @@ def step_cause(c: Cause) -> str:
     else:
         factor = f"{number(c.factor)}{_here(c.named)} × "
     nearly = f", to {100 * c.gap:.2g}%" if c.gap else ""
+    if c.kind == "gradient" and c.factor == 1.0:
+        return "in expectation this is ∇J exactly"
     if c.kind == "gradient":
         hint = "the sign is flipped: .grad is of a loss, which is minimised" if c.factor < 0 else "a constant factor"
         return f"in expectation this is {factor}∇J exactly: {hint}"
