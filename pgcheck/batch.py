@@ -77,7 +77,7 @@ class row_by_row(cached_property[Tensor]):  # noqa: N801  (a decorator)
             return value
         if batch is not None and (part := vars(batch).get("_part")) is not None and self.func.__name__ != "ratio":
             name = self.func.__name__
-            vars(batch)[name] = (value := part.block.part(name, part.m))
+            vars(batch)[name] = (value := part.block.part(name, part.m).clone())  # to be written to, as if made here
             return value
         return super().__get__(batch, owner)
 

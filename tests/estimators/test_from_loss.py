@@ -533,3 +533,54 @@ def test_a_real_ppo_clip_loss_is_grpo_in_expectation() -> None:
     found, expected = exact_moments([from_loss(ppo_clip_loss, couples="group"), find_estimator("grpo")], problem)
     torch.testing.assert_close(found.mean, expected.mean, rtol=0, atol=1e-10)
     torch.testing.assert_close(found.covariance, expected.covariance, rtol=0, atol=1e-10)
+
+
+_seen: list[int] = []
+
+
+def _looped(weight: Callable[[Batch], Tensor]) -> Callable[[Batch], Tensor]:
+    def loss(batch: Batch) -> Tensor:
+        scale = 1.0 if float(batch.reward.sum()) > 0 else 2.0  # a branch: only the loop can take it
+        return -scale * (weight(batch) * batch.logp * batch.mask).sum()
+
+    return loss
+
+
+def _counted(batch: Batch) -> Tensor:
+    _seen.append(1)
+    return batch.reward + 0.1 * len(_seen)
+
+
+IMPURE = {
+    "draws random numbers": lambda batch: torch.nn.functional.dropout(batch.reward, 0.5),
+    "keeps state": _counted,
+    "changes its inputs": lambda batch: batch.reward.mul_(1.5),
+}
+
+
+@pytest.mark.parametrize("said", IMPURE)
+def test_an_impure_loss_is_found_out_in_the_loop_as_well(said: str) -> None:
+    """Though a block's columns are shared by its batches, and few batches are looked at."""
+    estimator = from_loss(_looped(IMPURE[said]))
+    for _ in range(2):  # the lane is known the second time
+        with pytest.raises(EstimatorError, match=said):
+            exact_moments([estimator], dialogue(groups=1, group_size=2))
+        assert isinstance(estimator.coefficients, LossCoefficients)
+        assert estimator.coefficients.lane in (None, "loop")  # None: refused before it had one
+
+
+def test_what_a_batch_works_out_may_be_written_to_in_the_loop() -> None:
+    """`r -= r.mean()` of `batch.episode_return` is the batch's own business, as under vmap."""
+
+    def centred(batch: Batch) -> Tensor:
+        r = batch.episode_return
+        r -= r.mean()
+        return r[:, None]
+
+    problem = dialogue(groups=1, group_size=2)
+    written, plain = (
+        exact_moments([from_loss(_looped(weight))], problem)[0]
+        for weight in (centred, lambda batch: (batch.episode_return - batch.episode_return.mean())[:, None])
+    )
+    assert written.lane == plain.lane == "loop"
+    assert torch.equal(written.mean, plain.mean)
