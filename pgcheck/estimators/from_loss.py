@@ -152,7 +152,12 @@ class LossCoefficients:
 
     def _vmap(self, batch: Batch, lane: str) -> Tensor:
         leaf, named = self._leaf_and_batch(batch)
-        run = torch.func.vmap(lambda tensors: self._value_of(batch.with_tensors(tensors)), randomness="error")
+        dims = dict.fromkeys(named, 0)
+        if bool((batch.group == batch.group[:1]).all()):  # of every batch the same: a loss may loop over them
+            named["group"], dims["group"] = batch.group[0], None
+        run = torch.func.vmap(
+            lambda tensors: self._value_of(batch.with_tensors(tensors)), in_dims=(dims,), randomness="error"
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if lane == "vmap":
