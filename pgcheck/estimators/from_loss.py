@@ -6,9 +6,12 @@ lanes, tried in this order, with the same numbers:
 * `vmap`: `torch.func.vmap` over the M batches, one backward pass for all;
 * `vmap, logged items`: the same for losses that only fail because they log `x.item()`. Such a call returns a NaN that
   refuses to be compared: if it only reaches a log, nothing is lost; if it reaches the loss, the lane is abandoned;
+* `vmap, by branch`: for losses that `x.item()` or a branch on data steers. Every branch gets its answer in advance, and the
+  batches for which it is another one are evaluated again with that: once for each path that some batch takes;
 * `loop`: batch by batch, slower.
 
-Guarantee: a vectorised lane is used only after it reproduced the loop on the first batches of the block.
+Guarantee: a vectorised lane is used only after it reproduced the loop on the first batches of the block, and a path through
+its branches only after it did so on a batch that takes it.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from pgcheck.batch import Batch, LogitsNotAsked
 from pgcheck.errors import EstimatorError, PgcheckError, in_words
@@ -33,7 +37,9 @@ Loss = Callable[[Batch], Any]
 # Batch [B, T] -> a scalar to minimise, or a tuple that starts with one
 
 _VERIFIED_BATCHES = 4
-_LANES = ("vmap", "vmap, logged items", "loop")
+_BY_BRANCH = "vmap, by branch"
+_LANES = ("vmap", "vmap, logged items", _BY_BRANCH, "loop")
+_MOST_BRANCHES = 64  # on one path; a loop that waits for data could else wait for ever
 
 
 class _Logged:
@@ -72,12 +78,88 @@ class _LogItems(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class _Item:
+    """What `.item()` returns in the lane that goes branch by branch: a number that each batch has for itself. Comparing it is a
+    branch; calculating with it gives another such number, or a tensor. It is no float, and cannot be made one."""
+
+    def __init__(self, value: Tensor, branches: _Branches) -> None:
+        self.value, self.branches = value.detach(), branches
+
+    def _refuse(self, *_: object) -> NoReturn:
+        raise _ItemSteersTheLossError
+
+    __float__ = __int__ = __index__ = _refuse
+    __hash__ = object.__hash__
+
+    def __bool__(self) -> bool:
+        return self.branches.decide(self.value != 0)
+
+    def __format__(self, spec: str) -> str:
+        return format(math.nan, spec)
+
+    def __repr__(self) -> str:
+        return "nan"
+
+
+def _calculates(name: str) -> Callable[..., Any]:
+    def method(self: _Item, *others: Any) -> Any:
+        found = getattr(self.value, name)(*(x.value if isinstance(x, _Item) else x for x in others))
+        return found if any(isinstance(x, Tensor) for x in others) else _Item(found, self.branches)
+
+    return method
+
+
+def _compares(name: str) -> Callable[[_Item, Any], Any]:
+    def method(self: _Item, other: Any) -> Any:
+        found = getattr(self.value, name)(other.value if isinstance(other, _Item) else other)
+        return found if isinstance(other, Tensor) else self.branches.decide(found)
+
+    return method
+
+
+for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "neg", "pos", "abs", "pow", "rpow"):
+    setattr(_Item, f"__{_name}__", _calculates(f"__{_name}__"))
+for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
+    setattr(_Item, f"__{_name}__", _compares(f"__{_name}__"))
+
+
+class _Branches(TorchFunctionMode):
+    """Answers every branch as `path` says, and True after its end; `met` are the conditions that were asked for."""
+
+    def __init__(self, path: tuple[bool, ...]) -> None:
+        super().__init__()
+        self.path = path
+        self.met: list[Tensor] = []
+
+    def decide(self, condition: Tensor) -> bool:
+        if len(self.met) == _MOST_BRANCHES:
+            raise _ItemSteersTheLossError
+        self.met.append(condition.detach().reshape(()) != 0)
+        return self.answer(len(self.met) - 1)
+
+    def answer(self, n: int) -> bool:
+        return self.path[n] if n < len(self.path) else True
+
+    def conditions(self) -> Tensor:
+        """All of them, `[n]`."""
+        return torch.stack(self.met) if self.met else torch.zeros(0, dtype=torch.bool)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.item:
+            return _Item(args[0], self)
+        if func is Tensor.__bool__:
+            return self.decide(args[0])
+        args, kwargs = tree_map_only(_Item, lambda x: x.value, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
 class LossCoefficients:
     """c = −∂loss/∂leaf of a loss; `lane` says how the last block was evaluated."""
 
     def __init__(self, loss: Loss, *, leaf: Leaf, name: str) -> None:
         self.loss, self.leaf, self.name = loss, leaf, name
         self.lane: str | None = None
+        self._paths: set[tuple[torch.Size, tuple[bool, ...]]] = set()  # on which the lane by branch was compared
 
     def __call__(self, batch: Batch) -> Tensor:
         leading = batch.reward.shape[:-2]
@@ -151,24 +233,87 @@ class LossCoefficients:
         return self.value(one)
 
     def _vmap(self, batch: Batch, lane: str) -> Tensor:
-        leaf, named = self._leaf_and_batch(batch)
-        dims = dict.fromkeys(named, 0)
-        if bool((batch.group == batch.group[:1]).all()):  # of every batch the same: a loss may loop over them
-            named["group"], dims["group"] = batch.group[0], None
-        run = torch.func.vmap(
-            lambda tensors: self._value_of(batch.with_tensors(tensors)), in_dims=(dims,), randomness="error"
-        )
+        if lane == _BY_BRANCH:
+            return self._by_branch(batch)
+        leaf, run = self._vectorised(batch, self._value_of)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if lane == "vmap":
-                losses = run(named)
+                losses = run()
             else:
                 with _LogItems():
-                    losses = run(named)
+                    losses = run()
             c = self._gradient(losses, leaf)
         if lane != "vmap" and not bool(torch.isfinite(c).all()):
             raise _ItemSteersTheLossError
         return c
+
+    def _by_branch(self, batch: Batch) -> Tensor:
+        """One run for each path that some batch takes."""
+        M = batch.reward.shape[0]
+        out: Tensor | None = None
+        runs = 0
+        todo: list[tuple[tuple[bool, ...], Tensor]] = [((), torch.arange(M))]
+        while todo:
+            path, members = todo.pop()
+            runs += 1
+            if runs > max(16, M // 8):
+                raise _ItemSteersTheLossError  # nearly every batch goes its own way
+            some = batch.map(lambda x, rows=members: x[rows])  # type: ignore[misc]
+            c, met = self._on_path(some, path)
+            said = torch.tensor([*path, *[True] * (met.shape[1] - len(path))], dtype=torch.bool)
+            wrong = met != said
+            right = ~wrong.any(-1)
+            if bool(right.any()):
+                self._verify_path(some.map(lambda x, rows=right: x[rows][:1]), c[right][:1], tuple(said.tolist()))  # type: ignore[misc]
+                out = torch.zeros(M, *c.shape[1:], dtype=c.dtype) if out is None else out
+                out[members[right]] = c[right]
+            first = wrong.int().argmax(-1) if bool(wrong.any()) else torch.zeros(len(wrong), dtype=torch.int64)
+            for k in first[~right].unique().tolist():
+                other = (*said[:k].tolist(), not bool(said[k]))
+                todo.append((other, members[~right & (first == k)]))
+        if out is None:
+            raise _ItemSteersTheLossError
+        return out
+
+    def _on_path(self, batch: Batch, path: tuple[bool, ...]) -> tuple[Tensor, Tensor]:
+        """c of every batch, as if it went that way, and the conditions that it met there, `[M, n]`."""
+        branches = _Branches(path)
+
+        def one(alone: Batch) -> tuple[Tensor, Tensor]:
+            branches.met.clear()
+            return self._value_of(alone), branches.conditions()
+
+        leaf, run = self._vectorised(batch, one)
+        try:
+            with warnings.catch_warnings(), branches:
+                warnings.simplefilter("ignore")
+                losses, met = run()
+        except EstimatorError as error:  # perhaps on a path that no batch takes: the loop will say
+            raise _ItemSteersTheLossError from error
+        return self._gradient(losses, leaf) if losses.requires_grad else torch.zeros_like(leaf), met
+
+    def _verify_path(self, one: Batch, found: Tensor, path: tuple[bool, ...]) -> None:
+        key = (one.reward.shape[1:], path)
+        if key in self._paths:
+            return
+        lane, self.lane = self.lane, "loop"  # where a constant has the gradient 0
+        try:
+            expected = self._loop(one)
+        finally:
+            self.lane = lane
+        if not torch.allclose(found, expected, rtol=1e-10, atol=1e-14, equal_nan=True):
+            raise _ItemSteersTheLossError
+        self._paths.add(key)
+
+    def _vectorised(self, batch: Batch, fn: Callable[[Batch], Any]) -> tuple[Tensor, Callable[[], Any]]:
+        """The leaf, and what `fn` says of every batch."""
+        leaf, named = self._leaf_and_batch(batch)
+        dims: dict[str, int | None] = dict.fromkeys(named, 0)
+        if bool((batch.group == batch.group[:1]).all()):  # of every batch the same: a loss may loop over them
+            named["group"], dims["group"] = batch.group[0], None
+        run = torch.func.vmap(lambda x: fn(batch.with_tensors(x)), in_dims=(dims,), randomness="error")
+        return leaf, lambda: run(named)
 
     def _loop(self, batch: Batch) -> Tensor:
         key = "logp" if self.leaf == "logp" else "action_logits"

@@ -86,6 +86,13 @@ def branching(batch: Batch) -> Tensor:
     return -(centred.unsqueeze(-1) * batch.logp * batch.mask).sum(-1).mean()
 
 
+def branching_on_float(batch: Batch) -> Tensor:
+    """What is a Python float has left torch for good."""
+    R = batch.episode_return
+    centred = R - R.mean() if float(R.mean()) > 0 else R - R.sum() / batch.rows
+    return -(centred.unsqueeze(-1) * batch.logp * batch.mask).sum(-1).mean()
+
+
 def boolean_indexing(batch: Batch) -> Tensor:
     """x[mask.bool()]: the number of elements depends on the data."""
     R = batch.episode_return
@@ -96,7 +103,8 @@ def boolean_indexing(batch: Batch) -> Tensor:
 LANES: list[tuple[Callable[[Batch], Any], str]] = [
     (plain, "vmap"),
     (logging_item, "vmap, logged items"),
-    (branching, "loop"),
+    (branching, "vmap, by branch"),
+    (branching_on_float, "loop"),
     (boolean_indexing, "loop"),
 ]
 
@@ -184,12 +192,15 @@ def list_of_items(batch: Batch) -> Tensor:
     return -((R - mean).unsqueeze(-1) * batch.logp * batch.mask).sum(-1).mean()
 
 
-@pytest.mark.parametrize("loss", [item_in_the_loss, clamped_by_item, list_of_items])
-def test_an_item_in_the_loss_falls_to_the_loop(loss: Callable[[Batch], Tensor]) -> None:
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [(item_in_the_loss, "vmap, by branch"), (clamped_by_item, "loop"), (list_of_items, "loop")],
+)
+def test_an_item_in_the_loss_is_no_log_line(loss: Callable[[Batch], Tensor], expected: str) -> None:
     batch = random_batch(9)
     found, lane = lane_of(loss, batch)
     torch.testing.assert_close(found, by_hand(batch), **EXACT)
-    assert lane == "loop"
+    assert lane == expected
 
 
 # A branch that is taken on few batches: the first ones, on which lanes are compared, do not show it. The rewards of one
@@ -252,7 +263,7 @@ def test_a_logged_value_that_is_compared_for_the_log_alone() -> None:
     batch = random_batch(9)
     found, lane = lane_of(loss, batch)
     torch.testing.assert_close(found, by_hand(batch), **EXACT)
-    assert lane == "loop"
+    assert lane == "vmap, by branch"
 
 
 def test_a_float_for_the_log() -> None:
@@ -453,18 +464,19 @@ def test_logp_is_recomputed_from_the_logits() -> None:
     torch.testing.assert_close(a.covariance, b.covariance, **EXACT)
 
 
-def test_logits_lane_in_a_loop() -> None:
+@pytest.mark.parametrize(("number", "lane"), [(Tensor.item, "vmap, by branch"), (float, "loop")])
+def test_logits_lane_with_a_branch(number: Callable[[Tensor], Any], lane: str) -> None:
     """A branch on data, and a single batch, give the same as vmap."""
 
     def with_branch(batch: Batch) -> Tensor:
-        assert batch.reward.sum().item() < 1e9
+        assert number(batch.reward.sum()) < 1e9
         return entropy(batch)
 
     batch = random_batch(6)
     slow = LossCoefficients(with_branch, leaf="logits", name="slow")
     fast = LossCoefficients(entropy, leaf="logits", name="fast")
     torch.testing.assert_close(slow(batch), fast(batch), **EXACT)
-    assert (slow.lane, fast.lane) == ("loop", "vmap")
+    assert (slow.lane, fast.lane) == (lane, "vmap")
     torch.testing.assert_close(slow(single(batch, 2)), fast(batch)[2], **EXACT)
 
 
@@ -584,3 +596,80 @@ def test_what_a_batch_works_out_may_be_written_to_in_the_loop() -> None:
     )
     assert written.lane == plain.lane == "loop"
     assert torch.equal(written.mean, plain.mean)
+
+
+# -- branch by branch
+
+
+def _by_rows(batch: Batch) -> Tensor:
+    """Rows of a group, one group after the other, if they differ: a path for each answer."""
+    total = torch.zeros((), dtype=torch.float64)
+    for g in batch.group.unique().tolist():
+        rows = batch.group == g
+        r = batch.episode_return[rows]
+        if len(r) < 2 or r.std().item() < 0.2:
+            continue
+        scale = 2.0 if r[0].item() - r[1].item() > 0 else 1.0
+        total = total - scale * ((r - r.mean())[:, None] * batch.logp[rows] * batch.mask[rows]).sum()
+    return total + 0.0 * batch.logp.sum()
+
+
+def _in_the_loop(loss: Callable[[Batch], Any], batch: Batch) -> Tensor:
+    slow = LossCoefficients(loss, leaf="logp", name="slow")
+    slow.lane = "loop"
+    return slow(batch)
+
+
+def test_every_batch_goes_its_own_way() -> None:
+    """Two groups, three ways for each: every batch of the problem is as the loop has it."""
+    problem = dialogue(groups=2, group_size=2)
+    index = torch.cartesian_prod(*[torch.arange(len(problem.trajectories))] * problem.rows)
+    batch = problem.trajectories.batch(index, problem.group_labels)
+    found, lane = lane_of(_by_rows, batch)
+    assert lane == "vmap, by branch"
+    expected = _in_the_loop(_by_rows, batch)
+    assert len(torch.unique((expected != 0).flatten(1).int(), dim=0)) > 3
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+def _waits(batch: Batch) -> Tensor:
+    n, left = 0, batch.reward.abs().sum()
+    while left > 1e-3:  # answered in advance, it would go on for ever
+        n, left = n + 1, left / 2
+    return -(n * batch.logp * batch.mask).sum()
+
+
+def _impossible_way(batch: Batch) -> Any:
+    return 0.5 if (batch.reward**2).sum().item() < 0 else plain(batch)  # no batch goes there
+
+
+def _every_way(batch: Batch) -> Tensor:
+    """A path for each pattern of signs."""
+    total = torch.zeros((), dtype=torch.float64)
+    for r, logp in zip(batch.reward.flatten(), batch.logp.flatten(), strict=True):
+        total = total - (logp * r if r > 0 else 2.0 * logp * r)
+    return total
+
+
+@pytest.mark.parametrize("loss", [_waits, _impossible_way, _every_way])
+def test_what_cannot_be_answered_in_advance_is_right_all_the_same(loss: Callable[[Batch], Any]) -> None:
+    batch = random_batch(40)
+    found, _ = lane_of(loss, batch)
+    torch.testing.assert_close(found, _in_the_loop(loss, batch), rtol=1e-12, atol=1e-14)
+
+
+def test_a_path_that_the_loop_contradicts_is_not_taken() -> None:
+    """`is` sees a number of its own: only where it is compared with the loop does that show."""
+
+    def loss(batch: Batch) -> Tensor:
+        scale = 1.0
+        if batch.reward.sum().item() > 50:
+            scale = 2.0 if isinstance(batch.reward.max().item(), float) else 3.0
+        return scale * plain(batch)
+
+    batch = rare_batch()
+    found, lane = lane_of(loss, batch)
+    expected = by_hand(batch)
+    expected[8] *= 2.0
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    assert lane == "loop"
