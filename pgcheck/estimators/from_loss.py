@@ -16,6 +16,7 @@ its branches only after it did so on a batch that takes it.
 
 from __future__ import annotations
 
+import itertools
 import math
 import traceback
 import warnings
@@ -159,6 +160,7 @@ class LossCoefficients:
     def __init__(self, loss: Loss, *, leaf: Leaf, name: str) -> None:
         self.loss, self.leaf, self.name = loss, leaf, name
         self.lane: str | None = None
+        self._own_labels = False  # whether vmap gets labels for every batch, though they are all the same
         self._paths: set[tuple[torch.Size, tuple[bool, ...]]] = set()  # on which the lane by branch was compared
 
     def __call__(self, batch: Batch) -> Tensor:
@@ -210,7 +212,7 @@ class LossCoefficients:
         except EstimatorError:  # no gradient on the first few: a constant on degenerate batches, or nowhere
             self._loop(batch)
             return "loop"
-        for lane in _LANES[:-1]:
+        for self._own_labels, lane in itertools.product((False, True), _LANES[:-1]):
             try:
                 fast = self._vmap(first, lane)
             except Exception:  # whatever vmap cannot do, the loop can; its own errors were raised above
@@ -310,7 +312,8 @@ class LossCoefficients:
         """The leaf, and what `fn` says of every batch."""
         leaf, named = self._leaf_and_batch(batch)
         dims: dict[str, int | None] = dict.fromkeys(named, 0)
-        if bool((batch.group == batch.group[:1]).all()):  # of every batch the same: a loss may loop over them
+        same = bool((batch.group == batch.group[:1]).all())
+        if same and not self._own_labels:  # a loss may loop over labels that are those of every batch
             named["group"], dims["group"] = batch.group[0], None
         run = torch.func.vmap(lambda x: fn(batch.with_tensors(x)), in_dims=(dims,), randomness="error")
         return leaf, lambda: run(named)

@@ -598,6 +598,39 @@ def test_what_a_batch_works_out_may_be_written_to_in_the_loop() -> None:
     assert torch.equal(written.mean, plain.mean)
 
 
+# -- labels of groups
+
+
+def _loops_over_groups(batch: Batch) -> Tensor:
+    total = torch.zeros((), dtype=torch.float64)
+    for g in batch.group.unique().tolist():
+        rows = batch.group == g
+        r = batch.episode_return[rows]
+        total = total - ((r - r.mean())[:, None] * batch.logp[rows] * batch.mask[rows]).sum()
+    return total
+
+
+def _scatters_by_group(batch: Batch) -> Tensor:
+    """Sums are written into a tensor made from the labels: it must be each batch's own."""
+    R = batch.episode_return
+    total = torch.zeros_like(batch.group, dtype=R.dtype).scatter_add_(-1, batch.group, R)
+    count = torch.zeros_like(batch.group, dtype=R.dtype).scatter_add_(-1, batch.group, torch.ones_like(R))
+    centred = R - (total / count.clamp(min=1.0)).gather(-1, batch.group)
+    return -(centred[:, None] * batch.logp * batch.mask).sum()
+
+
+@pytest.mark.parametrize("loss", [_loops_over_groups, _scatters_by_group])
+def test_a_loss_that_goes_by_group_is_vectorised(loss: Callable[[Batch], Tensor]) -> None:
+    problem = dialogue(groups=2, group_size=2)
+    index = torch.cartesian_prod(*[torch.arange(len(problem.trajectories))] * problem.rows)[::7]
+    batch = problem.trajectories.batch(index, problem.group_labels)
+    found, lane = lane_of(loss, batch)
+    assert lane == "vmap"
+    R, mask = batch.episode_return, batch.mask
+    centred = (R.unflatten(-1, (2, 2)) - R.unflatten(-1, (2, 2)).mean(-1, keepdim=True)).flatten(-2)
+    torch.testing.assert_close(found, centred.unsqueeze(-1) * mask, rtol=1e-12, atol=1e-14)
+
+
 # -- branch by branch
 
 
