@@ -301,7 +301,12 @@ def _print_report(report: Report, form: Format, messages: dict[str, str]) -> Non
 
 @app.command()
 def gate(
-    report: Annotated[Path, typer.Argument(help="report.json of `pgcheck run --out DIR`", metavar="REPORT")],
+    report: Annotated[
+        Path | None,
+        typer.Argument(
+            help="report.json of `pgcheck run --out DIR`; default: run what pyproject.toml says", metavar="REPORT"
+        ),
+    ] = None,
     baseline: Annotated[
         Path | None, typer.Option(help="what it is held against; default, that of pyproject.toml", metavar="FILE")
     ] = None,
@@ -313,24 +318,31 @@ def gate(
     """Hold a report against a baseline: whatever changed is named, and fails until it is accepted with --update."""
     from pgcheck.errors import UsageError
     from pgcheck.render import gate as words
-    from pgcheck.render.ci import on_github, outcomes_of_gate, tell_github
+    from pgcheck.render.ci import on_github, outcomes_of_gate, places_of, tell_github
     from pgcheck.render.files import write_all
-    from pgcheck.render.messages import failure_messages
+    from pgcheck.render.progress import ProgressBar
     from pgcheck.render.provenance import read_places
-    from pgcheck.runs.config import expected_failures, load_config
+    from pgcheck.runs.config import expected_failures, load_config, plan
     from pgcheck.runs.gate import EMPTY, baseline_of, compare, read_baseline, read_report
 
     config = load_config(Path.cwd())
-    if baseline is None and config.baseline is None:
+    path = baseline or (Path(config.baseline) if config.baseline else None)
+    if path is None:
         raise UsageError("baseline: none given; name it with --baseline FILE, or in [tool.pgcheck] of pyproject.toml.")
-    path = baseline or Path(str(config.baseline))
-    run_of = read_report(report)
-    fresh = update and not path.exists()
-    known = EMPTY if fresh else read_baseline(path)
-    found = compare(run_of, known, expected=expected_failures(config))
-    names = words.Places(report=str(report), baseline=str(path))
-    messages = failure_messages(run_of)
-    outcomes = outcomes_of_gate(found, names, messages, read_places(report))
+    shown = [*([str(report)] if report else []), *([f"--baseline {baseline}"] if baseline else [])]
+    command = " ".join(["pgcheck gate", *shown, "--update"])
+    known = EMPTY if update and not path.exists() else read_baseline(path, command)
+    messages: dict[str, str] = {}
+    if report is None:
+        planned = plan(config)
+        with ProgressBar() as progress:
+            run_of = planned.run(progress=progress)
+            messages = _explained(run_of, planned)
+        expected, places = planned.expected, places_of(planned.estimators or [], Path.cwd())
+    else:
+        run_of, expected, places = read_report(report), expected_failures(config), read_places(report)
+    found = compare(run_of, known, expected=expected)
+    outcomes = outcomes_of_gate(found, command, messages, places)
     empty = not baseline_of(run_of).entries
     write = update and found.updatable and not empty
     if write:
@@ -338,7 +350,7 @@ def gate(
     if form is not GateFormat.terminal:
         _print_outcomes(outcomes, form.value, "gate")
     else:
-        texts = [words.headline(d) if write else words.message(d, names, messages) for d in words.shown(found)]
+        texts = [words.headline(d) if write else words.message(d, command, messages) for d in words.shown(found)]
         for text in dict.fromkeys(texts):
             typer.echo(text)
         typer.echo(words.summary(found))

@@ -126,26 +126,27 @@ class Verdict:
         """
         __tracebackhide__ = True
         self.checked = True
-        self._compare() if self.rule in COMPARED else self._judge()
+        if self.rule in COMPARED or self.task is None:
+            self._compare()
+        else:
+            self._judge(self.task)
 
     def _record(self, measured: float | None, allowed: float | None) -> None:
         if self.node is not None:
             numbers = {"measured": measured, "allowed": allowed, "seed": self.session.seed, "engine": "exact"}
             self.node.user_properties += [(name, "none" if x is None else x) for name, x in numbers.items()]
 
-    def _judge(self) -> None:
+    def _judge(self, task: Task) -> None:
         __tracebackhide__ = True
-        if self.task is None:
-            raise UsageError(f"{self.id}: there is nothing to judge.")
-        own = [v for v in self.task.report.verdicts if v.check == self.rule and self.problem in ("", v.problem)]
+        own = [v for v in task.report.verdicts if v.check == self.rule and self.problem in ("", v.problem)]
         worst = max(own, key=lambda v: (v.status is not Status.PASS, v.measured or 0.0), default=None)
         if worst:
             self._record(worst.measured, worst.allowed)
         if self.session.lenient and worst and {v.status for v in own} - {Status.PASS} == {Status.INCONCLUSIVE}:
             warnings.warn(InconclusiveWarning(f"{self.id} is inconclusive: {worst.reason}"), stacklevel=2)
             return
-        expected = self.rule in self.task.expected
-        EstimatorCheck(find_check(self.rule), self.task.judge, expected, self.problem)(self.task.given)
+        expected = self.rule in task.expected
+        EstimatorCheck(find_check(self.rule), task.judge, expected, self.problem)(task.given)
 
     def _compare(self) -> None:
         __tracebackhide__ = True
@@ -153,7 +154,7 @@ class Verdict:
         moved, allowed = _moved(found)
         self._record(moved, allowed)
         if found is not None and not (found.is_change and self.session.update):
-            raise CheckFailed(words.message(found, self.session.places))
+            raise CheckFailed(words.message(found, self.session.accept))
 
 
 def _moved(found: Difference | None) -> tuple[float | None, float | None]:
@@ -209,12 +210,11 @@ class Session:
         self.report_path = config.invocation_params.dir / option.pgcheck_report if option.pgcheck_report else None
         if self.update and self.path is None:
             raise UsageError("baseline: none to update; name it with --pgcheck-baseline, or in [tool.pgcheck].")
-        shown = "REPORT" if self.path is None else str(named)
-        self.places = words.Places(baseline=shown, update=f"pytest --pgcheck-baseline={shown} --pgcheck-update")
+        self.accept = f"pytest --pgcheck-baseline={named} --pgcheck-update"
         self.baseline: Baseline | None = None
         if self.path is not None:
             fresh = self.update and not self.path.exists()
-            self.baseline = EMPTY if fresh else read_baseline(self.path)
+            self.baseline = EMPTY if fresh else read_baseline(self.path, self.accept)
         self.tasks: list[Task] = []
         self.own: list[Task] = []
         if self.asked and (settings.estimators or option.pgcheck_suite or settings.suite):

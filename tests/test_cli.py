@@ -115,7 +115,13 @@ def test_run_of_a_sound_suite(run: Run, tmp_path: Path) -> None:
     assert "0 FAIL" in out
     folder = tmp_path / "report"
     tables = {f"{name}.csv" for name in ("measurements", "steps", "verdicts", "problems", "estimators")}
-    assert {p.name for p in folder.iterdir()} == {"report.json", "report.md", "report.html", *tables}
+    assert {p.name for p in folder.iterdir()} == {
+        "report.json",
+        "report.provenance.json",
+        "report.md",
+        "report.html",
+        *tables,
+    }
     data = json.loads((folder / "report.json").read_text())
     assert {m["problem"] for m in data["measurements"]} == {
         "bandit/two-arm", "dialogue/two-turn", "dialogue/unequal-groups",
@@ -299,6 +305,94 @@ def test_usage_errors(run: Run, arguments: tuple[str, ...], message: str) -> Non
     assert code == 2
     assert message in re.sub(r"[│╭╮╰╯─\s]+", " ", err)
     assert not out
+
+
+GATED = """
+[tool.pgcheck]
+problems = ["bandit/two-arm", "dialogue/two-turn"]
+baseline = "baseline.json"
+estimators = ["mine:sound", {path = "mine.py:wrong", claim = "proportional"}]
+"""
+
+
+def test_the_gate_from_the_first_day_to_a_red_one(run: Run, tmp_path: Path) -> None:
+    """No baseline: 2; --update writes it; the same code: 0; another loss: 1, named, with the command that accepts it."""
+    (tmp_path / "pyproject.toml").write_text(GATED)
+    code, out, err = run("gate")
+    assert (code, out) == (2, "")
+    assert "baseline.json is not there; to write it, run: pgcheck gate --update" in err
+    assert run("gate", "--update")[0] == 0
+    assert run("gate")[0] == 0
+    assert run("run", "--out", "report")[0] == 0
+    code, out, _ = run("gate", "report/report.json")
+    assert (code, out) == (0, "8 entries as in the baseline\n")
+    (tmp_path / "mine.py").write_text(LOSSES.replace("r - r.mean()", "r - 0.5 * r.mean()"))
+    kept = (tmp_path / "baseline.json").read_bytes()
+    (tmp_path / "mine2.py").write_text(LOSSES.replace("r - r.mean()", "r - 0.5 * r.mean()"))
+    (tmp_path / "pyproject.toml").write_text(GATED.replace('"mine.py:wrong"', '"mine2.py:wrong"'))
+    code, out, _ = run("gate")
+    assert code == 1
+    assert "wrong on bandit/two-arm: scale 0.75 → 0.875, rel 0.25 → 0.125, still proportional" in out
+    assert "next      if this is meant: pgcheck gate --update" in out
+    assert (tmp_path / "baseline.json").read_bytes() == kept
+
+
+def test_an_update_accepts_no_failure(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "pyproject.toml").write_text(GATED.replace('claim = "proportional"', 'claim = "unbiased"'))
+    code, out, _ = run("gate", "--update")
+    assert code == 1
+    assert "not written: 4 of these are no changes but failures; mend them first" in out
+    assert "(B−1)/B × the exact gradient" in out
+    assert not (tmp_path / "baseline.json").exists()
+
+
+def test_an_expected_failure_of_the_config_is_no_failure(run: Run, tmp_path: Path) -> None:
+    expected = 'expected_failed_checks = {unbiased = "own sample"}'
+    (tmp_path / "pyproject.toml").write_text(GATED.replace('claim = "proportional"', expected))
+    assert run("run")[0] == 0
+    assert run("gate", "--update")[0] == run("gate")[0] == 0
+    (tmp_path / "pyproject.toml").write_text(
+        GATED.replace('"mine.py:wrong", claim = "proportional"', f'"reinforce", {expected}')
+    )
+    code, out, _ = run("run", "--format", "github")
+    assert code == 1
+    assert "unbiased is expected to fail (own sample), and does not" in out
+
+
+def test_the_command_line_goes_before_the_config(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "pyproject.toml").write_text(GATED)
+    names = {m["problem"] for m in json.loads(run("run", "--json")[1])["measurements"]}
+    assert names == {"bandit/two-arm", "bandit/two-arm@1", "dialogue/two-turn", "dialogue/two-turn@1"}
+    data = json.loads(run("run", "small.toml", "--json")[1])
+    assert {m["problem"] for m in data["measurements"]} == {
+        "bandit/two-arm",
+        "dialogue/two-turn",
+        "dialogue/unequal-groups",
+    }
+    assert {m["estimator"] for m in data["measurements"]} == {"sound", "wrong"}
+    data = json.loads(run("run", "--estimator", "grpo", "--json")[1])
+    assert {m["estimator"] for m in data["measurements"]} == {"grpo"}
+    (tmp_path / "pyproject.toml").write_text(GATED.replace("baseline =", "base_line ="))
+    code, _, err = run("run")
+    assert code == 2
+    assert "unknown field 'base_line'. Did you mean 'baseline'?" in err
+
+
+def test_github_is_told(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Annotations at the line of the loss, on stderr; Markdown appended to the step summary."""
+    summary = tmp_path / "summary.md"
+    summary.write_text("before\n")
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+    code, _, err = run("run", "small.toml", "--estimator", "mine:wrong")
+    assert code == 1
+    line = LOSSES.splitlines().index("def wrong(batch):") + 1
+    first = err.splitlines()[0]
+    assert first.startswith(
+        f"::error file=mine.py,line={line},title=pgcheck%3A wrong-bandit/two-arm-unbiased::wrong is not"
+    )
+    assert "%0A  what      E ĝ = ∇J does not hold" in first
+    assert summary.read_text().startswith("before\n### pgcheck: small\n")
 
 
 def test_readme_commands_are_those_of_ci() -> None:

@@ -8,9 +8,9 @@ To add one, append three lines to its section below:
 
 The code is run as it stands, in a folder of its own, with `pgcheck`, `torch`, `mdp(**changes)`, `task(**changes)`,
 `rollouts(**changes)`, `log_probs(model, rollouts)`, `suite(toml)`, `number(quantity, **arguments)`, `hugging_face(logits)`,
-`text(**changes)`, `memory(free, module)` and `without(package)` at hand; it must end in an error. Code that starts with `$` is
-a command line; it must end with exit code 2 (or `exit_code=`) and say why on stderr. Then write the document anew and read the
-diff:
+`text(**changes)`, `memory(free, module)`, `without(package)`, `gate_session(**options)` and `marked(session, estimators)` at
+hand; it must end in an error. Code that starts with `$` is a command line; it must end with exit code 2 (or `exit_code=`) and
+say why on stderr. Then write the document anew and read the diff:
 
     PGCHECK_UPDATE_SNAPSHOTS=1 python -m pytest tests/test_errors.py
 
@@ -1322,10 +1322,156 @@ with without("torchrl"):
 FILES = {
     "mine.py": "def loss(batch):\n    return -(batch.logp * batch.mask).sum()\n\n"
     "def typo(batch):\n    return -(batch.advantages * batch.logp).sum()\n\ntext = 'loss'\nnumber = 3\n",
+    "shelf.py": "def loss(batch): return 0\nALL = {'a': loss, 'b': loss}\nNONE = {}\ndef make(eps): return eps / 0\n",
     "fails.py": "import pgcheck\n\nproblem = pgcheck.find('mdp/two-state')\n",
     "small.toml": 'name = "small"\nestimators = ["reinforce"]\nproblems = ["bandit/two-arm"]\n',
     "typo.toml": 'name = "typo"\nestimators = ["reinforce"]\nproblems = ["bandit/two-arms"]\n',
 }
+
+
+case = section("Estimators from anywhere")
+
+for _title, _path in (
+    ("a path that is none", "shelf:all losses"),
+    ("a registry for one estimator", "shelf.py:ALL"),
+    ("no such entry", "shelf.py:ALL[c]"),
+    ("an entry of a function", "shelf.py:loss[a]"),
+    ("a registry with nothing in it", "shelf.py:NONE"),
+    ("no such file", "shelves.py:loss"),
+    ("arguments that are no literals", "shelf.py:make(eps=open('x'))"),
+    ("a factory that raises", "shelf.py:make(eps=1)"),
+):
+    case(_title, f"pgcheck.as_estimator({_path!r})")
+case("a file that cannot be imported", '''
+from pathlib import Path
+Path("broken_losses.py").write_text("import torhc")
+pgcheck.as_estimator("broken_losses.py:loss")
+''')  # fmt: skip
+
+case = section("[tool.pgcheck]")
+
+for _title, _text in (
+    ("an unknown key", 'base_line = "b.json"'),
+    ("an unknown key of an estimator", 'estimators = [{path = "grpo", clam = "biased"}]'),
+    ("a wrong type", 'budget = "much"'),
+    ("an estimator without a path", 'estimators = [{claim = "biased"}]'),
+    ("a scale without a claim", 'estimators = [{path = "grpo", scale = 0.5}]'),
+    ("a scale of a claim that has none", 'estimators = [{path = "grpo", claim = "unbiased", scale = 0.5}]'),
+    ("bias without a reason", 'estimators = [{path = "grpo", claim = "biased"}]'),
+    ("one name for several", 'estimators = [{path = "shelf.py:ALL", name = "mine"}]'),
+    (
+        "an expected failure without a reason",
+        'estimators = [{path = "grpo", expected_failed_checks = {unbiased = ""}}]',
+    ),
+    ("no such estimator", 'estimators = ["grop"]'),
+):
+    _write = f"Path('pyproject.toml').write_text('''[tool.pgcheck]\n{_text}''')"
+    _run = "from pgcheck.runs.config import load_config, plan\nplan(load_config(Path()))"
+    case(_title, f"from pathlib import Path\n{_write}\n{_run}")
+case("not TOML", '''
+from pathlib import Path
+from pgcheck.runs.config import load_config
+Path("pyproject.toml").write_text("tool = ")
+load_config(Path())
+''')  # fmt: skip
+case("no such estimator on the command line", '''
+from pgcheck.runs.config import Config, plan
+plan(Config(), estimators=["grop"])
+''')  # fmt: skip
+
+case = section("The gate")
+
+case("no baseline is named", "$ pgcheck gate report.json")
+case("no baseline is there", "$ pgcheck gate report.json --baseline absent.json")
+case("no report is there", "$ pgcheck gate absent.json --baseline absent.json --update")
+case("a folder", "$ pgcheck gate report.json --baseline .")
+for _title, _text in (
+    ("a baseline that is none", "[]"),
+    ("a truncated baseline", '{"schema": "pgcheck-baseline/1", "estim'),
+    ("a baseline of a newer pgcheck", '{"schema": "pgcheck-baseline/2", "estimators": [], "entries": []}'),
+    ("a baseline with a row twice", '''{"schema": "pgcheck-baseline/1", "entries": [], "estimators": [
+        {"estimator": "e", "claims": [], "checks": {}}, {"estimator": "e", "claims": [], "checks": {}}]}'''),
+):  # fmt: skip
+    case(_title, f"from pathlib import Path\nfrom pgcheck.runs.gate import read_baseline\n"
+                 f"Path('baseline.json').write_text('''{_text}''')\nread_baseline(Path('baseline.json'))")  # fmt: skip
+case("a baseline that is no text", '''
+from pathlib import Path
+from pgcheck.runs.gate import read_baseline
+Path("baseline.json").write_bytes(bytes([255, 254]))
+read_baseline(Path("baseline.json"))
+''')  # fmt: skip
+case("a report that is none", '''
+from pathlib import Path
+from pgcheck.runs.gate import read_report
+Path("report.json").write_text("{}")
+read_report(Path("report.json"))
+''')  # fmt: skip
+case("a report without one of its problems", '''
+from pgcheck.runs.gate import baseline_of
+report = pgcheck.check_estimator("reinforce", "bandit/two-arm")
+baseline_of(report.model_copy(update={"problems": []}))
+''')  # fmt: skip
+case("reports with one estimator", '''
+from pgcheck.runs.report import merged
+report = pgcheck.check_estimator("reinforce", "bandit/two-arm")
+merged([report, report], suite="both")
+''')  # fmt: skip
+case("reports with two problems of one name", '''
+from pgcheck.runs.report import merged
+report = pgcheck.check_estimator("reinforce", "bandit/two-arm")
+other = [p.model_copy(update={"digest": "another"}) for p in report.problems]
+merged([report, report.model_copy(update={"problems": other, "estimators": []})], suite="both")
+''')  # fmt: skip
+case("a step summary that cannot be written", '''
+from pgcheck.render.ci import tell_github
+tell_github([], "gate", {"GITHUB_STEP_SUMMARY": "no/such/folder/summary"})
+''')  # fmt: skip
+case("pytest: nothing to update", '''
+gate_session(update=True)
+''')  # fmt: skip
+case("pytest: an estimator twice", '''
+marked(gate_session(), ["reinforce", "reinforce"])
+''')  # fmt: skip
+case("pytest: a marked test without the fixture", '''
+marked(gate_session(), ["reinforce"], takes=())
+''')  # fmt: skip
+case("pytest: an entry that is not in the baseline", '''
+from pathlib import Path
+from pgcheck.runs.gate import EMPTY
+Path("baseline.json").write_text(EMPTY.to_json())
+session = gate_session(baseline="baseline.json")
+for verdict in marked(session, ["reinforce"]):
+    verdict.check()
+''')  # fmt: skip
+
+
+def gate_session(**options: Any) -> Any:
+    """The gate of a pytest session with these options."""
+    from types import SimpleNamespace
+
+    from pgcheck.verdict_items import Session
+
+    names = dict.fromkeys(("baseline", "update", "suite", "report", "seed", "inconclusive"))
+    given = {f"pgcheck_{name}": value for name, value in (names | options).items()}
+    here = SimpleNamespace(dir=Path())
+    return Session(SimpleNamespace(option=SimpleNamespace(**given), rootpath=Path(), invocation_params=here))  # type: ignore[arg-type]
+
+
+def marked(session: Any, estimators: list[Any], takes: tuple[str, ...] = ("verdict",)) -> list[Any]:
+    """The verdicts of a test that is marked with these estimators."""
+    from types import SimpleNamespace
+
+    def test_mine() -> None: ...
+
+    made: list[Any] = []
+
+    def parametrize(_: str, items: list[Any], **__: Any) -> None:
+        made.extend(item.values[0] for item in items)
+
+    of_test = SimpleNamespace(fixturenames=takes, function=test_mine, parametrize=parametrize)
+    mark = SimpleNamespace(args=(estimators,), kwargs={"problems": "bandit/two-arm", "checks": ["finite"]})
+    session.parametrize(of_test, mark, "verdict")
+    return made
 
 
 # -- what the code of a case finds
@@ -1499,6 +1645,7 @@ def _statements(c: Case) -> tuple[str, bool]:
     helpers = {"mdp": mdp, "task": task, "rollouts": rollouts, "suite": suite, "number": number, "without": without}
     helpers["log_probs"] = log_probs
     helpers |= {"hugging_face": hugging_face, "text": text, "memory": memory}
+    helpers |= {"gate_session": gate_session, "marked": marked}
     names = helpers | {"pgcheck": pgcheck, "torch": torch}
     try:
         exec(compile(c.code, "example.py", "exec"), names | {"__name__": "example"})

@@ -20,7 +20,7 @@ from xml.etree import ElementTree as ET
 from pgcheck.errors import UsageError
 from pgcheck.estimators.base import Estimator
 from pgcheck.estimators.lookup import source_of
-from pgcheck.render.gate import Places, headline, message, subject
+from pgcheck.render.gate import headline, message, subject
 from pgcheck.render.messages import first_sentence, number
 from pgcheck.runs.gate import Difference, ExactEntry, ExpectedFailures, Gate, against_claims
 from pgcheck.runs.report import Report
@@ -92,12 +92,12 @@ def outcomes_of_run(
         state = "passed" if c.status is Status.PASS else "failed" if c.status is Status.FAIL else "inconclusive"
         out.append(Outcome(c.name, "case", state, f"{c.name}: {c.status}", c.reason or c.says))
     stale = [d for d in against_claims(report, expected) if d.kind == "stale"]
-    out += [_of_difference(d, Places(), {}, places) for d in stale]
+    out += [_of_difference(d, "", {}, places) for d in stale]
     return out or [Outcome(report.suite, "nothing_checked", "failed", "nothing was checked", "nothing was checked")]
 
 
 def outcomes_of_gate(
-    gate: Gate, words: Places, messages: Mapping[str, str], places: Mapping[str, Place]
+    gate: Gate, command: str, messages: Mapping[str, str], places: Mapping[str, Place]
 ) -> list[Outcome]:
     """Every entry that agrees, and every difference."""
     out = [
@@ -105,15 +105,15 @@ def outcomes_of_gate(
         for x in gate.same
         if isinstance(x, ExactEntry)
     ]
-    out += [_of_difference(d, words, messages, places) for d in gate.differences]
+    out += [_of_difference(d, command, messages, places) for d in gate.differences]
     return out or [Outcome("gate", "nothing_checked", "failed", "nothing was compared", "nothing was compared")]
 
 
-def _of_difference(d: Difference, words: Places, messages: Mapping[str, str], places: Mapping[str, Place]) -> Outcome:
+def _of_difference(d: Difference, command: str, messages: Mapping[str, str], places: Mapping[str, Place]) -> Outcome:
     undecided = d.verdict is not None and d.verdict.status is Status.INCONCLUSIVE
     rule = d.check if d.kind == "verdict" else d.kind
     state: State = "inconclusive" if undecided else "failed"
-    text = message(d, words, messages)
+    text = message(d, command, messages)
     return Outcome(subject(d), rule, state, headline(d), text, places.get(d.estimator), {"engine": "exact"})
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -13,19 +12,6 @@ from pgcheck.runs.gate import Difference, EstimatorEntry, ExactEntry, Gate
 from pgcheck.verdicts.verdict import Status
 
 _VISIBLE = 1e-4  # relative; smaller changes of a number do not show in its four digits
-
-
-@dataclass(frozen=True)
-class Places:
-    """What the commands in a message name."""
-
-    report: str = "REPORT"
-    baseline: str = "FILE"
-    update: str = ""  # the command that accepts a change; default, that of `pgcheck gate`
-
-    @property
-    def accept(self) -> str:
-        return self.update or f"pgcheck gate {self.report} --baseline {self.baseline} --update"
 
 
 def subject(d: Difference) -> str:
@@ -39,11 +25,14 @@ def headline(d: Difference) -> str:
     return f"{where}: {_what(d)}"
 
 
-def message(d: Difference, places: Places, verdicts: Mapping[str, str] | None = None) -> str:
-    """The headline and what to do; `verdicts`: the failure messages of estimators, if they were worked out."""
+def message(d: Difference, command: str, verdicts: Mapping[str, str] | None = None) -> str:
+    """The headline and what to do.
+
+    `command`: what accepts a change. `verdicts`: the failure messages of estimators, if they were worked out.
+    """
     if d.kind == "verdict" and verdicts and d.estimator in verdicts:
         return verdicts[d.estimator]
-    return f"{headline(d)}\n  next      {_next(d, places)}"
+    return f"{headline(d)}\n  next      {_next(d, command)}"
 
 
 def shown(gate: Gate) -> list[Difference]:
@@ -129,7 +118,7 @@ def _short(x: float | None) -> str:
     return number(0.0 if x is not None and abs(x) < 1e-9 else x)
 
 
-def _next(d: Difference, places: Places) -> str:
+def _next(d: Difference, command: str) -> str:
     if d.kind == "verdict":
         return f"pgcheck explain {d.check}" if d.check != "case" else "pgcheck run the suite, and read the case"
     if d.kind == "stale":
@@ -137,5 +126,5 @@ def _next(d: Difference, places: Places) -> str:
     if d.kind == "number":
         return "pgcheck explain finite"
     if d.kind == "orphaned":
-        return f"bring it back; or, if it is meant to be gone: {places.accept}"
-    return f"if this is meant: {places.accept}"
+        return f"bring it back; or, if it is meant to be gone: {command}"
+    return f"if this is meant: {command}"

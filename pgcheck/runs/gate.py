@@ -261,19 +261,18 @@ def read_report(path: Path) -> Report:
         raise UsageError(f"report: {path}: {_fault(error, path, REPORT_SCHEMA)} Run the suite anew.") from None
 
 
-def read_baseline(path: Path) -> Baseline:
-    """A baseline file.
+def read_baseline(path: Path, command: str = "pgcheck gate --update") -> Baseline:
+    """A baseline file; `command` writes it.
 
     Raises:
         UsageError: it is not there, not JSON, of another schema, or has a row twice.
     """
-    mend = f"pgcheck gate REPORT --baseline {path} --update"
-    text = _text(path, "baseline", mend)
+    text = _text(path, "baseline", command)
     try:
         found = Baseline.model_validate_json(text)
     except ValidationError as error:
         fault = _fault(error, path, SCHEMA)
-        raise UsageError(f"baseline: {path}: {fault} To write it anew, delete it and run: {mend}") from None
+        raise UsageError(f"baseline: {path}: {fault} To write it anew, delete it and run: {command}") from None
     _refuse_twice(f"baseline: {path}", "entry", (f"{e.estimator}, {e.problem}" for e in found.entries))
     _refuse_twice(f"baseline: {path}", "estimator", (e.estimator for e in found.estimators))
     return found
@@ -284,8 +283,8 @@ def _text(path: Path, what: str, command: str) -> str:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UsageError(f"{what}: {path} is not there; to write it, run: {command}") from None
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{what}: {path}: not a text file: {error}.") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{what}: {path}: not a text file in UTF-8.") from None
     except OSError as error:
         raise UsageError(f"{what}: cannot read {path}: {error.strerror}.") from None
 

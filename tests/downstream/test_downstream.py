@@ -345,7 +345,7 @@ def test_ten_kills_leave_what_was_there(project: Project) -> None:
     for i in range(10):
         folders.append(project.folder.parent / f"kill{i}")
         shutil.copytree(folder, folders[-1])
-        when = {"kill_after": generator.uniform(0.0, 3.0)}
+        when = {"kill_after": generator.uniform(0.0, 4.0)}
         requests.append({"run": run, "edit": new, "folder": str(folders[-1]), **when})
     final = project.folder.parent / "kill-none"
     shutil.copytree(folder, final)
