@@ -337,7 +337,9 @@ def explain_failure(
     estimator: Estimator, problems: Sequence[Problem], report: Report, command: str | None = None
 ) -> str:
     """The failure message of one estimator, with a cause found by trying."""
-    measured = {m.problem: m for m in report.measurements if m.estimator == estimator.name}
+    # a sampled E ĝ is too noisy to be told from that of a known mistake
+    exact = [m for m in report.measurements if m.estimator == estimator.name and m.batches is None]
+    measured = {m.problem: m for m in exact}
     failed = {v.problem for v in report.failures if v.estimator == estimator.name and v.check in BIAS_CHECKS}
     found = swap = None
     if failed & set(measured):
@@ -346,7 +348,8 @@ def explain_failure(
         if pairs:
             found, swap = diagnose(estimator, pairs, numbers), find_swap(estimator, pairs, numbers)
     differs = any((v.estimator, v.check) == (estimator.name, "same_as") for v in report.failures)
-    mistake = find_mistake(estimator, problems) if differs else None
+    listed = [p for p in problems if p.enumerable]
+    mistake = find_mistake(estimator, listed) if differs and listed else None
     return failure_message(report, estimator.name, diagnosis=found, swap=swap, mistake=mistake, command=command)
 
 
@@ -439,7 +442,8 @@ def comparison(
     progress: Progress | None = None,
 ) -> Comparison:
     """What the variance comparison report shows, as tables: `compare`, and variance by step, source and block, and sweeps
-    over batch size, group size and staleness of the behavior policy (`pgcheck.Sweeps`).
+    over batch size, group size and staleness of the behavior policy (`pgcheck.Sweeps`). Another `engine` samples the table and
+    the sweeps; what is split, is enumerated or missing.
 
     Raises:
         UsageError, UnknownNameError, BudgetError: as `compare`.

@@ -24,7 +24,7 @@ from pgcheck.envs.language import LMTask
 from pgcheck.envs.tabular import TabularMDP
 from pgcheck.policies.decoding import Decoding, truncated
 from pgcheck.policies.transformer import TinyGPT
-from pgcheck.problem import Problem, register_problem
+from pgcheck.problem import Problem, find_problem, register_problem
 
 INF = math.inf
 
@@ -554,3 +554,65 @@ def _written() -> Problem:
     """A small transformer writes up to sixteen of eight tokens, 10^13 completions: nothing can be listed, ∇J is not known."""
     task = replace(language.sum_mod(3, max_new_tokens=16, vocab_size=8), returns=(0, 1))
     return Problem(task, TinyGPT(8, context=17, width=8, layers=1, seed=33), groups=1, group_size=4)
+
+
+# -- too long or too large to be enumerated, but for ∇J
+
+
+def _logits(contexts: int, actions: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(contexts, actions, generator=generator, dtype=torch.float64)
+
+
+def _walk(horizon: int, *, discount: float) -> TabularMDP:
+    """Five places in a row; a step goes where it should eight times of ten, and the last place pays."""
+    S = 5
+    move = torch.zeros(S, 2, S, dtype=torch.float64)
+    for s in range(S):
+        for a, to in enumerate((max(s - 1, 0), min(s + 1, S - 1))):
+            move[s, a, to] += 0.8
+            move[s, a, s] += 0.2
+    pay = torch.tensor([[0.1, 0.0]] + [[0.0, 0.0]] * (S - 2) + [[1.0, 1.0]], dtype=torch.float64)
+    return TabularMDP(move, pay, [0.4, 0.3, 0.3, 0.0, 0.0], horizon=horizon, discount=discount)
+
+
+@named("sampled/walk-50", belongs_to=None, sampled=True)
+def _walk_50() -> Problem:
+    """Fifty steps on a line of five places: more rollouts than could ever be listed."""
+    return Problem(_walk(50, discount=0.9), 0.5 * _logits(5, 2, 41), groups=8, group_size=2)
+
+
+@named("sampled/token-tree", belongs_to=None, sampled=True)
+def _token_tree() -> Problem:
+    """Six tokens out of eight, 8^6 completions; each that follows the one before it, by one, is paid 1/6."""
+    V, T = 8, 6
+    over = 1 + (T - 1) * V  # before it: the start, then place and last token
+    move = torch.zeros(over + 1, V, over + 1, dtype=torch.float64)
+    pay = torch.zeros(over + 1, V, dtype=torch.float64)
+    for s in range(over):
+        t, last = (0, V - 1) if s == 0 else (1 + (s - 1) // V, (s - 1) % V)
+        for v in range(V):
+            move[s, v, over if t + 1 == T else 1 + t * V + v] = 1.0
+        pay[s, (last + 1) % V] = 1 / T
+    move[over, :, over] = 1.0
+    env = TabularMDP(move, pay, [1.0] + [0.0] * over, horizon=T, terminal=[over])
+    return Problem(env, _logits(over + 1, V, 42), groups=1, group_size=16)
+
+
+@named("sampled/groups-16", belongs_to=None, sampled=True)
+def _groups_16() -> Problem:
+    """Two dialogues a batch, sixteen rollouts of each."""
+    return replace(find_problem("dialogue/two-turn"), groups=2, group_size=16)
+
+
+@named("sampled/groups-64", belongs_to=None, sampled=True)
+def _groups_64() -> Problem:
+    """One dialogue a batch, sixty-four rollouts of it."""
+    return replace(find_problem("dialogue/two-turn"), groups=1, group_size=64)
+
+
+@named("sampled/heavy-weights", belongs_to=None, sampled=True)
+def _heavy_weights() -> Problem:
+    """Thirty steps drawn by a policy far from the one that is trained: weights of whole rollouts have no usable tail."""
+    logits = 0.5 * _logits(5, 2, 41)
+    return Problem(_walk(30, discount=0.9), logits, behavior_logits=-1.5 * logits, groups=8, group_size=2)

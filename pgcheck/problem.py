@@ -779,9 +779,10 @@ def heavy_problems() -> dict[str, str]:
 
 
 def problem_names(pattern: str = "*") -> list[str]:
-    """Names that match; a heavy one if the pattern spells its family out."""
+    """Names that match; a heavy one, or one that can only be sampled, if the pattern spells its family out."""
     family = pattern.partition("/")[0]
     own = [name for name in _BUILDERS if name not in _HEAVY or name.partition("/")[0] == family]
+    own += [name for name in _SAMPLED if name.partition("/")[0] == family]
     return [name for name in own if fnmatch.fnmatchcase(name, pattern)]
 
 

@@ -343,7 +343,7 @@ case("another θ", '''
 pgcheck.as_problems("bandit/two-arm")[0].at(-1)
 ''')  # fmt: skip
 case("an engine", '''
-pgcheck.moments("grpo", "dialogue/two-turn", engine="monte_carlo")
+pgcheck.moments("grpo", "dialogue/two-turn", engine="monte_karlo")
 ''')  # fmt: skip
 case("moments of several problems", '''
 pgcheck.moments("grpo", "dialogue/*")
@@ -1124,6 +1124,59 @@ with without("jax"):
 ''')  # fmt: skip
 
 case = section("Sampled verdicts")
+
+case("a tolerance of zero for a sampled engine", '''
+pgcheck.check_estimator("rloo", "dialogue/two-turn", engine="monte_carlo", sampling=pgcheck.Sampling(tolerance=0))
+''')  # fmt: skip
+case("an error rate that is none", '''
+pgcheck.Sampling(alpha=0.7)
+''')  # fmt: skip
+case("draws that are no number", '''
+pgcheck.Sampling(draws=2.5)
+''')  # fmt: skip
+case("fewer draws than the first look takes", '''
+pgcheck.check_estimator("rloo", "dialogue/two-turn", engine="monte_carlo", sampling=pgcheck.Sampling(draws=2000))
+''')  # fmt: skip
+case("one NaN among sampled batches", '''
+def fn(batch):
+    c = batch.episode_return[..., None] * batch.mask / batch.rows
+    return torch.where((batch.action[..., :1] == 1).all(-2, keepdim=True), torch.nan, c)
+e = pgcheck.from_coefficients(fn, couples="batch")
+pgcheck.moments(e, "dialogue/two-turn", engine="monte_carlo", draws=2048)
+''')  # fmt: skip
+case("logits that are too many to sample a verdict in", '''
+states, actions = 300, 300
+env = pgcheck.TabularMDP(
+    torch.eye(states)[:, None].expand(states, actions, states), torch.zeros(states, actions), [1.0] + [0.0] * (states - 1),
+    horizon=1)
+pgcheck.moments("reinforce", pgcheck.Problem(env, torch.zeros(states, actions)), engine="monte_carlo")
+''')  # fmt: skip
+case("a baseline that only a table gives, where there is none", '''
+pgcheck.moments("remax", "sampled/walk-50", engine="monte_carlo")
+''')  # fmt: skip
+case("a sample judged in parameters", '''
+pgcheck.compare(["rloo"], "dialogue/two-turn", space="parameters", engine="monte_carlo")
+''')  # fmt: skip
+case("the process behind a table of rollouts", '''
+pgcheck.Problem(rollouts(), [[0., 0.]]).process
+''')  # fmt: skip
+case("a checkpoint that is none", '''
+from pathlib import Path
+from pgcheck.engines.monte_carlo import monte_carlo
+Path("run.ckpt").write_text("no")
+monte_carlo([pgcheck.as_estimator("rloo")], pgcheck.as_problems("dialogue/two-turn")[0], checkpoint=Path("run.ckpt"))
+''')  # fmt: skip
+case("a checkpoint of another seed", '''
+from pathlib import Path
+from pgcheck.engines.monte_carlo import monte_carlo
+e, p = pgcheck.as_estimator("rloo"), pgcheck.as_problems("dialogue/two-turn")[0]
+for seed in (0, 1):
+    monte_carlo([e], p, checkpoint=Path("run.ckpt"), draws=1024, seed=seed)
+''')  # fmt: skip
+case("a reference of the wrong size", '''
+from pgcheck.engines.accounts import Account
+Account.of(torch.ones(4, 3), torch.ones(2), centre=torch.zeros(3))
+''')  # fmt: skip
 
 case("no tolerance", '''
 from pgcheck.statistics.sequential import Settings

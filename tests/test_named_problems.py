@@ -335,7 +335,7 @@ SAMPLED = {  # completions, prefixes: Σ 7^t for t < 5 and 7^5 more, of two prom
 
 def test_sampled_problems() -> None:
     """Not among those that are enumerated; of the sizes they say; drawn, and the gradient known where prefixes are few."""
-    assert list(SAMPLED) == list(sampled_problems())
+    assert list(SAMPLED) == [name for name in sampled_problems() if name.startswith("lm-large/")]
     assert not set(SAMPLED) & set(registered_problems())
     for name, (completions, prefixes) in SAMPLED.items():
         problem = find_problem(name)

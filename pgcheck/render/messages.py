@@ -198,7 +198,8 @@ def _bias_part(
             )
         )
     rows.append(("allowed", number(worst.allowed)))
-    rows.append(("cause", cause_of(diagnosis) if diagnosis else "no known estimator has this expectation"))
+    if diagnosis or not worst.sample:
+        rows.append(("cause", cause_of(diagnosis) if diagnosis else "no known estimator has this expectation"))
     if swap:
         rows.append(("mend", mend_of(swap)))
     against = diagnosis.subject if diagnosis and diagnosis.kind == "identity" else "reward_to_go"

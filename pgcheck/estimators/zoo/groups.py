@@ -30,7 +30,7 @@ def difficulty(problem: Problem) -> float:
     The advantage is (1 − q̂)/(σ + ε) on success and −q̂/(σ + ε) on failure; E[S | success] = ∇p/p and E[S | failure] =
     −∇p/(1 − p). The mean over G rows is q̂(1 − q̂)/(σ + ε) · ∇p/(p(1 − p)).
     """
-    p, T = problem.value(), problem.trajectories.paths.mask[0].sum().item()
+    p, T = problem.value(), problem.most_decisions
 
     def of_group(G: int) -> float:
         total = 0.0
