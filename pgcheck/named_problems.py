@@ -34,7 +34,6 @@ def named(
     *,
     belongs_to: str | None = "core",
     double_of: str | None = None,
-    sampled: bool = False,
     heavy: bool = False,
 ) -> Callable[[Callable[[], Problem]], Callable[[], Problem]]:
     """Register a builder as `name`, with its docstring as the problem's `about`; see `pgcheck.problem.register_problem`."""
@@ -51,7 +50,7 @@ def named(
 
         told = about if heavy else None
         belongs = None if heavy else belongs_to
-        register_problem(name, built, belongs_to=belongs, double_of=double_of, sampled=sampled, heavy=told)
+        register_problem(name, built, belongs_to=belongs, double_of=double_of, heavy=told)
         return built
 
     return decorate
@@ -532,14 +531,14 @@ def _lm_top_k() -> Problem:
 # -- language models whose completions are too many for a table; drawn, never enumerated
 
 
-@named("lm-large/sum-mod", belongs_to=None, sampled=True)
+@named("lm-large/sum-mod", belongs_to=None, heavy=True)
 def _large_sum_mod() -> Problem:
     """A transformer of 26 thousand parameters writes up to five of eight tokens: 39 216 completions, a tree with exact ∇J."""
     task = language.sum_mod(3, max_new_tokens=5, vocab_size=8)
     return Problem(task, TinyGPT(8, context=7, seed=31), groups=1, group_size=8)
 
 
-@named("lm-large/sum-mod-stale", belongs_to=None, sampled=True)
+@named("lm-large/sum-mod-stale", belongs_to=None, heavy=True)
 def _large_sum_mod_stale() -> Problem:
     """The same, drawn by other weights at temperature .9."""
     problem = _large_sum_mod()
@@ -549,7 +548,7 @@ def _large_sum_mod_stale() -> Problem:
     )
 
 
-@named("lm-large/written", belongs_to=None, sampled=True)
+@named("lm-large/written", belongs_to=None, heavy=True)
 def _written() -> Problem:
     """A small transformer writes up to sixteen of eight tokens, 10^13 completions: nothing can be listed, ∇J is not known."""
     task = replace(language.sum_mod(3, max_new_tokens=16, vocab_size=8), returns=(0, 1))

@@ -728,7 +728,6 @@ def _same_weights(a: nn.Module, b: nn.Module) -> bool:
 _BUILDERS: dict[str, Callable[[], Problem]] = {}
 _SETS: dict[str, list[str]] = {"core": [], "off-policy": [], "penalized": []}
 _DOUBLES: dict[str, str] = {}
-_SAMPLED: dict[str, Callable[[], Problem]] = {}
 _HEAVY: dict[str, str] = {}
 
 
@@ -738,24 +737,22 @@ def register_problem(
     *,
     belongs_to: str | None = None,
     double_of: str | None = None,
-    sampled: bool = False,
     heavy: str | None = None,
 ) -> None:
     """Add a named problem, to the set "core", "off-policy" or "penalized" on which estimators are judged or to none.
 
     `double_of`: the problem of a set that shows whatever this one shows; it is kept for its range, and belongs to no set.
-    `sampled`: its batches can be drawn and not enumerated; it is found by its name, and not among `registered_problems`.
-    `heavy`: what a listing says of it, of a problem that takes a model to be loaded: it is built when asked for by its name or
-    family, and by nothing that goes through all problems.
+    `heavy`: what a listing says of it, of a problem that takes a model to be loaded, or that can only be sampled: it is built
+    when asked for by its name or family, and by nothing that goes through all problems.
 
     Raises:
         ProblemError: the name is taken, or has an @ (what follows it names a θ).
     """
     if "@" in name:
         raise ProblemError(f"problem '{name}': a name has no @; NAME@1 is the problem NAME at another θ.")
-    if name in _BUILDERS or name in _SAMPLED:
+    if name in _BUILDERS:
         raise ProblemError(f"problem '{name}' is registered already; choose another name.")
-    (_SAMPLED if sampled else _BUILDERS)[name] = build
+    _BUILDERS[name] = build
     if heavy is not None:
         _HEAVY[name] = heavy
     if double_of is not None:
@@ -787,7 +784,7 @@ def registered_problems() -> dict[str, Callable[[], Problem]]:
 
 
 def heavy_problems() -> dict[str, str]:
-    """Names of problems that take a model to be loaded, and what a listing says of them."""
+    """Names of problems that take a model to be loaded, or can only be sampled, and what a listing says of them."""
     return dict(_HEAVY)
 
 
@@ -798,11 +795,6 @@ def problem_names(pattern: str = "*") -> list[str]:
     return [name for name in own if fnmatch.fnmatchcase(name, pattern)]
 
 
-def sampled_problems() -> dict[str, Callable[[], Problem]]:
-    """Builders of those that can only be sampled; some take a while."""
-    return dict(_SAMPLED)
-
-
 def find_problem(name: str) -> Problem:
     """The registered problem `family/setting`, or `family/setting@1` for its second θ.
 
@@ -810,9 +802,8 @@ def find_problem(name: str) -> Problem:
         UnknownNameError: no such problem; suggests the nearest.
     """
     base, _, draw = name.partition("@")
-    known = _BUILDERS | _SAMPLED
-    if base in known and draw and not draw.isdecimal():
+    if base in _BUILDERS and draw and not draw.isdecimal():
         raise UnknownNameError("problem", name, (), hint=f"After the @ stands the number of a θ: {base}@1.")
-    if base not in known:
-        raise UnknownNameError("problem", name, known)
-    return known[base]().at(int(draw or 0))
+    if base not in _BUILDERS:
+        raise UnknownNameError("problem", name, _BUILDERS)
+    return _BUILDERS[base]().at(int(draw or 0))
