@@ -34,7 +34,6 @@ def named(
     *,
     belongs_to: str | None = "core",
     double_of: str | None = None,
-    sampled: bool = False,
     heavy: bool = False,
 ) -> Callable[[Callable[[], Problem]], Callable[[], Problem]]:
     """Register a builder as `name`, with its docstring as the problem's `about`; see `pgcheck.problem.register_problem`."""
@@ -51,7 +50,7 @@ def named(
 
         told = about if heavy else None
         belongs = None if heavy else belongs_to
-        register_problem(name, built, belongs_to=belongs, double_of=double_of, sampled=sampled, heavy=told)
+        register_problem(name, built, belongs_to=belongs, double_of=double_of, heavy=told)
         return built
 
     return decorate
@@ -532,14 +531,14 @@ def _lm_top_k() -> Problem:
 # -- language models whose completions are too many for a table; drawn, never enumerated
 
 
-@named("lm-large/sum-mod", belongs_to=None, sampled=True)
+@named("lm-large/sum-mod", belongs_to=None, heavy=True)
 def _large_sum_mod() -> Problem:
     """A transformer of 26 thousand parameters writes up to five of eight tokens: 39 216 completions, a tree with exact ∇J."""
     task = language.sum_mod(3, max_new_tokens=5, vocab_size=8)
     return Problem(task, TinyGPT(8, context=7, seed=31), groups=1, group_size=8)
 
 
-@named("lm-large/sum-mod-stale", belongs_to=None, sampled=True)
+@named("lm-large/sum-mod-stale", belongs_to=None, heavy=True)
 def _large_sum_mod_stale() -> Problem:
     """The same, drawn by other weights at temperature .9."""
     problem = _large_sum_mod()
@@ -549,7 +548,7 @@ def _large_sum_mod_stale() -> Problem:
     )
 
 
-@named("lm-large/written", belongs_to=None, sampled=True)
+@named("lm-large/written", belongs_to=None, heavy=True)
 def _written() -> Problem:
     """A small transformer writes up to sixteen of eight tokens, 10^13 completions: nothing can be listed, ∇J is not known."""
     task = replace(language.sum_mod(3, max_new_tokens=16, vocab_size=8), returns=(0, 1))
@@ -576,13 +575,13 @@ def _walk(horizon: int, *, discount: float) -> TabularMDP:
     return TabularMDP(move, pay, [0.4, 0.3, 0.3, 0.0, 0.0], horizon=horizon, discount=discount)
 
 
-@named("sampled/walk-50", belongs_to=None, sampled=True)
+@named("sampled/walk-50", heavy=True)
 def _walk_50() -> Problem:
     """Fifty steps on a line of five places: more rollouts than could ever be listed."""
     return Problem(_walk(50, discount=0.9), 0.5 * _logits(5, 2, 41), groups=8, group_size=2)
 
 
-@named("sampled/token-tree", belongs_to=None, sampled=True)
+@named("sampled/token-tree", heavy=True)
 def _token_tree() -> Problem:
     """Six tokens out of eight, 8^6 completions; each that follows the one before it, by one, is paid 1/6."""
     V, T = 8, 6
@@ -599,19 +598,19 @@ def _token_tree() -> Problem:
     return Problem(env, _logits(over + 1, V, 42), groups=1, group_size=16)
 
 
-@named("sampled/groups-16", belongs_to=None, sampled=True)
+@named("sampled/groups-16", heavy=True)
 def _groups_16() -> Problem:
     """Two dialogues a batch, sixteen rollouts of each."""
     return replace(find_problem("dialogue/two-turn"), groups=2, group_size=16)
 
 
-@named("sampled/groups-64", belongs_to=None, sampled=True)
+@named("sampled/groups-64", heavy=True)
 def _groups_64() -> Problem:
     """One dialogue a batch, sixty-four rollouts of it."""
     return replace(find_problem("dialogue/two-turn"), groups=1, group_size=64)
 
 
-@named("sampled/heavy-weights", belongs_to=None, sampled=True)
+@named("sampled/heavy-weights", heavy=True)
 def _heavy_weights() -> Problem:
     """Thirty steps drawn by a policy far from the one that is trained: weights of whole rollouts have no usable tail."""
     logits = 0.5 * _logits(5, 2, 41)

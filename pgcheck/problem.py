@@ -37,7 +37,7 @@ from pgcheck.policies.tabular import (
 )
 from pgcheck.policies.transformer import LanguageModel, LMPolicy
 from pgcheck.process import Process, ProcessSampler
-from pgcheck.sampling import Sampler, Stream, TableSampler, TreeSampler
+from pgcheck.sampling import Sampler, Stream, TableSampler, TreeSampler, as_device
 from pgcheck.trajectories import Paths, SideTable, Trajectories, as_table, is_count
 
 _PROBED = 512  # rollouts that an estimator is tried on where they cannot be listed
@@ -345,15 +345,15 @@ class Problem:
     def sampler(self, *, seed: int = 0, needs: Sequence[SideTable] = (), device: str = "cpu") -> Sampler:
         """Numbered draws of whole batches by the behaviour policy; estimators with other `needs` see the same rollouts.
 
-        `device`: where the rollouts are, as torch names it; they are the same ones but for rounding in a law. A task whose
-        completions do not fit a table has them where its models are.
+        `device`: where the rollouts are, as torch names it, or "auto"; they are the same ones but for rounding in a law.
 
         Raises:
             BudgetError: `needs` of a problem that has no table of rollouts.
         """
-        stream = Stream(seed, (self.digest, "rollouts"))
+        device = as_device(device)
+        stream, labels = Stream(seed, (self.digest, "rollouts")), self.group_labels.to(device)
         if self.enumerable:
-            return TableSampler(self.trajectories_with(needs).to(device), self.group_labels.to(device), stream)
+            return TableSampler(self.trajectories_with(needs).to(device), labels, stream)
         penalty: dict[str, Any] = {
             "kl_coefficient": self.kl_coefficient,
             "entropy_coefficient": self.entropy_coefficient,
@@ -365,11 +365,11 @@ class Problem:
                     f" this task has too many; judge it on a smaller one."
                 )
             if self.written:
-                how = self.behavior_logits or Decoding(self.policy)
-                ref = self.ref_logits or self.policy
-                return WritingSampler(self.env, self.policy, how, ref, self.group_labels, stream, **penalty)
-            value = truth.tree_values(self.env.tree, self.logits)[1]
-            return TreeSampler(self.env.tree, *self._three_logits(), value, self.group_labels, stream, **penalty)
+                policy, behavior, ref = self._models_on(device)
+                return WritingSampler(self.env, policy, behavior, ref, labels, stream, **penalty, device=device)
+            tree, value = self.env.tree, truth.tree_values(self.env.tree, self.logits)[1].to(device)
+            z, old, fixed = (x.to(device) for x in self._three_logits())
+            return TreeSampler(tree.to(device), z, old, fixed, value, labels, stream, **penalty)
         provide = []
         for need in needs:
             if not hasattr(need, "drawn"):
@@ -379,6 +379,18 @@ class Problem:
                 )
             provide.append(need.drawn)
         return ProcessSampler(self.process, self.group_labels, stream, tuple(provide), **penalty, device=device)
+
+    def _models_on(self, device: str) -> tuple[LanguageModel, Decoding, LanguageModel]:
+        """The policy, the behaviour and the reference of a task that is written; copies, where they are to be moved."""
+
+        def moved(model: Any) -> Any:
+            here = next(model.parameters(), torch.zeros(())).device
+            return model if here == torch.device(device) else copy.deepcopy(model).to(device)
+
+        policy = moved(self.policy)
+        how = self.behavior_logits
+        behavior = Decoding(policy) if how is None else replace(how, model=moved(how.model))
+        return policy, behavior, policy if self.ref_logits is None else moved(self.ref_logits)
 
     def can_draw(self, needs: Sequence[SideTable]) -> bool:
         """Whether what an estimator `needs` can be had: always, where rollouts can be listed."""
@@ -429,15 +441,16 @@ class Problem:
             return self.env.max_new_tokens
         return self.process.decisions[1] if self._long else int(self._paths.mask.sum(-1).max())
 
-    def sample(self, batches: int, *, seed: int = 0, first: int = 0) -> Batch:
-        """Draws number first … first + batches − 1 as one `Batch` `[batches, B, T]`; the same for the same seed.
+    def sample(self, batches: int, *, seed: int = 0, first: int = 0, device: str = "cpu") -> Batch:
+        """Draws number first … first + batches − 1 as one `Batch` `[batches, B, T]`; the same for the same seed and device.
 
         Raises:
             ProblemError: `batches` is no count.
+            UsageError: there is no such device.
         """
         if not is_count(batches):
             raise ProblemError(f"batches: {batches!r}; it must be an integer of at least 1.")
-        sampler = self.sampler(seed=seed)
+        sampler = self.sampler(seed=seed, device=device)
         table, index = sampler.draw(first, batches)
         return table.batch(index, sampler.labels)
 
@@ -715,7 +728,6 @@ def _same_weights(a: nn.Module, b: nn.Module) -> bool:
 _BUILDERS: dict[str, Callable[[], Problem]] = {}
 _SETS: dict[str, list[str]] = {"core": [], "off-policy": [], "penalized": []}
 _DOUBLES: dict[str, str] = {}
-_SAMPLED: dict[str, Callable[[], Problem]] = {}
 _HEAVY: dict[str, str] = {}
 
 
@@ -725,24 +737,22 @@ def register_problem(
     *,
     belongs_to: str | None = None,
     double_of: str | None = None,
-    sampled: bool = False,
     heavy: str | None = None,
 ) -> None:
     """Add a named problem, to the set "core", "off-policy" or "penalized" on which estimators are judged or to none.
 
     `double_of`: the problem of a set that shows whatever this one shows; it is kept for its range, and belongs to no set.
-    `sampled`: its batches can be drawn and not enumerated; it is found by its name, and not among `registered_problems`.
-    `heavy`: what a listing says of it, of a problem that takes a model to be loaded: it is built when asked for by its name or
-    family, and by nothing that goes through all problems.
+    `heavy`: what a listing says of it, of a problem that takes a model to be loaded, or that can only be sampled: it is built
+    when asked for by its name or family, and by nothing that goes through all problems.
 
     Raises:
         ProblemError: the name is taken, or has an @ (what follows it names a θ).
     """
     if "@" in name:
         raise ProblemError(f"problem '{name}': a name has no @; NAME@1 is the problem NAME at another θ.")
-    if name in _BUILDERS or name in _SAMPLED:
+    if name in _BUILDERS:
         raise ProblemError(f"problem '{name}' is registered already; choose another name.")
-    (_SAMPLED if sampled else _BUILDERS)[name] = build
+    _BUILDERS[name] = build
     if heavy is not None:
         _HEAVY[name] = heavy
     if double_of is not None:
@@ -774,7 +784,7 @@ def registered_problems() -> dict[str, Callable[[], Problem]]:
 
 
 def heavy_problems() -> dict[str, str]:
-    """Names of problems that take a model to be loaded, and what a listing says of them."""
+    """Names of problems that take a model to be loaded, or can only be sampled, and what a listing says of them."""
     return dict(_HEAVY)
 
 
@@ -782,13 +792,7 @@ def problem_names(pattern: str = "*") -> list[str]:
     """Names that match; a heavy one, or one that can only be sampled, if the pattern spells its family out."""
     family = pattern.partition("/")[0]
     own = [name for name in _BUILDERS if name not in _HEAVY or name.partition("/")[0] == family]
-    own += [name for name in _SAMPLED if name.partition("/")[0] == family]
     return [name for name in own if fnmatch.fnmatchcase(name, pattern)]
-
-
-def sampled_problems() -> dict[str, Callable[[], Problem]]:
-    """Builders of those that can only be sampled; some take a while."""
-    return dict(_SAMPLED)
 
 
 def find_problem(name: str) -> Problem:
@@ -798,9 +802,8 @@ def find_problem(name: str) -> Problem:
         UnknownNameError: no such problem; suggests the nearest.
     """
     base, _, draw = name.partition("@")
-    known = _BUILDERS | _SAMPLED
-    if base in known and draw and not draw.isdecimal():
+    if base in _BUILDERS and draw and not draw.isdecimal():
         raise UnknownNameError("problem", name, (), hint=f"After the @ stands the number of a θ: {base}@1.")
-    if base not in known:
-        raise UnknownNameError("problem", name, known)
-    return known[base]().at(int(draw or 0))
+    if base not in _BUILDERS:
+        raise UnknownNameError("problem", name, _BUILDERS)
+    return _BUILDERS[base]().at(int(draw or 0))

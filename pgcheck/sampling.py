@@ -20,9 +20,26 @@ import torch
 from torch import Tensor
 
 from pgcheck.envs.language import PrefixTree
+from pgcheck.errors import UsageError
 from pgcheck.trajectories import Paths, Trajectories
 
 _PER_COUNT = 4  # 64-bit numbers that one step of the counter gives
+
+
+def as_device(name: str) -> str:
+    """A device of torch's by its name; "auto" is the GPU where there is one.
+
+    Raises:
+        UsageError: there is none of that name here.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise UsageError(f"device: {name!r} cannot be used here ({why}); take 'cpu' or 'auto'.") from None
+    return name
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ class Paths:
                 raise ProblemError(f"{name}: shape {tuple(getattr(self, name).shape)}, expected {shape[:1]}.")
         if self.end is None:
             real = (self.mask != 0) | (self.reward != 0)
-            self._set("end", (real * torch.arange(1, shape[1] + 1)).amax(-1).clamp(min=1))
+            self._set("end", (real * torch.arange(1, shape[1] + 1, device=real.device)).amax(-1).clamp(min=1))
         self._set("end", as_table("end", self.end, dtype=torch.int64))
         if tuple(self.end.shape) != shape[:1]:
             raise ProblemError(f"end: shape {tuple(self.end.shape)}, expected {shape[:1]}.")
@@ -100,7 +100,7 @@ class Paths:
         if bool(wrong.any()):
             n = int(wrong.nonzero()[0, 0])
             raise ProblemError(f"env_probability: trajectory {n} has {float(p[n])}; it must be a probability.")
-        real = ((self.mask != 0) | (self.reward != 0)) * torch.arange(1, self.steps + 1)
+        real = ((self.mask != 0) | (self.reward != 0)) * torch.arange(1, self.steps + 1, device=self.mask.device)
         outside = (self.end < real.amax(-1).clamp(min=1)) | (self.end > self.steps)
         if bool(outside.any()):
             n = int(outside.nonzero()[0, 0])

@@ -517,6 +517,30 @@ case("an estimator that needs the table of all completions", '''
 problem = pgcheck.Problem(task(max_completions=4), pgcheck.TinyGPT(3))
 problem.sampler(needs=pgcheck.as_estimator("vineppo").needs)
 ''')  # fmt: skip
+for title, code in {
+    "a sketch of no directions": "SketchSpace.of(large, directions=0)",
+    "a sketch that does not fit": "SketchSpace.of(large, directions=10**7)",
+    "moments of one draw": "sketch_moments([], large, batches=1)",
+    "exact moments in a sketch of what is drawn": "exact_in_sketch(None, SketchSpace(large, None, None))",
+    "nothing to compare with": "trusted_estimator(pgcheck.Problem(written, model, behavior_logits=pgcheck.Decoding(top_k=2)))",
+    "a policy without parameters": "SketchSpace.of(pgcheck.Problem(task(), Fixed()))",
+}.items():
+    case(title, f'''
+from pgcheck.engines.sketch import SketchSpace, exact_in_sketch, sketch_moments, trusted_estimator
+class Fixed(torch.nn.Module):
+    def forward(self, tokens):
+        return torch.zeros(*tokens.shape, 3, dtype=torch.float64)
+model, written = pgcheck.TinyGPT(3), task(max_completions=1, max_prefixes=1)
+large = pgcheck.Problem(task(max_completions=1), model)
+{code}
+''')  # fmt: skip
+case("estimates in parameters that do not fit", '''
+from pgcheck.engines.sketch import ParameterSpace
+ParameterSpace(pgcheck.Problem(task(), pgcheck.TinyGPT(3, width=256)))
+''')  # fmt: skip
+case("a device that is not there", '''
+pgcheck.Problem(task(), pgcheck.TinyGPT(3)).sample(1, device="gpu")
+''')  # fmt: skip
 case("a table of logits for contexts that cannot be listed", '''
 pgcheck.Problem(task(vocab_size=50, max_new_tokens=8), torch.zeros(7, 50))
 ''')  # fmt: skip

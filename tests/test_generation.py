@@ -10,10 +10,11 @@ import pytest
 import torch
 from scipy import stats
 
+from pgcheck.engines.coefficients import coefficients_of
 from pgcheck.engines.exact import exact_moments
 from pgcheck.envs import language
 from pgcheck.envs.language import LMTask
-from pgcheck.errors import BudgetError, ProblemError
+from pgcheck.errors import BudgetError, NotFiniteError, ProblemError
 from pgcheck.estimators.base import find_estimator
 from pgcheck.estimators.lookup import FILLED_BY  # noqa: F401  (fills the registries)
 from pgcheck.generation import mismatch
@@ -264,3 +265,11 @@ def test_a_long_task() -> None:
     for name in COLUMNS[:-1]:
         assert bool(torch.isfinite(getattr(batch, name)).all()), name
     assert bool(torch.isnan(batch.value).all())
+
+
+def test_values_are_not_known() -> None:
+    """An estimator that reads them is told so."""
+    _, problem = both(TASKS["parity"])
+    e = find_estimator("baselined(value)")
+    with pytest.raises(NotFiniteError, match=r"reads batch\.value: the value function .* is not known"):
+        coefficients_of(e, problem.sample(4))

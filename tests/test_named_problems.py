@@ -13,7 +13,7 @@ from pgcheck import truth
 from pgcheck.errors import ProblemError, UnknownNameError
 from pgcheck.estimators.lookup import FILLED_BY  # noqa: F401  (fills the registries)
 from pgcheck.policies import LinearPolicy
-from pgcheck.problem import Problem, find_problem, register_problem, registered_problems, sampled_problems
+from pgcheck.problem import Problem, find_problem, heavy_problems, register_problem, registered_problems
 from pgcheck.trajectories import Paths
 
 # N rollouts and K contexts of each, with the count that gives them
@@ -335,7 +335,7 @@ SAMPLED = {  # completions, prefixes: Σ 7^t for t < 5 and 7^5 more, of two prom
 
 def test_sampled_problems() -> None:
     """Not among those that are enumerated; of the sizes they say; drawn, and the gradient known where prefixes are few."""
-    assert list(SAMPLED) == [name for name in sampled_problems() if name.startswith("lm-large/")]
+    assert list(SAMPLED) == [name for name in heavy_problems() if name.startswith("lm-large/")]
     assert not set(SAMPLED) & set(registered_problems())
     for name, (completions, prefixes) in SAMPLED.items():
         problem = find_problem(name)

@@ -72,6 +72,11 @@ def _not_finite(estimator: Estimator, batch: Batch, c: Tensor) -> str:
         bad = int((~torch.isfinite(c)).flatten(1).any(-1).nonzero()[0, 0])
         batch, c = batch.map(itemgetter(bad)), c[bad]
     value = float(c[~torch.isfinite(c)][0])
+    if bool(torch.isnan(batch.value).all()):
+        return (
+            f"estimator '{estimator.name}' returns {value}. Most likely it reads batch.value: the value function of a task that"
+            " is written by its model is not known (NaN). Judge it on a task whose prefixes can be listed."
+        )
     return (
         f"estimator '{estimator.name}' returns {value}. Most likely a division by a standard deviation, a length or a group"
         f" size that is zero; add an ε, or give such rows coefficient 0. The first such batch:\n{table_of(batch, c)}"

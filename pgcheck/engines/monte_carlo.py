@@ -31,7 +31,7 @@ from pgcheck.errors import BudgetError, NotFiniteError, UsageError, names_proble
 from pgcheck.estimators.base import Estimator
 from pgcheck.estimators.from_loss import LossCoefficients
 from pgcheck.problem import Problem
-from pgcheck.sampling import Sampler
+from pgcheck.sampling import Sampler, as_device
 from pgcheck.statistics.sequential import GRAIN, SHARE, Judge, Settings
 from pgcheck.trajectories import SideTable, Trajectories, is_count
 
@@ -146,7 +146,7 @@ def monte_carlo(
         EstimatorError: random, stateful, or of the wrong shape.
         NotFiniteError: NaN or infinity, with the draw that shows it.
     """
-    settings = settings or Settings()
+    settings, device = settings or Settings(), as_device(device)
     _check_counts(seed=seed, draws=draws, block=block)
     scales = [()] * len(estimators) if scales is None else scales
     if any(scales) and draws < settings.first_look:
@@ -289,8 +289,8 @@ class _Run:
         assert lane.account is not None
         fn = lane.estimator.coefficients
         how = fn.lane or "loop" if isinstance(fn, LossCoefficients) else "coefficients"
-        K, A = self.problem.logits.shape
         P = len(self.space.reference)
+        K, A = (1, P) if self.problem.written else self.problem.logits.shape
         return lane.account.moments(
             self.space.reference,
             shape=(K, A) if P == K * A else (1, P),

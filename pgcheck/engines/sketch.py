@@ -19,10 +19,10 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 import torch
 from scipy import stats
@@ -38,12 +38,13 @@ from pgcheck.policies.tabular import in_parameters, in_parts
 from pgcheck.policies.transformer import LanguageModel, LMPolicy
 from pgcheck.problem import Problem
 from pgcheck.sampling import Stream
+from pgcheck.statistics.sequential import GRAIN
 from pgcheck.trajectories import Trajectories, is_count
 
-GRAIN = 1024  # draws that are evaluated at once, and summed before they are added to others
 TRUSTED = ("leave_one_out", "reinforce", "trajectory_is", "kl_in_reward(k1)", "entropy_in_reward")
 _AT_ONCE = 8  # directions of one forward-mode pass, and
 _TOKENS_AT_ONCE = 2048  # tokens: what stays in cache
+T = TypeVar("T")
 
 
 class Space(Protocol):
@@ -85,11 +86,14 @@ class SketchSpace:
     Args:
         directions: `[R, P]`, what each coordinate is the product with.
         reference: `[R]`, the coordinates of ∇J; None: not known.
+        trusted: an unbiased estimator r whose value on the same rollouts is taken off, and `reference` put in its place:
+            E x − reference is then the bias, whatever error the reference has.
     """
 
     problem: Problem
     directions: Tensor
     reference: Tensor | None
+    trusted: Estimator | None = None
 
     @classmethod
     def of(cls, problem: Problem, *, directions: int = 32, seed: int = 0) -> SketchSpace:
@@ -113,6 +117,27 @@ class SketchSpace:
         u = (g / size).unsqueeze(0)
         return cls(problem, torch.cat([u, v - (v @ u.T) * u]), torch.cat([g.new_tensor([size]), g.new_zeros(len(v))]))
 
+    @classmethod
+    def paired(cls, problem: Problem, *, directions: int = 32, seed: int = 0, pilot: int = 4 * GRAIN) -> SketchSpace:
+        """As `of`; where ∇J is not known, against a trusted estimator on the same rollouts.
+
+        The reference is then its mean over `pilot` draws of their own, and tells only how long ∇J is: a tolerance δ‖∇J‖ is
+        too large by the noise of that mean. Claims of a scale other than 1 cannot be judged there.
+
+        Raises:
+            UsageError, BudgetError: as `of` and `trusted_estimator`.
+        """
+        space = cls.of(problem, directions=directions, seed=seed)
+        if space.reference is not None:
+            return space
+        e = trusted_estimator(problem)
+        sampler = problem.sampler(seed=-1 - seed)  # users' seeds are ≥ 0
+        total = space.directions.new_zeros(len(space.directions))
+        for first in range(0, pilot, GRAIN):
+            table, index = sampler.draw(first, min(GRAIN, pilot - first))
+            total += space.project(_coefficients(e, table, index, sampler.labels), table, index).sum(0).cpu()
+        return replace(space, reference=total / pilot, trusted=e)
+
     @cached_property
     def lane(self) -> Literal["forward", "backward"]:
         """Whether the policy has a forward-mode derivative."""
@@ -131,8 +156,30 @@ class SketchSpace:
 
     def project(self, c: Tensor, table: Trajectories, index: Tensor) -> Tensor:
         """x `[M, R]` of the batches `index` `[M, B]` with coefficients `c` `[M, B, T]` (`[M, B, T, A]`: on logits)."""
+        x = self._projected(c, table, index)
+        if self.trusted is None:
+            return x
+        r = self._kept("r", (table, index), lambda: self._of_trusted(table, index))
+        assert self.reference is not None
+        return x - r + self.reference.to(x.device)
+
+    def _of_trusted(self, table: Trajectories, index: Tensor) -> Tensor:
+        assert self.trusted is not None
+        labels = self.problem.group_labels.to(index.device)
+        return self._projected(_coefficients(self.trusted, table, index, labels), table, index)
+
+    def _kept(self, name: str, key: tuple[object, ...], make: Callable[[], T]) -> T:
+        """What was made last for the same objects: estimators come one after the other with the same rollouts."""
+        last, found = self.__dict__.get(f"_last_{name}", ((), None))
+        if len(last) != len(key) or any(a is not b for a, b in zip(last, key, strict=True)):
+            found = make()
+            self.__dict__[f"_last_{name}"] = key, found
+        return found
+
+    def _projected(self, c: Tensor, table: Trajectories, index: Tensor) -> Tensor:
         if self.lane == "backward":
-            return torch.stack([self.directions @ g for g in _in_parameters(c, table, index, self.problem)])
+            v = self.directions.to(c.device)
+            return torch.stack([v @ g.to(c.device) for g in _in_parameters(c, table, index, self.problem)])
         scores, place = self._scores(table, on_logits=c.dim() == 4)
         weight = c.to(torch.float64).flatten(1)
         return nn.functional.embedding_bag(place[index].flatten(1), scores, mode="sum", per_sample_weights=weight)
@@ -140,15 +187,12 @@ class SketchSpace:
     def _scores(self, table: Trajectories, *, on_logits: bool) -> tuple[Tensor, Tensor]:
         """∂log π/∂v (`on_logits`: ∂z/∂v) as a table `[C, R]`, and which row of it each position of a rollout has."""
         if isinstance(table, Written):
-            last, on, found = self.__dict__.get("_last", (None, None, None))
-            if last is not table or on != on_logits:
-                found = self._of_written(table, on_logits)
-                self.__dict__["_last"] = table, on_logits, found
-            assert found is not None
-            return found
+            name = "logits" if on_logits else "logp"
+            return self._kept(name, (table,), lambda: self._of_written(table, on_logits))
+        device = table.logits.device
         if on_logits:
-            return self._listed.flatten(0, 1), table.logit_cells
-        return self._listed_scores.flatten(0, 1), table.cell
+            return self._listed.flatten(0, 1).to(device), table.logit_cells
+        return self._listed_scores.flatten(0, 1).to(device), table.cell
 
     @cached_property
     def _listed(self) -> Tensor:
@@ -169,7 +213,7 @@ class SketchSpace:
         context, action = table.paths.context.flatten(), table.paths.action.flatten()
         _refuse_bytes((K * A if on_logits else len(context)) * len(self.directions) * 8, "a table of rollouts")
         out = table.logits.new_zeros(K * A if on_logits else len(context), len(self.directions))
-        for contexts, z, dz in tangents(table.policy, self.directions):
+        for contexts, z, dz in tangents(table.policy, self.directions.to(out.device)):
             k = torch.arange(K, device=z.device) if contexts is None else contexts
             if on_logits:
                 out.view(K, A, -1)[k] = dz
@@ -217,6 +261,7 @@ def tangents(policy: nn.Module, directions: Tensor) -> Iterator[tuple[Tensor | N
 def _in_parameters(c: Tensor, table: Trajectories, index: Tensor, problem: Problem) -> Iterator[Tensor]:
     """ĝ_θ `[P]` of one batch after the other: its C (`pgcheck.engines.coefficients`) and a backward pass."""
     A, policy = table.actions, table.policy if isinstance(table, Written) else problem.policy
+    home = next(policy.parameters()).device
     for weights, rows in zip(c, index, strict=True):
         acts = table.paths.mask[rows] > 0
         contexts, where = torch.unique(table.paths.context[rows][acts], return_inverse=True)
@@ -227,10 +272,15 @@ def _in_parameters(c: Tensor, table: Trajectories, index: Tensor, problem: Probl
             cell = where * A + table.paths.action[rows][acts]
             x.view(-1).index_add_(0, cell, weights[acts].to(torch.float64))
             x -= torch.softmax(table.logits[contexts], -1) * x.sum(-1, keepdim=True)
+        contexts, x = contexts.to(home), x.to(home)
         if isinstance(policy, LMPolicy):
             yield in_parameters(policy.at(contexts), x)
         else:
-            yield in_parameters(policy, torch.zeros_like(table.logits).index_copy_(0, contexts, x))
+            yield in_parameters(policy, torch.zeros_like(table.logits, device=home).index_copy_(0, contexts, x))
+
+
+def _coefficients(e: Estimator, table: Trajectories, index: Tensor, labels: Tensor) -> Tensor:
+    return coefficients_of(e, table.batch(index, labels, logits=e.leaf == "logits"))
 
 
 def _parameters(problem: Problem) -> int:
@@ -423,8 +473,7 @@ def sketch_moments(
         found = []
         for e in asked:
             table, index = drawn[e.needs]
-            batch = table.batch(index, problem.group_labels, logits=e.leaf == "logits")
-            found.append(space.project(coefficients_of(e, batch), table, index))
+            found.append(space.project(_coefficients(e, table, index, problem.group_labels), table, index))
         centers = centers or [x.mean(0) for x in found]
         for j, x in enumerate(found):
             sums[j].add(x)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 from itertools import islice
 from numbers import Integral
@@ -55,6 +55,12 @@ class PrefixTree:
     child: Tensor  # [S, V], the prefix once token a is written, and what a tool says to it; -1: finished
     reward: Tensor  # [S, V], 0 where the text goes on
     begins: tuple[int, ...]  # prefixes begins[t] … begins[t + 1] − 1 wait for the policy's token number t
+
+    def to(self, device: str) -> PrefixTree:
+        """The tree in the memory of a device; itself, if it is there already."""
+        if self.child.device == torch.device(device):
+            return self
+        return replace(self, **{x: getattr(self, x).to(device) for x in ("context", "position", "child", "reward")})
 
     @property
     def prompts(self) -> int:

@@ -15,6 +15,7 @@ import pgcheck
 from pgcheck.engines import sketch
 from pgcheck.engines.coefficients import coefficients_of
 from pgcheck.engines.exact import exact_moments
+from pgcheck.engines.monte_carlo import monte_carlo
 from pgcheck.engines.sketch import ParameterSpace, SketchSpace, exact_in_sketch, sketch_moments, trusted_estimator
 from pgcheck.envs import language
 from pgcheck.envs.language import LMTask
@@ -284,3 +285,39 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
         exact_in_sketch(
             exact_moments([pgcheck.as_estimator("grpo")], problem())[0], SketchSpace(p, torch.ones(1, 1), None)
         )
+
+
+# -- judged
+
+
+@pytest.mark.parametrize("kind", ["tree", "written"])
+def test_verdicts_in_a_sketch(kind: str) -> None:
+    """The sampled verdict takes the space as it is: GRPO fails, unbiased ones do not; where ∇J is not known, by the difference
+    from a trusted estimator, which has none from itself, not even by chance (and so no verdict)."""
+    p = problem(kind, group_size=4)
+    space = SketchSpace.paired(p, directions=16)
+    assert (space.trusted is None) == (kind == "tree")
+    estimators = [pgcheck.as_estimator(name) for name in ("leave_one_out", "grpo", "reinforce")]
+    found = monte_carlo(estimators, p, scales=[[1.0]] * 3, space=space, draws=16_384)
+    status = [str(m.judgements[1.0].status.value) for m in found]
+    assert status[1] == "FAIL"
+    assert "FAIL" not in (status[0], status[2])
+    if kind == "written":
+        assert space.reference is not None
+        assert float((found[0].mean.flatten() - space.reference).abs().max()) < 1e-13
+
+
+def test_a_pilot_is_of_other_draws() -> None:
+    """The reference is the mean of the trusted estimator, over draws that no seed of a user's gives."""
+    p = problem("written", group_size=4)
+    space, bare = SketchSpace.paired(p, directions=6, pilot=2_048), SketchSpace.of(p, directions=6)
+    exact = problem(group_size=4)
+    (m,) = exact_moments([pgcheck.as_estimator("leave_one_out")], exact)
+    standard = exact_in_sketch(m, SketchSpace(exact, bare.directions, torch.zeros(6, dtype=torch.float64)))
+    assert space.reference is not None
+    gap = (space.reference - bare.directions @ exact.parameter_gradient()) / (
+        standard.covariance.diagonal() / 2_048
+    ).sqrt()
+    assert 0 < float(gap.abs().max()) < 5
+    drawn = [p.sampler(seed=s).draw(0, 3)[0].paths.action for s in (0, -1)]
+    assert drawn[0].shape != drawn[1].shape or not torch.equal(*drawn)
