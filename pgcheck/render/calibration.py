@@ -49,7 +49,8 @@ def calibration_markdown(c: Calibration) -> str:
         " *refused*: share of trials in which the guard allowed no statement.",
         "",
         f"`pgcheck calibrate --runs {runs} --seed {c.seed}`. A false FAIL takes a trigger and all confirming parts,"
-        " on disjoint draws; so α = 1e-6 for a whole run is inferred from the measured stages and their independence, not observed.",
+        " on disjoint draws; so α = 1e-6 for a whole run is inferred from the measured stages and their independence, not"
+        " observed.",
         "",
         *_worst(c.rates),
     ]
