@@ -533,7 +533,7 @@ def test_no_error_at_the_probe_is_swallowed() -> None:
 
 COLUMNS = ["estimator", "problem", "finding", "rel", "scale", "cosine", "off_axis", "bias", "variance", "mse", "snr"]
 
-ENDS = [f"{name}_{end}" for name in ("scale", "rel", "variance", "mse", "snr") for end in ("low", "high")]
+ENDS = [f"{name}_{end}" for name in ("rel", "scale", "variance", "mse", "snr") for end in ("low", "high")]
 RELATIVE = [
     *(f"{name}{end}" for name in ("ratio", "batches_to_match", "rollouts_to_match") for end in ("_low", "", "_high")),
     "better", "break_even", "better_per_rollout", "break_even_rollouts",
