@@ -48,7 +48,8 @@ def calibration_markdown(c: Calibration) -> str:
         f" {ALLOWED:g} × nominal; *above*: the lower bound exceeds nominal; *≤ 2x*: the runs exclude no less than that."
         " *refused*: share of trials in which the guard allowed no statement.",
         "",
-        f"`pgcheck calibrate --runs {runs} --seed {c.seed}`. A false FAIL takes a trigger and all confirming parts, on disjoint draws; so α = 1e-6 for a whole run"
+        f"`pgcheck calibrate --runs {runs} --seed {c.seed}`. A false FAIL takes a trigger and all"
+        " confirming parts, on disjoint draws; so α = 1e-6 for a whole run"
         " is inferred from the measured stages and their independence, not observed.",
         "",
         *_worst(c.rates),
