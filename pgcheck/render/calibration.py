@@ -8,6 +8,7 @@ from dataclasses import asdict
 from itertools import groupby
 from typing import Any
 
+import matplotlib as mpl
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
@@ -48,9 +49,9 @@ def calibration_markdown(c: Calibration) -> str:
         f" {ALLOWED:g} × nominal; *above*: the lower bound exceeds nominal; *≤ 2x*: the runs exclude no less than that."
         " *refused*: share of trials in which the guard allowed no statement.",
         "",
-        f"`pgcheck calibrate --runs {runs} --seed {c.seed}`. A false FAIL takes a trigger and all confirming parts,"
-        " on disjoint draws; so α = 1e-6 for a whole run is inferred from the measured stages and their independence, not"
-        " observed.",
+        f"`pgcheck calibrate --runs {runs} --seed {c.seed}`. A false FAIL takes a trigger and all"
+        " confirming parts, on disjoint draws; so α = 1e-6 for a whole run"
+        " is inferred from the measured stages and their independence, not observed.",
         "",
         *_worst(c.rates),
     ]
@@ -150,5 +151,6 @@ def calibration_figure(c: Calibration) -> str:
         axes[-1].plot([], [], color=color, label=family)
     axes[-1].legend(frameon=False, fontsize="small")
     out = io.StringIO()
-    figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    with mpl.rc_context({"svg.hashsalt": "pgcheck"}):  # ids of the same figure are the same
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
     return out.getvalue()
