@@ -25,7 +25,7 @@ from pgcheck.envs.tabular import MAX_PATHS, TabularMDP
 from pgcheck.errors import BudgetError, PgcheckError, ProblemError, UnknownNameError, in_words
 from pgcheck.generation import Mismatch, WritingSampler, mismatch
 from pgcheck.policies.decoding import Decoding
-from pgcheck.policies.huggingface import HFPolicy, is_hugging_face
+from pgcheck.policies.huggingface import HFPolicy, TokensToLogits, is_hugging_face
 from pgcheck.policies.tabular import (
     ModulePolicy,
     SoftmaxTable,
@@ -179,16 +179,17 @@ class Problem:
 
     def _hand_over(self, task: LMTask) -> None:
         """Models, where nothing of the task can be listed."""
+        if len(task.actions or ()) < task.vocab_size:
+            raise ProblemError(
+                f"actions: {len(task.actions or ())} of {task.vocab_size:,} tokens, and too many completions to be listed; only"
+                " the whole vocabulary is written by a model. Leave actions out, shorten max_new_tokens, or raise max_prefixes."
+            )
 
         def taken(name: str, given: Any) -> LanguageModel:
             if isinstance(given, LanguageModel):
                 return copy.deepcopy(given)
-            if is_hugging_face(given) or len(task.actions or ()) < task.vocab_size:
-                raise ProblemError(
-                    f"{name}: the prefixes of this task are too many to be listed, and then only a module from tokens [n, L] to"
-                    " logits [n, L, V] that may write every token can be taken. Fewer max_new_tokens, prompts or actions make"
-                    " a list."
-                )
+            if is_hugging_face(given):
+                given = TokensToLogits(given)
             if not isinstance(given, nn.Module):
                 raise ProblemError(
                     f"{name}: {type(given).__name__}; the prefixes of this task are too many for a table of logits, so it must"

@@ -84,15 +84,14 @@ class HFPolicy(LMPolicy):
             raise ProblemError(
                 f"copy: False, but the weights are {given}; give a model in {dtype}, or let it be copied."
             )
-        self.__dict__.update(shared=not copy, dtype=dtype)  # before there is a module to have attributes
-        self._refuse_what_does_not_fit(model, task)
+        self.__dict__.update(shared=not copy)  # before there is a module to have attributes
+        self._refuse_what_does_not_fit(model, task, dtype.itemsize)
         super().__init__(model, task.contexts, vocab_size=task.vocab_size, actions=task.actions, dtype=dtype)
 
     def _copied(self, model: nn.Module) -> nn.Module:
         return model if self.shared else copy.deepcopy(model).to(self.dtype)
 
-    def _refuse_what_does_not_fit(self, model: nn.Module, task: Task) -> None:
-        size = self.dtype.itemsize
+    def _refuse_what_does_not_fit(self, model: nn.Module, task: Task, size: int) -> None:
         weights = sum(p.numel() for p in model.parameters()) * size
         kept = 1 + max(map(len, task.contexts)) - min(map(len, task.contexts))
         said = 3 * size * task.vocab_size * kept * max(1, _TOKENS_AT_ONCE // max(map(len, task.contexts)))
@@ -100,19 +99,18 @@ class HFPolicy(LMPolicy):
         need = (0 if self.shared else weights) + said + table
         if need > (free := free_memory()):
             raise BudgetError(
-                f"model: a copy in {str(self.dtype).removeprefix('torch.')} takes {in_bytes(weights)}, its logits"
+                f"model: a copy of {8 * size} bits a number takes {in_bytes(weights)}, its logits"
                 f" {in_bytes(said)} at once and {in_bytes(table)} in tables ({len(task.contexts):,} contexts, vocabulary"
                 f" {task.vocab_size:,}); {in_bytes(free)} are free. Take a smaller model, fewer prompts, or `actions`."
             )
 
-    def _place(self, texts: list[tuple[int, ...]], room: int | None, why: str) -> None:
-        super()._place(texts, room, why)
-        self.tokens_at_once = _TOKENS_AT_ONCE
-        self._first_position = int(self.where[1].min())
+    @property
+    def tokens_at_once(self) -> int:  # type: ignore[override]
+        return _TOKENS_AT_ONCE
 
     @property
     def _first(self) -> int:
-        return self._first_position if self._takes("logits_to_keep") else 0
+        return int(self.where[1].min()) if self._takes("logits_to_keep") else 0
 
     def _takes(self, name: str) -> bool:
         return name in inspect.signature(self.model.forward).parameters
@@ -149,6 +147,34 @@ class HFPolicy(LMPolicy):
             f"config.{name} = {x}" for name, x in config.items() if isinstance(x, float) and x > 0 and "drop" in name
         ]
         return f" It is in train mode and has dropout ({rates[0]})." if rates else " It is in train mode."
+
+
+def logits_of(model: nn.Module, tokens: Tensor, **asked: Any) -> Tensor:
+    """What a model of transformers says, `[n, L, V]`; one in float64 says it in float64 throughout.
+
+    Raises:
+        ProblemError: it has no logits.
+    """
+    if next(model.parameters()).dtype == torch.float64:
+        # the plain kernel: it has a batched and a forward-mode derivative, and no float32 in it
+        with float64_throughout(), sdpa_kernel(SDPBackend.MATH):
+            out = model(input_ids=tokens, **asked)
+    else:
+        out = model(input_ids=tokens, **asked)
+    if not isinstance(found := getattr(out, "logits", None), Tensor):
+        raise ProblemError(f"model: {type(model).__name__} returns no logits; load it by AutoModelForCausalLM.")
+    return found
+
+
+class TokensToLogits(nn.Module):
+    """A model of transformers as a plain one, tokens `[n, L]` → logits `[n, L, V]`, for completions that it writes itself."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return logits_of(self.model, tokens, use_cache=False)
 
 
 def perturbed(model: nn.Module, *, relative: float, seed: int) -> nn.Module:
