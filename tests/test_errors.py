@@ -385,7 +385,7 @@ case("a claim that could not be judged", '''
 pgcheck.check_estimator("leave_one_out(batch)", "dialogue/two-turn", budget=10)
 ''')  # fmt: skip
 case("too many rollouts", '''
-pgcheck.Problem(mdp(horizon=30), [[0., 1.], [0., 0.]]).value()
+pgcheck.Problem(mdp(horizon=30), [[0., 1.], [0., 0.]]).trajectories
 ''')  # fmt: skip
 case("too many continuations", '''
 from dataclasses import replace
