@@ -154,7 +154,10 @@ class Problem:
         if task.size == "table":
             object.__setattr__(self, "env", task.paths())  # before any model is copied
 
-        def read(model: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:
+        def read(model: nn.Module, asked: torch.dtype | None = None) -> nn.Module:
+            dtype = torch.float64 if asked is None else asked
+            if isinstance(model, LMPolicy) and asked not in (None, model.dtype):
+                model = model.model
             if isinstance(model, (SoftmaxTable, ModulePolicy, LMPolicy)):
                 return model
             if is_hugging_face(model):

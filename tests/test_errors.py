@@ -582,7 +582,6 @@ for title, changes in {
     "an action outside the vocabulary": "actions=[1, 7]",
     "an action given twice": "actions=[1, 2, 2]",
     "an eos that may not be written": "actions=[1, 2]",
-    "too many completions of some actions": "vocab_size=99, actions=range(50), max_new_tokens=8",
 }.items():
     case(title, f"task({changes})")
 case("a Hugging Face model without a head", '''
@@ -618,8 +617,8 @@ for title, changes in {
     "a tokenizer without a chat template": "chat=True",
 }.items():
     case(title, f"text({changes})")
-case("a temperature of zero", '''
-pgcheck.Decoding(temperature=0)
+case("actions of a task too large to be listed", '''
+pgcheck.Problem(task(vocab_size=99, actions=range(50), max_new_tokens=8), pgcheck.TinyGPT(99))
 ''')  # fmt: skip
 case("a sampler that raises", '''
 pgcheck.Problem(mdp(), [[0., 1.], [0., 0.]], behavior_logits=lambda logits: logits[7])

@@ -385,7 +385,9 @@ def test_no_model_at_all() -> None:
 
 def test_memory_is_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface, "free_memory", lambda: 2**14)
-    with pytest.raises(BudgetError, match=r"model: a copy of 64 bits a number takes .* vocabulary 11\); 16 KiB are free"):
+    with pytest.raises(
+        BudgetError, match=r"model: a copy of 64 bits a number takes .* vocabulary 11\); 16 KiB are free"
+    ):
         Problem(TASK, llama())
 
 

@@ -126,17 +126,7 @@ class HFPolicy(LMPolicy):
             "logits_to_keep": position[self._first :],
         }
         asked = {name: x for name, x in asked.items() if self._takes(name)}
-        if self.dtype == torch.float64:
-            # the plain kernel: it has a batched and a forward-mode derivative, and no float32 in it
-            with float64_throughout(), sdpa_kernel(SDPBackend.MATH):
-                out = self.model(input_ids=tokens, **asked)
-        else:
-            out = self.model(input_ids=tokens, **asked)
-        if not isinstance(getattr(out, "logits", None), Tensor):
-            raise ProblemError(
-                f"model: {type(self.model).__name__} returns no logits; load it by AutoModelForCausalLM."
-            )
-        return out.logits.to("cpu", torch.float64)
+        return logits_of(self.model, tokens, **asked).to("cpu", torch.float64)
 
     def _what_is_random(self) -> str:
         named = super()._what_is_random()

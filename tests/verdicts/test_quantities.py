@@ -6,6 +6,7 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from pgcheck.errors import UnknownNameError, UsageError
 from pgcheck.estimators.base import Estimator
 from pgcheck.estimators.lookup import as_estimator
 from pgcheck.notes_problems import coin
+from pgcheck.policies import LinearPolicy
 from pgcheck.problem import Problem, find_problem
 from pgcheck.verdicts import quantities as q
 from pgcheck.verdicts.quantities import find_quantity, registered_quantities
@@ -475,6 +477,24 @@ def test_truncation_by_hand() -> None:
 
 
 # -- the registry
+
+
+@about("parameter_bias", "directional_gap")
+def test_in_parameters() -> None:
+    """Of a linear policy z = x·w: ∇_w J = xᵀ ∇_z J with ∇_z J by differences, E ĝ over ordered batches."""
+    x = torch.tensor([[1.0, 0.5], [-0.3, 2.0]], dtype=torch.float64)
+    policy = LinearPolicy(x, [[0.3, -0.2], [0.1, 0.4]])
+    problem = replace(walk(groups=1, group_size=2), policy=policy)
+    g = x.T @ torch.tensor(by_differences(problem), dtype=torch.float64).reshape(2, 2)
+    for name in ("leave_one_out", "batch_mean", "grpo"):
+        m = x.T @ torch.tensor(brute(name, problem)[0], dtype=torch.float64).reshape(2, 2)
+        expected = float((m - g).norm() / g.norm())
+        assert value("parameter_bias", estimator=name, problem=problem) == pytest.approx(expected, abs=1e-9), name
+    assert value("directional_gap", problem=problem, directions=4) < 1e-9
+    # a gradient that is wrong shows: half of it is missing along every direction
+    off = replace(problem)
+    object.__setattr__(off, "parameter_gradient", lambda: 0.5 * problem.parameter_gradient())
+    assert value("directional_gap", problem=off, directions=4) > 0.1
 
 
 def test_every_quantity_has_an_oracle() -> None:
