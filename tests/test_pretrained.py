@@ -54,7 +54,7 @@ def test_without_the_extra_it_is_one_line() -> None:
 
 
 def test_heavy_problems_are_asked_for_by_family() -> None:
-    assert set(problem_names("pretrained/*")) == set(heavy_problems())
+    assert set(problem_names("pretrained/*")) == {name for name in heavy_problems() if name.startswith("pretrained/")}
     assert not set(problem_names("*")) & set(heavy_problems())
     assert not set(registered_problems()) & set(heavy_problems())
     suite = read_suite(shipped_suites()["pretrained"])
@@ -94,7 +94,7 @@ def test_capitals(capitals: Problem) -> None:
     p, each = gradient_of_p(capitals)
     assert sorted(p.tolist(), reverse=True)[0] == pytest.approx(0.773, abs=0.005)  # France
     g = capitals.gradient()
-    torch.testing.assert_close(g, each / 4, rtol=0, atol=1e-16)
+    torch.testing.assert_close(g, each / 4, rtol=0, atol=1e-14)  # sums of 49 152 terms up to 1: √n roundings are 5e-14
     G = capitals.rows
     factors = {
         "leave_one_out": torch.ones(4),

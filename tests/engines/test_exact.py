@@ -409,7 +409,7 @@ def test_budget_charges_a_loss_that_runs_in_a_loop() -> None:
     """Each batch of the loop lane counts 300; the nearest plan is judged by the same price."""
 
     def branching(batch: Batch) -> Tensor:
-        scale = 2.0 if batch.reward.sum().item() > 0.4 else 1.0
+        scale = 2.0 if batch.reward.numpy().sum() > 0.4 else 1.0
         return -(scale * batch.episode_return.unsqueeze(-1) * batch.logp * batch.mask).sum(-1).mean()
 
     problem = bandit([1.0, 0.25, -0.5], [0.3, -0.2, 0.4], group_size=8)

@@ -182,7 +182,7 @@ BAD = {
     "no TOML": ("name = \n", ["not a TOML file", "line 1"]),
     "a finding there is not": (
         SMALL + '[[expect]]\nestimator = "reinforce"\nproblem = "bandit/two-arm"\nfinding = "fine"\n',
-        ["[[expect]] number 1, field 'finding'", "'unbiased', 'proportional' or 'biased'", "fine"],
+        ["[[expect]] number 1, field 'finding'", "'unbiased', 'proportional', 'biased' or 'inconclusive'", "fine"],
     ),
     "a typo in an expectation": (
         SMALL + '[[expect]]\nestimater = "reinforce"\nproblem = "bandit/two-arm"\nfinding = "biased"\n',
