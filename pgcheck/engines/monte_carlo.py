@@ -36,7 +36,7 @@ from pgcheck.statistics.sequential import GRAIN, SHARE, Judge, Settings
 from pgcheck.trajectories import SideTable, Trajectories, is_count
 
 DEFAULT_DRAWS = 262_144  # most draws of one problem
-MOST_COORDINATES = 65_536  # P: a grain of them is 512 MiB
+MOST_COORDINATES = 16_384  # P: a grain of them is 128 MiB
 _BLOCK_ELEMENTS = 120_000  # positions evaluated at once
 _GRAMS = 32  # grains of each doubling whose spectrum is taken
 _FORMAT = "pgcheck-checkpoint/1"
@@ -159,7 +159,8 @@ def monte_carlo(
     if len(where.reference) > MOST_COORDINATES:
         raise BudgetError(
             f"'{problem.name}' has {len(where.reference):,} logits; verdicts are sampled for at most {MOST_COORDINATES:,}, as"
-            " 1,024 estimates are held at once. Let contexts share logits, or take a space of fewer directions."
+            " 1,024 estimates are held at once. Let contexts share logits, or look along a few directions:"
+            " monte_carlo(…, space=SketchSpace.of(problem, directions=32)) of pgcheck.engines."
         )
     if float(where.reference.norm()) <= _ROUNDING * problem.reward_size:
         scales = [()] * len(estimators)
