@@ -322,8 +322,9 @@ def gate(
     from pgcheck.render.files import write_all
     from pgcheck.render.progress import ProgressBar
     from pgcheck.render.provenance import read_places
+    from pgcheck.runs.baseline import EMPTY, baseline_of, read_baseline, read_report
     from pgcheck.runs.config import expected_failures, load_config, plan
-    from pgcheck.runs.gate import EMPTY, baseline_of, compare, read_baseline, read_report
+    from pgcheck.runs.gate import compare
 
     config = load_config(Path.cwd())
     path = baseline or (Path(config.baseline) if config.baseline else None)
@@ -343,7 +344,7 @@ def gate(
         run_of, expected, places = read_report(report), expected_failures(config), read_places(report)
     found = compare(run_of, known, expected=expected)
     outcomes = outcomes_of_gate(found, command, messages, places)
-    empty = not baseline_of(run_of).entries
+    empty = baseline_of(run_of).empty
     write = update and found.updatable and not empty
     if write:
         write_all({path: found.accepted().to_json()})

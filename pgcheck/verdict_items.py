@@ -38,8 +38,9 @@ from pgcheck.render import gate as words
 from pgcheck.render.ci import places_of
 from pgcheck.render.files import write_all
 from pgcheck.render.provenance import provenance, provenance_path
+from pgcheck.runs.baseline import EMPTY, Baseline, ExactEntry, read_baseline
 from pgcheck.runs.config import load_config, plan
-from pgcheck.runs.gate import EMPTY, Baseline, Difference, ExactEntry, compare, read_baseline
+from pgcheck.runs.gate import Difference, compare
 from pgcheck.runs.report import Report, merged
 from pgcheck.runs.runner import wanted_checks, why_not_measured
 from pgcheck.testing import EstimatorCheck, Judge, expected_failures
@@ -349,7 +350,7 @@ class Session:
         refused = ""
         if self.update and self.path is not None and self.baseline is not None:
             gate = compare(report, self.baseline, expected=found.planned)
-            if gate.updatable and gate.accepted().entries:
+            if gate.updatable and not gate.accepted().empty:
                 texts[self.path] = gate.accepted().to_json()
             else:
                 refused = f"not written: {self.path}: {words.why_not(gate)}"

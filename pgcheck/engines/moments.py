@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pgcheck.errors import UsageError
 from pgcheck.policies.tabular import in_parameters, logit_gram, logit_jacobian
+from pgcheck.statistics.guarded import Scores
 from pgcheck.statistics.sequential import Interval, Judgement
 
 Progress = Callable[[str, int, int], None]
@@ -48,6 +49,8 @@ class Moments:
     # of sampled moments, by name: scale, rel, bias, off_axis, variance, mse, snr; 95%, NaN where the tails allow none
     judgements: Mapping[float | None, Judgement] = field(default_factory=dict)
     # of sampled moments, for each κ that E ĝ = κ ∇J was judged at, None for "some κ > 0"
+    scores: Scores | None = None  # of sampled moments: what an account keeps of each draw (`pgcheck.engines.accounts`)
+    first: Tensor | None = None  # of sampled moments: the mean of the first grain of draws, [P]
 
     @property
     def total_variance(self) -> float:
