@@ -122,11 +122,14 @@ class Gate:
         )
 
 
-def compare(report: Report, baseline: Baseline, *, expected: ExpectedFailures | None = None) -> Gate:
+def compare(
+    report: Report, baseline: Baseline, *, expected: ExpectedFailures | None = None, sampled: int | None = None
+) -> Gate:
     """Hold a report against a baseline.
 
     Args:
         expected: checks that are expected to fail, with reasons; one that does not fail is a difference.
+        sampled: the sampled entries that share `ALPHA`; default, those of this baseline.
 
     Raises:
         UsageError: the report does not come from one run.
@@ -138,7 +141,7 @@ def compare(report: Report, baseline: Baseline, *, expected: ExpectedFailures | 
     norms = {p.name: p.gradient_norm for p in report.problems}
     numberless = {(m.estimator, m.problem) for m in report.measurements} - set(entries)
     differences += [Difference("number", *key) for key in sorted(numberless)]
-    tested = two_sample_tests(before_entries, entries)
+    tested = two_sample_tests(before_entries, entries, sampled_entries(baseline) if sampled is None else sampled)
     for key in sorted({*entries, *before_entries} - numberless):
         before, after = before_entries.get(key), entries.get(key)
         kind = _kind(before, after, norms.get(key[1], 0.0), tested.get(key))
@@ -259,11 +262,16 @@ def same_draws(before: SampledEntry, after: SampledEntry) -> bool:
     return (before.seed, before.batches) == (after.seed, after.batches)
 
 
+def sampled_entries(baseline: Baseline) -> int:
+    """Their number."""
+    return sum(isinstance(e, SampledEntry) for e in baseline.entries)
+
+
 def two_sample_tests(
-    before: Mapping[tuple[str, str], Entry], after: Mapping[tuple[str, str], Entry]
+    before: Mapping[tuple[str, str], Entry], after: Mapping[tuple[str, str], Entry], sampled: int
 ) -> dict[tuple[str, str], Test]:
-    """The worst of the tests of every pair of samples of one problem that are not the same draws; the level of each is its
-    share of `ALPHA`."""
+    """The worst of the tests of every pair of samples of one problem that are not the same draws; each is at its share of
+    `ALPHA`, split over the scores of `sampled` entries."""
     pairs: dict[tuple[str, str], tuple[SampledEntry, SampledEntry]] = {}
     for key in sorted(set(before) & set(after)):
         a, b = before[key], after[key]
@@ -274,7 +282,7 @@ def two_sample_tests(
             and not same_draws(a, b)
         ):
             pairs[key] = a, b
-    level = level_of(len(pairs) * len(SCORES))
+    level = level_of(sampled * len(SCORES))
     found = {}
     for key, (a, b) in pairs.items():
         p = {x: p_value(a.score(x), b.score(x), a.batches, b.batches, nested=a.seed == b.seed) for x in SCORES}

@@ -296,6 +296,7 @@ def merged(reports: Sequence[Report], *, suite: str) -> Report:
         measurements=sorted(measurements, key=lambda m: place[m.problem]),
         verdicts=[v for report in reports for v in report.verdicts],
         not_asked=[n for report in reports for n in report.not_asked],
+        cases=[c for report in reports for c in report.cases],
     )
 
 
