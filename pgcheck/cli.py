@@ -316,6 +316,8 @@ def gate(
     form: Annotated[GateFormat, typer.Option("--format", help="what is printed")] = GateFormat.terminal,
 ) -> None:
     """Hold a report against a baseline: whatever changed is named, and fails until it is accepted with --update."""
+    from shlex import quote
+
     from pgcheck.errors import UsageError
     from pgcheck.render import gate as words
     from pgcheck.render.ci import on_github, outcomes_of_gate, places_of, tell_github
@@ -330,7 +332,7 @@ def gate(
     path = baseline or (Path(config.baseline) if config.baseline else None)
     if path is None:
         raise UsageError("baseline: none given; name it with --baseline FILE, or in [tool.pgcheck] of pyproject.toml.")
-    shown = [*([str(report)] if report else []), *([f"--baseline {baseline}"] if baseline else [])]
+    shown = [*([quote(str(report))] if report else []), *([f"--baseline {quote(str(baseline))}"] if baseline else [])]
     command = " ".join(["pgcheck gate", *shown, "--update"])
     known = EMPTY if update and not path.exists() else read_baseline(path, command)
     messages: dict[str, str] = {}
