@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from pgcheck.engines.direct import DirectMoments
-from pgcheck.problem import heavy_problems, registered_problems
+from pgcheck.registry import heavy_problems, registered_problems
 from pgcheck.render.code import estimator_code
 from pgcheck.runs.report import MeasurementRow, ParameterRow, Report, VerdictRow
 from pgcheck.verdicts.checks import find_check
