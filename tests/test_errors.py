@@ -1461,6 +1461,7 @@ plan(Config(), estimators=["grop"])
 case = section("The gate")
 
 case("no baseline is named", "$ pgcheck gate report.json")
+case("a report and what is to be run", "$ pgcheck gate report.json --baseline absent.json --seed 1")
 case("no baseline is there", "$ pgcheck gate report.json --baseline absent.json")
 case("no report is there", "$ pgcheck gate absent.json --baseline absent.json --update")
 case("a folder", "$ pgcheck gate report.json --baseline .")
@@ -1468,7 +1469,12 @@ for _title, _text in (
     ("a baseline that is none", "[]"),
     ("a truncated baseline", '{"schema": "pgcheck-baseline/2", "estim'),
     ("a baseline of a newer pgcheck", '{"schema": "pgcheck-baseline/3", "estimators": [], "entries": [], "cases": []}'),
-    ("a baseline with a row twice", '''{"schema": "pgcheck-baseline/2", "entries": [], "estimators": [
+    ("an older baseline", '{"schema": "pgcheck-baseline/1", "estimators": [], "entries": []}'),
+    ("a baseline with a sample that is none", '''{"schema": "pgcheck-baseline/2", "estimators": [], "cases": [], "entries": [
+{"estimator": "grpo", "problem": "p", "engine": "monte_carlo", "digest": "d", "finding": "biased", "seed": 0, "batches": 4096,
+ "rel": 1.0, "scale": 1.0, "cosine": 1.0, "off_axis": 0.0, "size": 1.0, "total_variance": 1.0,
+ "first": [0.0], "scores": {}}]}'''),
+    ("a baseline with a row twice", '''{"schema": "pgcheck-baseline/2", "entries": [], "cases": [], "estimators": [
         {"estimator": "e", "claims": [], "checks": {}}, {"estimator": "e", "claims": [], "checks": {}}]}'''),
 ):  # fmt: skip
     case(_title, f"from pathlib import Path\nfrom pgcheck.runs.baseline import read_baseline\n"
@@ -1522,6 +1528,37 @@ session = gate_session(baseline="baseline.json")
 for verdict in marked(session, ["reinforce"]):
     verdict.check()
 ''')  # fmt: skip
+_SUITE = '''
+suite("""
+name = "mine"
+estimators = ["leave_one_out"]
+problems = ["bandit/two-arm"]
+checks = ["finite"]
+[[expect]]
+estimator = "leave_one_out"
+problem = "bandit/two-arm"
+finding = "FINDING"
+[[case]]
+name = "own-sample"
+says = "The own sample in the mean leaves the gradient as it is."
+source = "a blog"
+truth = "TRUTH"
+quantity = "scale"
+estimator = "batch_mean"
+problem = "bandit/two-arm"
+equals = 1
+because = "The own return cancels 1/B of the signal."
+""")
+session = gate_session(suite="mine.toml")
+for task in session.own:
+    for verdict in session.verdicts_of(task):
+        verdict.check()
+'''
+case(
+    "pytest: a case of the suite that its number contradicts",
+    _SUITE.replace("FINDING", "unbiased").replace("TRUTH", "right"),
+)
+case("pytest: another finding than the suite expects", _SUITE.replace("FINDING", "biased").replace("TRUTH", "wrong"))
 
 
 def gate_session(**options: Any) -> Any:
