@@ -25,7 +25,6 @@ from pgcheck.sampling import Stream
 from pgcheck.trajectories import Paths, Trajectories
 
 _FEW = 8  # comparisons that are faster than a search
-_LOGPS = ("logp", "behavior_logp", "ref_logp")
 _MOST_RETURNS = 20_000  # (state, returns so far) that are followed to find what a rollout can return
 
 
@@ -68,6 +67,11 @@ class Laws:
             for upto in self.few:
                 entry += upto.index_select(0, row) <= v
         return self.outcome.index_select(0, entry)
+
+
+def _at(x: Tensor, index: Tensor) -> Tensor:
+    """`x.flatten()[index]`, faster."""
+    return x.flatten().index_select(0, index.flatten()).unflatten(0, index.shape)
 
 
 @dataclass(frozen=True)
@@ -249,7 +253,7 @@ class ProcessSampler:
             "V": V, "acts": p.acts, "over": p.over, "context": p.context, "initial": p.env.initial,
             "transition": p._transition, "reward": torch.nan_to_num(p.env.full_reward).contiguous(),
             "starts": torch.tensor(p.env.starts), "logits": p.logits,
-            **{name: torch.log_softmax(z, -1) for name, z in zip(_LOGPS, policies, strict=True)},
+            "logps": torch.stack([torch.log_softmax(z, -1).flatten() for z in policies]),
             "law": p.law(p.behavior_logits), "flat": p._transition.reshape(-1, S),
         }  # fmt: skip
         return {name: x.to(self.device) for name, x in here.items()}
@@ -281,9 +285,9 @@ class ProcessSampler:
             alive = alive & goes_on.index_select(0, s2)
             s = torch.where(alive, s2, s)  # of a rollout that is over, anything
         s, a, s2, alive = (torch.stack(column, -1) for column in zip(*steps, strict=True))  # [N, T]
-        here = x["acts"][s] & alive
+        here = _at(x["acts"], s) & alive
         acted = here.cumsum(-1) > here.long()  # before
-        reward = torch.where(alive, x["reward"].flatten()[(s * env.actions + a) * env.states + s2], 0.0)
+        reward = torch.where(alive, _at(x["reward"], (s * env.actions + a) * env.states + s2), 0.0)
         value = torch.zeros(len(s), T + 1, dtype=torch.float64, device=self.device)
         value[:, :T] = torch.where(alive, self._seen_values(s, a, here, acted), 0.0)
         state, action = torch.where(here, s, -1), torch.where(here, a, -1)
@@ -296,7 +300,7 @@ class ProcessSampler:
     def _seen_values(self, s: Tensor, a: Tensor, here: Tensor, acted: Tensor) -> Tensor:
         """V at every position `[N, T]`; while the environment speaks, its state is not seen."""
         x, env, T = self._tables, self.process.env, s.shape[1]
-        V = x["V"].flatten()[(torch.arange(T, device=s.device) * 2 + acted) * env.states + s]
+        V = _at(x["V"], (torch.arange(T, device=s.device) * 2 + acted) * env.states + s)
         if not env.observation:
             return V
         belief = torch.nn.functional.one_hot(s[:, 0], env.states).to(torch.float64)
@@ -314,7 +318,7 @@ class ProcessSampler:
     ) -> Trajectories:
         x, env = self._tables, self.process.env
         mask = (action >= 0).to(torch.float64)
-        context = torch.where(action >= 0, x["context"][state.clamp(min=0)], -1)
+        context = torch.where(action >= 0, _at(x["context"], state.clamp(min=0)), -1)
         unknown = torch.full_like(start, torch.nan, dtype=torch.float64)
         paths = Paths.known(
             start=start, state=state, context=context, action=action, reward=reward, mask=mask,
@@ -322,7 +326,11 @@ class ProcessSampler:
             discount_clock=env.discount_clock, end=end,
         )  # fmt: skip
         cell = (context * env.actions + action).clamp(min=0)
-        logp, behavior_logp, ref_logp = (torch.where(action >= 0, x[name].flatten()[cell], 0.0) for name in _LOGPS)
+        logps: list[Tensor] = []
+        for i, table in enumerate(x["logps"]):
+            same = [logp for logp, other in zip(logps, x["logps"][:i], strict=True) if torch.equal(other, table)]
+            logps += same[:1] or [torch.where(action >= 0, _at(table, cell), 0.0)]
+        logp, behavior_logp, ref_logp = logps
         return Trajectories(
             paths, x["logits"], logp, behavior_logp, ref_logp, value, unknown, unknown,
             kl_coefficient=self.kl_coefficient, entropy_coefficient=self.entropy_coefficient,

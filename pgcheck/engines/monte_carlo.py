@@ -17,7 +17,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
@@ -228,7 +228,7 @@ class _Lane:
         """Of the draws of a grain."""
         centre = x.mean(0) if self.centre is None else self.centre
         gram = grain % max(1, 2 ** max(grain.bit_length() - 1, 0) // _GRAMS) == 0
-        return Account.of(x, reference, centre=centre, gram=gram)
+        return Account.of(x, reference, centre=centre, gram=gram and 1.0 not in self.judges)
 
     def take(self, x: Tensor, account: Account) -> None:
         """The next grain."""
@@ -237,6 +237,12 @@ class _Lane:
         self.account = account if self.account is None else self.account.merge(account)
         for judge in self.judges.values():
             judge.update(x)
+
+    @property
+    def whole_account(self) -> Account:
+        """With the spectrum of X − μ, which is that of the judge of κ = 1 where there is one."""
+        assert self.account is not None
+        return replace(self.account, spectrum=self.judges[1.0].spectrum) if 1.0 in self.judges else self.account
 
     @property
     def done(self) -> bool:
@@ -355,15 +361,15 @@ class _Run:
     def found(self, i: int) -> Moments:
         """What is known of an estimator."""
         lane = self.lanes[i]
-        assert lane.account is not None
+        account = lane.whole_account
         fn = lane.estimator.coefficients
         how = fn.lane or "loop" if isinstance(fn, LossCoefficients) else "coefficients"
         P = len(self.space.reference)
         K, A = (1, P) if self.problem.written else self.problem.logits.shape
-        return lane.account.moments(
+        return account.moments(
             self.space.reference,
             shape=(K, A) if P == K * A else (1, P),
-            enumerated=lane.account.n,
+            enumerated=account.n,
             lane=how,
             policy=self.problem.policy,
             seed=self.seed,
