@@ -38,7 +38,8 @@ from pgcheck.errors import PgcheckError, UsageError
 from pgcheck.estimators.base import Estimator
 from pgcheck.estimators.lookup import as_estimator
 from pgcheck.policies import TinyGPT
-from pgcheck.problem import Problem, find_problem
+from pgcheck.problem import Problem
+from pgcheck.registry import find_problem
 from pgcheck.statistics.sequential import Settings
 
 ROUNDS = 7
