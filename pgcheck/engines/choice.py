@@ -58,14 +58,17 @@ def moments_by(
                 with suppress(BudgetError):
                     found[i] = exact_moments([e], problem, budget=budget, progress=progress)[0]
     rest = [i for i in range(len(estimators)) if i not in found]
+    drawn = [estimators[i] for i in rest]
     sampled = monte_carlo(
-        [estimators[i] for i in rest],
+        drawn,
         problem,
         scales=None if scales is None else [scales[i] for i in rest],
         settings=how.settings,
         seed=how.seed,
         draws=how.draws,
         device=how.device,
+        workers=how.workers,
+        checkpoint=how.file_of(problem, drawn),
         progress=progress,
     )
     found |= dict(zip(rest, sampled, strict=True))

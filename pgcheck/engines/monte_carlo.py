@@ -6,15 +6,19 @@ A draw is one whole batch (`pgcheck.sampling`). Draws are evaluated in grains of
 estimator whose judges have all decided is not evaluated any more.
 
 Guarantee: what is found of an estimator is a function of (problem, seed, settings) to the bit, whatever is judged beside it,
-however many grains are done between checkpoints, and whether it was interrupted; memory does not grow with the draws.
+however many grains are done between checkpoints, in how many processes, and whether it was interrupted; memory does not grow
+with the draws.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +31,7 @@ from pgcheck.engines.coefficients import cells_of, coefficients_of, scattered
 from pgcheck.engines.declarations import verify_purity
 from pgcheck.engines.moments import Moments, Progress
 from pgcheck.engines.threads import one_thread
+from pgcheck.engines.workers import Workers, check_workers
 from pgcheck.errors import BudgetError, NotFiniteError, UsageError, names_problem
 from pgcheck.estimators.base import Estimator
 from pgcheck.estimators.from_loss import LossCoefficients
@@ -86,6 +91,8 @@ class Sampling:
         alpha: P(some correct estimator of the run fails); each check gets 1/1024 of it, so that one more moves no other's.
         beta: P(an estimator whose bias is δ ‖∇J‖ passes), for each check.
         device: where coefficients are evaluated, as torch names it.
+        workers: processes that evaluate draws; any number gives the same bytes.
+        checkpoint: a folder that keeps how far each problem is, so that a run that was cut off goes on from there.
     """
 
     seed: int = 0
@@ -94,9 +101,11 @@ class Sampling:
     alpha: float = 1e-6
     beta: float = 1e-3
     device: str = "cpu"
+    workers: int = 1
+    checkpoint: Path | str | None = None
 
     def __post_init__(self) -> None:
-        _check_counts(seed=self.seed, draws=self.draws)
+        _check_counts(seed=self.seed, draws=self.draws, workers=self.workers)
         if not (isinstance(self.tolerance, (int, float)) and 0 < self.tolerance < 1):
             raise UsageError(
                 f"tolerance: {self.tolerance!r}; no finite sample shows that a bias is 0, so it must lie between 0 and 1. The"
@@ -112,6 +121,23 @@ class Sampling:
         """Of one check."""
         return Settings(rtol=self.tolerance, alpha=self.alpha / SHARE, beta=self.beta)
 
+    def file_of(self, problem: Problem, estimators: Sequence[Estimator]) -> Path | None:
+        """Where it is kept how far these estimators are on this problem.
+
+        Raises:
+            UsageError: `checkpoint` is no folder, and cannot be made one.
+        """
+        if self.checkpoint is None:
+            return None
+        folder = Path(self.checkpoint)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"checkpoint: {folder} cannot be a folder ({type(error).__name__}).") from None
+        names = "|".join([problem.name, *(e.name for e in estimators)])
+        key = hashlib.sha256(names.encode()).hexdigest()[:8]
+        return folder / f"{re.sub(r'[^A-Za-z0-9_.@-]+', '-', problem.name)}.{key}.checkpoint"
+
 
 @one_thread()
 @names_problem
@@ -126,6 +152,7 @@ def monte_carlo(
     space: Space | None = None,
     device: str = "cpu",
     block: int = 16,
+    workers: int = 1,
     checkpoint: Path | None = None,
     progress: Progress | None = None,
 ) -> list[Moments]:
@@ -138,16 +165,18 @@ def monte_carlo(
         space: where the verdict is given; default, logits.
         device: where coefficients are evaluated, as torch names it.
         block: grains between two checkpoints, and calls of `progress`.
+        workers: processes that evaluate grains; this one judges them.
         checkpoint: a file that is written after each block, and from which a run that was cut off goes on.
 
     Raises:
-        UsageError: `seed`, `draws` or `block` is no count; too few draws to look once; a checkpoint of another run.
+        UsageError: `seed`, `draws`, `block` or `workers` is no count; too few draws to look once; a checkpoint of another run.
         BudgetError: more coordinates than fit; the problem's `needs` cannot be sampled.
         EstimatorError: random, stateful, or of the wrong shape.
         NotFiniteError: NaN or infinity, with the draw that shows it.
     """
+    _check_counts(seed=seed, draws=draws, block=block, workers=workers)
+    check_workers(workers, device)
     settings, device = settings or Settings(), as_device(device)
-    _check_counts(seed=seed, draws=draws, block=block)
     scales = [()] * len(estimators) if scales is None else scales
     if any(scales) and draws < settings.first_look:
         raise UsageError(
@@ -168,13 +197,14 @@ def monte_carlo(
     last = -(-draws // GRAIN)
     if checkpoint is not None:
         run.resume(checkpoint, draws=last * GRAIN)
-    while run.active and run.grain < last:
-        for _ in range(min(block, last - run.grain)):
-            run.step()
-        if checkpoint is not None:
-            run.save(checkpoint, draws=last * GRAIN)
-        if progress is not None:
-            _tell(run, progress, last * GRAIN)
+    with run.in_processes(workers, last):
+        while run.active and run.grain < last:
+            for _ in range(min(block, last - run.grain)):
+                run.step()
+            if checkpoint is not None:
+                run.save(checkpoint, draws=last * GRAIN)
+            if progress is not None:
+                _tell(run, progress, last * GRAIN)
     return [run.found(i) for i in range(len(estimators))]
 
 
@@ -194,14 +224,25 @@ class _Lane:
     account: Account | None = None
     centre: Tensor | None = None
 
-    def take(self, x: Tensor, reference: Tensor, grain: int) -> None:
+    def account_of(self, x: Tensor, reference: Tensor, grain: int) -> Account:
+        """Of the draws of a grain."""
+        centre = x.mean(0) if self.centre is None else self.centre
+        gram = grain % max(1, 2 ** max(grain.bit_length() - 1, 0) // _GRAMS) == 0
+        return Account.of(x, reference, centre=centre, gram=gram and 1.0 not in self.judges)
+
+    def take(self, x: Tensor, account: Account) -> None:
+        """The next grain."""
         if self.centre is None:
             self.centre = x.mean(0)
-        gram = grain % max(1, 2 ** max(grain.bit_length() - 1, 0) // _GRAMS) == 0
-        new = Account.of(x, reference, centre=self.centre, gram=gram)
-        self.account = new if self.account is None else self.account.merge(new)
+        self.account = account if self.account is None else self.account.merge(account)
         for judge in self.judges.values():
             judge.update(x)
+
+    @property
+    def whole_account(self) -> Account:
+        """With the spectrum of X − μ, which is that of the judge of κ = 1 where there is one."""
+        assert self.account is not None
+        return replace(self.account, spectrum=self.judges[1.0].spectrum) if 1.0 in self.judges else self.account
 
     @property
     def done(self) -> bool:
@@ -221,6 +262,7 @@ class _Run:
     scales: Sequence[Sequence[Scale]]
     grain: int = 0  # the next
     lanes: list[_Lane] = field(init=False)
+    _workers: Workers[dict[int, tuple[Tensor, Account]]] | None = field(init=False)
 
     def __post_init__(self) -> None:
         self.lanes = [
@@ -231,6 +273,8 @@ class _Run:
         self._samplers: dict[tuple[SideTable, ...], Sampler] = {
             n: self.problem.sampler(seed=self.seed, needs=n, device=self.device) for n in needs
         }
+        self._stack, self._workers = ExitStack(), None
+        self._processes, self._last, self._given = 1, 0, 0
         positions = self.problem.rows * self.problem.steps
         self._rows = GRAIN
         while self._rows > 1 and self._rows * positions > _BLOCK_ELEMENTS:
@@ -238,15 +282,45 @@ class _Run:
 
     @property
     def active(self) -> list[_Lane]:
+        """Those that are not judged yet."""
         return [lane for lane in self.lanes if not lane.done]
+
+    @property
+    def _undecided(self) -> list[int]:
+        return [i for i, lane in enumerate(self.lanes) if not lane.done]
 
     def step(self) -> None:
         """One grain, for every estimator that is not judged yet."""
-        active = self.active
-        first = self.grain * GRAIN
-        for lane, x in zip(active, self._estimates([a.estimator for a in active], first, GRAIN), strict=True):
-            lane.take(x, self.space.reference, self.grain)
+        evaluated = self._next()
+        for i in self._undecided:
+            self.lanes[i].take(*evaluated[i])
         self.grain += 1
+
+    def _next(self) -> dict[int, tuple[Tensor, Account]]:
+        if self._workers is None:
+            if self._processes == 1 or self.grain == 0:  # the first has the centres, which workers are to know
+                return self._evaluated(self.grain, self._undecided)
+            self._workers = self._stack.enter_context(Workers(self._processes, self._evaluated))
+            self._given = self.grain
+        while self._workers.hungry and self._given < self._last:
+            self._workers.give(self._given, self._undecided)
+            self._given += 1
+        return self._workers.take()
+
+    def _evaluated(self, grain: int, numbers: Sequence[int]) -> dict[int, tuple[Tensor, Account]]:
+        """Estimates of a grain and their account, by number of the estimator."""
+        lanes = [self.lanes[i] for i in numbers]
+        xs = self._estimates([lane.estimator for lane in lanes], grain * GRAIN, GRAIN)
+        reference = self.space.reference
+        accounts = [lane.account_of(x, reference, grain) for lane, x in zip(lanes, xs, strict=True)]
+        return dict(zip(numbers, zip(xs, accounts, strict=True), strict=True))
+
+    @contextmanager
+    def in_processes(self, count: int, last: int) -> Iterator[None]:
+        """Within, grains before `last` are evaluated by so many processes."""
+        self._processes, self._last = count, last
+        with self._stack:
+            yield
 
     def _estimates(self, estimators: Sequence[Estimator], first: int, count: int) -> list[Tensor]:
         """ĝ of draws number first … first + count − 1 of each estimator, `[count, P]`."""
@@ -287,15 +361,15 @@ class _Run:
     def found(self, i: int) -> Moments:
         """What is known of an estimator."""
         lane = self.lanes[i]
-        assert lane.account is not None
+        account = lane.whole_account
         fn = lane.estimator.coefficients
         how = fn.lane or "loop" if isinstance(fn, LossCoefficients) else "coefficients"
         P = len(self.space.reference)
         K, A = (1, P) if self.problem.written else self.problem.logits.shape
-        return lane.account.moments(
+        return account.moments(
             self.space.reference,
             shape=(K, A) if P == K * A else (1, P),
-            enumerated=lane.account.n,
+            enumerated=account.n,
             lane=how,
             policy=self.problem.policy,
             seed=self.seed,
@@ -305,11 +379,15 @@ class _Run:
 
     # -- checkpoints
 
-    def _identity(self, draws: int) -> dict[str, Any]:
-        """What must be the same for a run to be gone on with; the first estimates stand for the estimators themselves."""
+    @cached_property
+    def _first_estimates(self) -> str:
         h = hashlib.sha256()
         for x in self._estimates(self.estimators, 0, _FIRST):
             h.update(x.cpu().numpy().tobytes())
+        return h.hexdigest()
+
+    def _identity(self, draws: int) -> dict[str, Any]:
+        """What must be the same for a run to be gone on with; the first estimates stand for the estimators themselves."""
         return {
             "format": _FORMAT,
             "version": metadata.version("pgcheck"),
@@ -318,7 +396,7 @@ class _Run:
             "draws": draws,
             "settings": repr((self.settings, [list(x) for x in self.scales])),
             "estimators": [e.name for e in self.estimators],
-            "first estimates": h.hexdigest(),
+            "first estimates": self._first_estimates,
         }
 
     def save(self, path: Path, *, draws: int) -> None:
@@ -353,9 +431,9 @@ class _Run:
         here = self._identity(draws)
         for name, x in here.items():
             if there.get(name) != x:
-                was = f", {there.get(name)!r}, not {x!r}" if name != "first estimates" else ""
+                how = "are others" if name == "first estimates" else f"is {there.get(name)!r}, not {x!r}"
                 raise UsageError(
-                    f"checkpoint: {path} is of another run: its {name} differ{was}. Delete it, or name another file."
+                    f"checkpoint: {path} is of another run: its {name} {how}. Delete it, or keep this run elsewhere."
                 )
         self.grain = kept["grain"]
         for lane, state in zip(self.lanes, kept["lanes"], strict=True):
