@@ -419,6 +419,13 @@ class Problem:
         return self._paths.steps if self.enumerable else self.probe_table().paths.steps
 
     @property
+    def actions(self) -> int:
+        """A, what the policy chooses from."""
+        if isinstance(self.env, LMTask):
+            return len(self.env.actions or ())
+        return int(self.logits.shape[1])
+
+    @property
     def rollouts(self) -> int:
         """N, the number of distinct rollouts; of those that are too many to be listed, before merging."""
         if isinstance(self.env, LMTask):

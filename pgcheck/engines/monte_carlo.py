@@ -14,7 +14,8 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field, replace
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,14 +33,14 @@ from pgcheck.estimators.base import Estimator
 from pgcheck.estimators.from_loss import LossCoefficients
 from pgcheck.problem import Problem
 from pgcheck.sampling import Sampler, as_device
-from pgcheck.statistics.sequential import GRAIN, SHARE, Judge, Settings
+from pgcheck.statistics.sequential import GRAIN, SHARE, Interval, Judge, Settings
 from pgcheck.trajectories import SideTable, Trajectories, is_count
 
 DEFAULT_DRAWS = 262_144  # most draws of one problem
 MOST_COORDINATES = 16_384  # P: a grain of them is 128 MiB
 _BLOCK_ELEMENTS = 120_000  # positions evaluated at once
 _GRAMS = 32  # grains of each doubling whose spectrum is taken
-_FORMAT = "pgcheck-checkpoint/1"
+_FORMAT = "pgcheck-checkpoint/2"
 _ROUNDING = 1e-14  # a gradient below this part of the rewards is 0
 _FIRST = 64  # draws whose estimates are part of a checkpoint's identity
 
@@ -47,7 +48,7 @@ Scale = float | None
 
 
 class Space(Protocol):
-    """Where estimates live."""
+    """Where estimates live, and what is known of ∇J there."""
 
     @property
     def reference(self) -> Tensor:
@@ -56,9 +57,41 @@ class Space(Protocol):
     def project(self, c: Tensor, table: Trajectories, index: Tensor) -> Tensor:
         """Estimates `[count, P]` from coefficients `[count, B, T]` (or `[count, B, T, A]`) of the rows `index` `[count, B]`."""
 
+    def drawn(self, table: Trajectories, index: Tensor) -> Tensor | None:
+        """An unbiased estimate of ∇J from every draw, `[count, P]`, where `reference` is not ∇J itself."""
+
+    def judges(self, scale: Scale) -> bool:
+        """Whether E x = κ ∇J can be judged here; None: some κ > 0."""
+
+    def settings(self, asked: Settings) -> Settings:
+        """Those of a judge in this space, whose verdict then keeps what was asked for."""
+
+    def told(self, moments: Moments, asked: Settings) -> Moments:
+        """What a judge and an account found here, as said of ĝ."""
+
+
+class Known:
+    """What a space does in which ∇J is known and nothing of an estimate is out of sight."""
+
+    def drawn(self, table: Trajectories, index: Tensor) -> Tensor | None:
+        """None."""
+        return None
+
+    def judges(self, scale: Scale) -> bool:
+        """Any."""
+        return True
+
+    def settings(self, asked: Settings) -> Settings:
+        """As asked."""
+        return asked
+
+    def told(self, moments: Moments, asked: Settings) -> Moments:
+        """As found."""
+        return moments
+
 
 @dataclass(frozen=True)
-class LogitSpace:
+class LogitSpace(Known):
     """ĝ in logit space, against ∇J."""
 
     reference: Tensor  # [K·A]
@@ -86,6 +119,7 @@ class Sampling:
         alpha: P(some correct estimator of the run fails); each check gets 1/1024 of it, so that one more moves no other's.
         beta: P(an estimator whose bias is δ ‖∇J‖ passes), for each check.
         device: where coefficients are evaluated, as torch names it.
+        directions: random ones along which estimates are seen where there are too many logits and parameters.
     """
 
     seed: int = 0
@@ -94,9 +128,10 @@ class Sampling:
     alpha: float = 1e-6
     beta: float = 1e-3
     device: str = "cpu"
+    directions: int = 32
 
     def __post_init__(self) -> None:
-        _check_counts(seed=self.seed, draws=self.draws)
+        _check_counts(seed=self.seed, draws=self.draws, directions=self.directions)
         if not (isinstance(self.tolerance, (int, float)) and 0 < self.tolerance < 1):
             raise UsageError(
                 f"tolerance: {self.tolerance!r}; no finite sample shows that a bias is 0, so it must lie between 0 and 1. The"
@@ -160,7 +195,7 @@ def monte_carlo(
         raise BudgetError(
             f"'{problem.name}' has {len(where.reference):,} logits; verdicts are sampled for at most {MOST_COORDINATES:,}, as"
             " 1,024 estimates are held at once. Let contexts share logits, or look along a few directions:"
-            " monte_carlo(…, space=SketchSpace.of(problem, directions=32)) of pgcheck.engines."
+            " monte_carlo(…, space=pgcheck.SketchSpace.of(problem, directions=32))."
         )
     if float(where.reference.norm()) <= _ROUNDING * problem.reward_size:
         scales = [()] * len(estimators)
@@ -192,16 +227,20 @@ class _Lane:
     estimator: Estimator
     judges: dict[Scale, Judge]
     account: Account | None = None
+    paired: Account | None = None  # of x − r + reference, where an estimate r of ∇J is drawn beside x
     centre: Tensor | None = None
 
-    def take(self, x: Tensor, reference: Tensor, grain: int) -> None:
+    def take(self, x: Tensor, r: Tensor | None, reference: Tensor, grain: int) -> None:
         if self.centre is None:
             self.centre = x.mean(0)
         gram = grain % max(1, 2 ** max(grain.bit_length() - 1, 0) // _GRAMS) == 0
         new = Account.of(x, reference, centre=self.centre, gram=gram)
         self.account = new if self.account is None else self.account.merge(new)
-        for judge in self.judges.values():
-            judge.update(x)
+        if r is not None:
+            new = Account.of(x - r + reference, reference, centre=reference, gram=gram)
+            self.paired = new if self.paired is None else self.paired.merge(new)
+        for κ, judge in self.judges.items():
+            judge.update(x, None if κ is None else r)
 
     @property
     def done(self) -> bool:
@@ -224,7 +263,7 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.lanes = [
-            _Lane(e, {κ: Judge(self.space.reference, self.settings, scale=κ) for κ in asked})
+            _Lane(e, {κ: self._judge(κ) for κ in asked if self.space.judges(κ)})
             for e, asked in zip(self.estimators, self.scales, strict=True)
         ]
         needs = dict.fromkeys(e.needs for e in self.estimators)
@@ -236,6 +275,14 @@ class _Run:
         while self._rows > 1 and self._rows * positions > _BLOCK_ELEMENTS:
             self._rows //= 2
 
+    def _judge(self, scale: Scale) -> Judge:
+        return Judge(self.reference, self.space.settings(self.settings), scale=scale)
+
+    @cached_property
+    def reference(self) -> Tensor:
+        """What estimates should be on average, on their device."""
+        return self.space.reference.to(self.device)
+
     @property
     def active(self) -> list[_Lane]:
         return [lane for lane in self.lanes if not lane.done]
@@ -243,14 +290,16 @@ class _Run:
     def step(self) -> None:
         """One grain, for every estimator that is not judged yet."""
         active = self.active
-        first = self.grain * GRAIN
-        for lane, x in zip(active, self._estimates([a.estimator for a in active], first, GRAIN), strict=True):
-            lane.take(x, self.space.reference, self.grain)
+        for lane, (x, r) in zip(
+            active, self._estimates([a.estimator for a in active], self.grain * GRAIN, GRAIN), strict=True
+        ):
+            lane.take(x, r, self.reference, self.grain)
         self.grain += 1
 
-    def _estimates(self, estimators: Sequence[Estimator], first: int, count: int) -> list[Tensor]:
-        """ĝ of draws number first … first + count − 1 of each estimator, `[count, P]`."""
+    def _estimates(self, estimators: Sequence[Estimator], first: int, count: int) -> list[tuple[Tensor, Tensor | None]]:
+        """ĝ of draws number first … first + count − 1 of each estimator, `[count, P]`, and what is drawn beside it."""
         parts: list[list[Tensor]] = [[] for _ in estimators]
+        others: list[list[Tensor]] = [[] for _ in estimators]
         together: dict[tuple[tuple[SideTable, ...], bool], list[int]] = {}
         for i, e in enumerate(estimators):
             together.setdefault((e.needs, e.leaf == "logits"), []).append(i)
@@ -269,7 +318,9 @@ class _Run:
                         self._name_draw(estimators[i], low, len(index))
                         raise
                     parts[i].append(self.space.project(c, table, index))
-        return [torch.cat(x) for x in parts]
+                    if (r := self.space.drawn(table, index)) is not None:
+                        others[i].append(r)
+        return [(torch.cat(x), torch.cat(r) if r else None) for x, r in zip(parts, others, strict=True)]
 
     def _name_draw(self, estimator: Estimator, first: int, count: int) -> None:
         """Raise for the first draw that is not finite, with what reproduces it."""
@@ -290,24 +341,27 @@ class _Run:
         assert lane.account is not None
         fn = lane.estimator.coefficients
         how = fn.lane or "loop" if isinstance(fn, LossCoefficients) else "coefficients"
-        P = len(self.space.reference)
-        K, A = (1, P) if self.problem.written else self.problem.logits.shape
-        return lane.account.moments(
-            self.space.reference,
-            shape=(K, A) if P == K * A else (1, P),
+        in_logits = isinstance(self.space, LogitSpace)
+        shape = tuple(self.problem.logits.shape) if in_logits else (1, len(self.reference))
+        found = lane.account.moments(
+            self.reference,
+            shape=shape,  # type: ignore[arg-type]
             enumerated=lane.account.n,
             lane=how,
-            policy=self.problem.policy,
+            policy=self.problem.policy if in_logits else None,
             seed=self.seed,
             judgements={κ: judge.verdict() for κ, judge in lane.judges.items()},
         )
+        if lane.paired is not None:
+            found = _with_bias_of(found, lane.paired, self.reference)
+        return self.space.told(found, self.settings)
 
     # -- checkpoints
 
     def _identity(self, draws: int) -> dict[str, Any]:
         """What must be the same for a run to be gone on with; the first estimates stand for the estimators themselves."""
         h = hashlib.sha256()
-        for x in self._estimates(self.estimators, 0, _FIRST):
+        for x, _ in self._estimates(self.estimators, 0, _FIRST):
             h.update(x.cpu().numpy().tobytes())
         return {
             "format": _FORMAT,
@@ -325,6 +379,7 @@ class _Run:
         lanes = [
             {
                 "account": None if a.account is None else a.account.state(),
+                "paired": None if a.paired is None else a.paired.state(),
                 "centre": a.centre,
                 "judges": [j.state() for j in a.judges.values()],
             }
@@ -359,11 +414,25 @@ class _Run:
         self.grain = kept["grain"]
         for lane, state in zip(self.lanes, kept["lanes"], strict=True):
             lane.centre = state["centre"]
-            lane.account = None if state["account"] is None else Account.from_state(state["account"])
+            lane.account, lane.paired = (
+                None if state[name] is None else Account.from_state(state[name]) for name in ("account", "paired")
+            )
+            settings = self.space.settings(self.settings)
             lane.judges = {
-                κ: Judge.from_state(self.space.reference, self.settings, state=s, scale=κ)
+                κ: Judge.from_state(self.reference, settings, state=s, scale=κ)
                 for κ, s in zip(lane.judges, state["judges"], strict=True)
             }
+
+
+def _with_bias_of(found: Moments, paired: Account, reference: Tensor) -> Moments:
+    """The moments of x, with what x − r says of the bias: its size, the scale, and what follows from them."""
+    about = paired.intervals(reference)
+    bias, variance = about["bias"], found.intervals["variance"]
+    mse = Interval(*(b**2 + v for b, v in zip(astuple(bias), astuple(variance), strict=True)))
+    kept = {name: about[name] for name in ("scale", "bias", "rel", "off_axis")}
+    return replace(
+        found, mean=paired.mean.reshape(found.mean.shape).cpu(), intervals={**found.intervals, **kept, "mse": mse}
+    )
 
 
 def _tell(run: _Run, progress: Progress, most: int) -> None:

@@ -186,7 +186,7 @@ def entry_of(m: MeasurementRow, problem: ProblemRow) -> ExactEntry | None:
     if m.size is None or m.total_variance is None or m.bias is None or not np.isfinite(mean).all():
         return None
     floor, length = RTOL * m.size, float(np.linalg.norm(mean))
-    if m.size > 0 and problem.gradient_norm <= floor:
+    if m.size > 0 and (problem.gradient_norm or 0.0) <= floor:
         m = m.model_copy(update={"rel": None, "scale": None, "cosine": None, "off_axis": None})
     if length <= floor:
         m = m.model_copy(update={"cosine": None, "off_axis": None})
@@ -316,7 +316,7 @@ def compare(report: Report, baseline: Baseline, *, expected: ExpectedFailures | 
     same: list[ExactEntry | EstimatorEntry] = []
     differences = list(against_claims(report, expected or {}))
     entries = {e.key: e for e in now.entries}
-    norms = {p.name: p.gradient_norm for p in report.problems}
+    norms = {p.name: p.gradient_norm or 0.0 for p in report.problems}
     numberless = {(m.estimator, m.problem) for m in report.measurements} - set(entries)
     differences += [Difference("number", *key) for key in sorted(numberless)]
     before_entries = {e.key: e for e in baseline.entries}

@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pgcheck.engines.moments import Moments
+from pgcheck.engines.moments import Moments, View
 from pgcheck.errors import UsageError
 from pgcheck.estimators.base import ClaimKind, Estimator
 from pgcheck.problem import Problem
@@ -110,6 +110,9 @@ class Measurement:
     seed: int | None = None  # of what was drawn
     intervals: Mapping[str, Interval] = field(default_factory=dict)  # of what was drawn, by the names above; 95%
     judgements: Mapping[float | None, Judgement] = field(default_factory=dict)  # by the κ of E ĝ = κ g
+    view: View | None = (
+        None  # where a sample was taken if not in logits: then `expected` and `truth` are there, `[1, R]`
+    )
 
     @property
     def worst(self) -> tuple[int, int]:
@@ -220,12 +223,17 @@ def _measure_sampled(estimator: Estimator, problem: Problem, moments: Moments, s
     """The engine's numbers, and the finding of its judges."""
     if space == "parameters":
         raise UsageError('space: "parameters" of a sample; take the exact engine, or the logits.')
-    g, m, x = problem.gradient(), moments.mean, moments.intervals
+    m, x, view = moments.mean, moments.intervals, moments.view
+    known = problem.gradient() if view is None else view.reference
+    assert known is not None
+    g = known.cpu().reshape(m.shape)
     size_g, scale, variance = float(g.norm()), x["scale"].value, moments.total_variance
     # ‖E ĝ‖ without bias, as everything here
     length = math.sqrt(max(float((m**2).sum()) - variance / max(moments.batches or 1, 1), 0.0))
     off_axis = {name: j.off_axis for name, j in moments.judgements.items()}
     intervals = {**x, "off_axis": next(iter(off_axis.values()))} if off_axis else dict(x)
+    if view is not None and view.against is not None:  # m has the noise of a difference
+        length = abs(scale) * size_g / math.sqrt(max(1 - intervals["off_axis"].value ** 2, 1e-12))
     size = max(size_g, math.sqrt(max(variance + length**2, 0.0)))
     return Measurement(
         estimator=estimator.name,
@@ -250,6 +258,7 @@ def _measure_sampled(estimator: Estimator, problem: Problem, moments: Moments, s
         seed=moments.seed,
         intervals=intervals,
         judgements=moments.judgements,
+        view=view,
     )
 
 
