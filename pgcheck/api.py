@@ -22,7 +22,8 @@ from pgcheck.errors import BiasError, CheckFailed, UnknownNameError, UsageError
 from pgcheck.estimators.base import Claim, Estimator, find_estimator, proportional, unbiased
 from pgcheck.estimators.lookup import AnyEstimator, as_estimator, as_estimators, command_name
 from pgcheck.policies.transformer import LMPolicy
-from pgcheck.problem import Problem, problem_sets, registered_problems
+from pgcheck.problem import Problem
+from pgcheck.registry import problem_sets, registered_problems
 from pgcheck.render.code import Code, check_code
 from pgcheck.render.messages import BIAS_CHECKS, failure_message, step_message
 from pgcheck.render.progress import ProgressBar

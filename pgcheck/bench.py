@@ -37,7 +37,8 @@ from pgcheck.errors import PgcheckError, UsageError
 from pgcheck.estimators.base import Estimator
 from pgcheck.estimators.lookup import as_estimator
 from pgcheck.policies import TinyGPT
-from pgcheck.problem import Problem, find_problem
+from pgcheck.problem import Problem
+from pgcheck.registry import find_problem
 
 ROUNDS = 7
 ROWS = (3, 4, 6, 8)

@@ -36,7 +36,7 @@ from pgcheck.engines.moments import Progress
 from pgcheck.engines.threads import one_thread
 from pgcheck.errors import UsageError
 from pgcheck.estimators.lookup import as_estimator
-from pgcheck.problem import find_problem
+from pgcheck.registry import find_problem
 from pgcheck.statistics.certificate import GRAM, p_value, stretch, upper_bound
 from pgcheck.statistics.guarded import Floats, Scores, interval, z_of, z_scores
 from pgcheck.statistics.panel import TWO_SIDED, WITNESSES, directions, loudest, thresholds

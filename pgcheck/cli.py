@@ -172,7 +172,7 @@ def _listing(what: What) -> list[dict[str, object]]:
         ]
     from pgcheck.estimators.base import registered_estimators
     from pgcheck.estimators.lookup import FILLED_BY  # noqa: F401  (fills the registries)
-    from pgcheck.problem import find_problem, heavy_problems, registered_problems
+    from pgcheck.registry import find_problem, heavy_problems, registered_problems
 
     if what is What.estimators:
         return [
@@ -527,7 +527,7 @@ def design(
     from pgcheck.design import plan
     from pgcheck.engines.exact import DEFAULT_BUDGET
     from pgcheck.estimators.lookup import as_estimator
-    from pgcheck.problem import find_problem
+    from pgcheck.registry import find_problem
     from pgcheck.render.design import design_json, design_text
     from pgcheck.render.progress import ProgressBar
     from pgcheck.statistics.sequential import SHARE, Mode, Settings

@@ -24,7 +24,8 @@ from pgcheck.envs.language import LMTask
 from pgcheck.envs.tabular import TabularMDP
 from pgcheck.policies.decoding import Decoding, truncated
 from pgcheck.policies.transformer import TinyGPT
-from pgcheck.problem import Problem, find_problem, register_problem
+from pgcheck.problem import Problem
+from pgcheck.registry import find_problem, register_problem
 
 INF = math.inf
 
@@ -36,7 +37,7 @@ def named(
     double_of: str | None = None,
     heavy: bool = False,
 ) -> Callable[[Callable[[], Problem]], Callable[[], Problem]]:
-    """Register a builder as `name`, with its docstring as the problem's `about`; see `pgcheck.problem.register_problem`."""
+    """Register a builder as `name`, with its docstring as the problem's `about`; see `pgcheck.registry.register_problem`."""
 
     def decorate(build: Callable[[], Problem]) -> Callable[[], Problem]:
         about = " ".join((build.__doc__ or "").split())

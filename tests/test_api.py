@@ -19,7 +19,7 @@ from torch import Tensor
 
 import pgcheck
 from pgcheck import Batch
-from pgcheck.problem import registered_problems
+from pgcheck.registry import registered_problems
 
 SOUND_PROBLEM = "dialogue/two-turn"
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from pgcheck import bench
 from pgcheck.errors import PgcheckError
 from pgcheck.estimators.lookup import as_estimator
-from pgcheck.problem import Problem, find_problem
+from pgcheck.problem import Problem
+from pgcheck.registry import find_problem
 from pgcheck.render.bench import WHAT, bench_markdown
 
 PROBLEMS: dict[str, Callable[[], Problem]] = {

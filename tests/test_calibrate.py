@@ -28,7 +28,7 @@ from pgcheck.calibrate import (
 from pgcheck.engines.exact import exact_moments
 from pgcheck.errors import UsageError
 from pgcheck.estimators.lookup import as_estimator
-from pgcheck.problem import find_problem
+from pgcheck.registry import find_problem
 from pgcheck.statistics.certificate import stretch
 from pgcheck.statistics.guarded import Floats, z_of, z_scores
 from pgcheck.statistics.sequential import GRAIN, Judge, Settings

@@ -8,7 +8,7 @@ from pgcheck.design import plan
 from pgcheck.engines.exact import exact_moments
 from pgcheck.errors import BudgetError
 from pgcheck.estimators.lookup import as_estimator
-from pgcheck.problem import find_problem
+from pgcheck.registry import find_problem
 from pgcheck.statistics.sequential import Settings
 
 

@@ -45,7 +45,7 @@ import torch
 import pgcheck
 from pgcheck import errors
 from pgcheck.estimators.lookup import as_estimator
-from pgcheck.problem import find_problem
+from pgcheck.registry import find_problem
 from pgcheck.verdicts.quantities import find_quantity
 
 ROOT = Path(__file__).parent.parent
@@ -268,7 +268,7 @@ case("a problem", '''
 pgcheck.moments("grpo", "dialoge/two-turn")
 ''')  # fmt: skip
 case("a problem, looked up", '''
-from pgcheck.problem import find_problem
+from pgcheck.registry import find_problem
 find_problem("mdp/two-sates")
 ''')  # fmt: skip
 case("a problem at a θ that is no number", '''
@@ -302,11 +302,11 @@ from pgcheck.estimators.base import register
 register(pgcheck.from_coefficients(lambda batch: batch.mask, name="one"))
 ''')  # fmt: skip
 case("a problem that is registered already", '''
-from pgcheck.problem import find_problem, register_problem
+from pgcheck.registry import find_problem, register_problem
 register_problem("mdp/two-state", lambda: find_problem("mdp/two-state"))
 ''')  # fmt: skip
 case("a problem's name with an @", '''
-from pgcheck.problem import find_problem, register_problem
+from pgcheck.registry import find_problem, register_problem
 register_problem("mdp/two-state@home", lambda: find_problem("mdp/two-state"))
 ''')  # fmt: skip
 
@@ -512,6 +512,12 @@ task(reward=lambda prompt, completion: float(len(calls.append(1) or calls))).pat
 ''')  # fmt: skip
 case("too many prefixes", '''
 task(vocab_size=50, max_new_tokens=8).tree
+''')  # fmt: skip
+case("the table of completions that fit a tree", '''
+pgcheck.Problem(task(max_completions=4), pgcheck.TinyGPT(3)).trajectories
+''')  # fmt: skip
+case("the gradient of a task that a model writes", '''
+pgcheck.Problem(task(max_completions=1, max_prefixes=1), pgcheck.TinyGPT(3)).gradient()
 ''')  # fmt: skip
 case("an estimator that needs the table of all completions", '''
 problem = pgcheck.Problem(task(max_completions=4), pgcheck.TinyGPT(3))
@@ -1179,9 +1185,6 @@ pgcheck.moments("remax", "sampled/walk-50", engine="monte_carlo")
 ''')  # fmt: skip
 case("a sample judged in parameters", '''
 pgcheck.compare(["rloo"], "dialogue/two-turn", space="parameters", engine="monte_carlo")
-''')  # fmt: skip
-case("the process behind a table of rollouts", '''
-pgcheck.Problem(rollouts(), [[0., 0.]]).process
 ''')  # fmt: skip
 case("a checkpoint that is none", '''
 from pathlib import Path

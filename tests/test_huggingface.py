@@ -299,7 +299,9 @@ def test_a_task_from_text() -> None:
     assert set(seen) == {(p, t) for p in ("cab", "d") for t in ("", "a", "b", "aa", "ab", "ba", "bb")}
     assert problem.trajectories.actions == 3
     chances = [
-        float(p) for p, r in zip(problem.trajectories.probability, problem._paths.reward.sum(-1), strict=True) if r
+        float(p)
+        for p, r in zip(problem.trajectories.probability, problem.trajectories.paths.reward.sum(-1), strict=True)
+        if r
     ]
     z = torch.log_softmax(one_at_a_time(llama(), task), -1)
     at = {tokens: k for k, tokens in enumerate(task.contexts)}

@@ -13,7 +13,8 @@ from pgcheck import truth
 from pgcheck.errors import ProblemError, UnknownNameError
 from pgcheck.estimators.lookup import FILLED_BY  # noqa: F401  (fills the registries)
 from pgcheck.policies import LinearPolicy
-from pgcheck.problem import Problem, find_problem, heavy_problems, register_problem, registered_problems
+from pgcheck.problem import Problem
+from pgcheck.registry import find_problem, heavy_problems, register_problem, registered_problems
 from pgcheck.trajectories import Paths
 
 # N rollouts and K contexts of each, with the count that gives them
@@ -347,8 +348,7 @@ def test_sampled_problems() -> None:
         assert problem.binary_return
         assert problem.on_policy == ("stale" not in name)
         if prefixes:
-            assert problem.tree is not None
-            assert len(problem.tree.reward) == prefixes
+            assert problem.env.prefix_count == len(problem.env.tree.reward) == prefixes
             assert float(problem.gradient().norm()) > 1e-3
     with pytest.raises(UnknownNameError, match="lm-large/sum-mod"):
         find_problem("lm-large/sum-mud")

@@ -16,7 +16,8 @@ from pgcheck.estimators.base import find_estimator
 from pgcheck.estimators.lookup import FILLED_BY  # noqa: F401  (fills the registries)
 from pgcheck.policies import smollm
 from pgcheck.pretrained_problems import CAPITALS, SUMS
-from pgcheck.problem import Problem, find_problem, heavy_problems, problem_names, registered_problems
+from pgcheck.problem import Problem
+from pgcheck.registry import find_problem, heavy_problems, problem_names, registered_problems
 from pgcheck.runs.suite import read_suite, shipped_suites
 from pgcheck.verdicts.quantities import find_quantity
 

@@ -15,7 +15,8 @@ from hypothesis import given
 
 from pgcheck.errors import ProblemError, UnknownNameError
 from pgcheck.policies import LinearPolicy
-from pgcheck.problem import Problem, find_problem, register_problem, registered_problems
+from pgcheck.problem import Problem
+from pgcheck.registry import find_problem, register_problem, registered_problems
 from tests.worlds import World, random_world, shares, two_arm_env, two_arm_paths, two_state_env, worlds
 
 LOGITS = [[0.3, -0.1], [0.7, 0.2], [0.0, 0.0]]
@@ -260,7 +261,7 @@ def test_at_does_not_depend_on_the_global_seed() -> None:
 @pytest.fixture
 def empty_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """A registry of its own for the test."""
-    monkeypatch.setattr("pgcheck.problem._BUILDERS", {})
+    monkeypatch.setattr("pgcheck.registry._BUILDERS", {})
 
 
 @pytest.mark.usefixtures("empty_registry")

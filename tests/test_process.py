@@ -15,8 +15,10 @@ from pgcheck import strategies
 from pgcheck.envs.tabular import TabularMDP
 from pgcheck.errors import BudgetError
 from pgcheck.estimators.base import registered_estimators
-from pgcheck.problem import Problem, find_problem, registered_problems
+from pgcheck.problem import Problem
+from pgcheck.registry import find_problem, registered_problems
 from pgcheck.side import ActionValues, AllActionValues, OptimalBaselines, WrongValues
+from pgcheck.worlds.long import Long
 
 SMALL = [name for name in registered_problems() if isinstance(find_problem(name).env, TabularMDP)]
 
@@ -24,7 +26,7 @@ SMALL = [name for name in registered_problems() if isinstance(find_problem(name)
 def as_if_too_many(problem):
     """The same problem, which does not list its rollouts."""
     same = replace(problem)
-    vars(same)["enumerable"] = False
+    vars(same)["world"] = Long.of(problem.env, problem.contexts or range(problem.env.states), problem.world.policies)
     return same
 
 

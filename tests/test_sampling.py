@@ -8,7 +8,7 @@ from scipy import stats
 import pgcheck
 from pgcheck.engines.enumeration import Batches
 from pgcheck.estimators.lookup import FILLED_BY  # noqa: F401  (fills the registries)
-from pgcheck.problem import find_problem, registered_problems
+from pgcheck.registry import find_problem, registered_problems
 from pgcheck.sampling import Stream
 
 FALSE_ALARM = 1e-9  # of each statistical test below; about a hundred of them, with fixed seeds

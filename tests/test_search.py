@@ -17,7 +17,7 @@ from pgcheck import Batch
 from pgcheck.api import as_problems
 from pgcheck.estimators.base import Condition, biased, find_estimator, on_policy, proportional, unbiased
 from pgcheck.estimators.lookup import as_estimator
-from pgcheck.problem import find_problem
+from pgcheck.registry import find_problem
 from pgcheck.render.code import problem_code
 from pgcheck.search import EXAMPLES, search
 from pgcheck.verdicts.verdict import RTOL

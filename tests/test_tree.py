@@ -17,6 +17,8 @@ from pgcheck.errors import BudgetError
 from pgcheck.estimators.lookup import FILLED_BY  # noqa: F401  (fills the registries)
 from pgcheck.policies import TinyGPT, truncated
 from pgcheck.problem import Problem
+from pgcheck.worlds.listed import Listed
+from pgcheck.worlds.tree import Tree
 
 FALSE_ALARM = 1e-9  # of each statistical test
 COLUMNS = ("state", "context", "action", "reward", "mask", "logp", "behavior_logp", "ref_logp", "value")
@@ -51,7 +53,8 @@ def both(task: LMTask, setting: str, **plan: int) -> tuple[Problem, Problem]:
     z = Problem(task, model).logits
     logits = {f"{who}_logits": given.pop(who)(z) for who in ("behavior", "ref") if who in given}
     small, large = (Problem(t, model, **logits, **given, **plan) for t in (task, replace(task, max_completions=1)))
-    assert (small.tree is None, large.tree is None) == (True, False)
+    assert isinstance(small.world, Listed)
+    assert isinstance(large.world, Tree)
     return small, large
 
 
@@ -157,7 +160,7 @@ def test_the_gradient_of_a_large_one() -> None:
     problem = Problem(task, TinyGPT(6, width=16, layers=1, seed=1), group_size=4)
     found = problem.parameter_gradient()
     theta = nn.utils.parameters_to_vector(problem.policy.parameters()).detach()
-    policy, value = problem.policy, problem._value_at("dynamic_programming")
+    policy, value = problem.policy, problem.world.value("dynamic_programming")
     generator, h = torch.Generator().manual_seed(0), 1e-3
 
     def at(x: Tensor) -> float:

@@ -196,7 +196,8 @@ class LMTask:
         """log₁₀ of the completions of one prompt, about: a number too long to write out is never made."""
         return self.max_new_tokens * math.log10(len(self._written) - (self.eos is not None))
 
-    def _too_many(self) -> str:
+    def too_many(self) -> str:
+        """Why there is no table."""
         P, T = len(self.prompts), self.max_new_tokens
         fits = 0
         while P * self._completions_of(fits + 1) <= self.max_completions:
@@ -213,6 +214,15 @@ class LMTask:
             " max_completions."
         )
 
+    def too_many_prefixes(self) -> str:
+        """Why there is no tree."""
+        number = f"{self.prefix_count:,}" if self._digits < 12 else f"10^{self._digits:.0f}"
+        return (
+            f"max_new_tokens: {self.max_new_tokens} with vocab_size={self.vocab_size} and {len(self.prompts)} prompt(s)"
+            f" makes {number} prefixes; at most {self.max_prefixes:,} (max_prefixes) with {TREE_COMPLETIONS:,} completions"
+            " are listed, and J and ∇J are exact only there. Completions can still be drawn, by the model itself."
+        )
+
     # -- the tree
 
     @cached_property
@@ -223,7 +233,7 @@ class LMTask:
             BudgetError: too many completions; with their number and what to change.
         """
         if self.size != "table":
-            raise BudgetError(self._too_many())
+            raise BudgetError(self.too_many())
         return tuple(
             (s, (*text, token), (*own, True))
             for t, level in enumerate(self.prefixes)
@@ -240,12 +250,7 @@ class LMTask:
             BudgetError: too many prefixes.
         """
         if self.size == "generated":
-            number = f"{self.prefix_count:,}" if self._digits < 12 else f"10^{self._digits:.0f}"
-            raise BudgetError(
-                f"max_new_tokens: {self.max_new_tokens} with vocab_size={self.vocab_size} and {len(self.prompts)} prompt(s)"
-                f" makes {number} prefixes; at most {self.max_prefixes:,} (max_prefixes) with {TREE_COMPLETIONS:,} completions"
-                " are listed, and J and ∇J are exact only there. Completions can still be drawn, by the model itself."
-            )
+            raise BudgetError(self.too_many_prefixes())
         levels: list[list[tuple[int, Tokens, tuple[bool, ...]]]] = [[(s, (), ()) for s in range(len(self.prompts))]]
         for t in range(self.max_new_tokens - 1):
             grown = []

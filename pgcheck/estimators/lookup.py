@@ -26,7 +26,7 @@ from pgcheck.errors import EstimatorError, UsageError, in_words, nearest
 from pgcheck.estimators import zoo
 from pgcheck.estimators.base import Estimator, find_estimator, registered_estimators
 from pgcheck.estimators.from_loss import from_loss
-from pgcheck.problem import find_problem
+from pgcheck.registry import find_problem
 from pgcheck.seeding import random_state_kept
 
 AnyEstimator = Estimator | str | Callable[..., Any]

@@ -20,7 +20,8 @@ from pgcheck.errors import PgcheckError, UnknownNameError
 from pgcheck.estimators.base import Claim, Estimator, entropy_bonus, find_estimator, kl_penalty, registered_estimators
 from pgcheck.estimators.broken import BROKEN, Broken
 from pgcheck.estimators.lookup import as_estimator, command_name
-from pgcheck.problem import Problem, find_problem, heavy_problems, registered_problems
+from pgcheck.problem import Problem
+from pgcheck.registry import find_problem, heavy_problems, registered_problems
 from pgcheck.render.messages import first_sentence, number
 from pgcheck.runs.suite import read_suite, shipped_suites
 from pgcheck.verdicts.checks import Check, find_check, registered_checks

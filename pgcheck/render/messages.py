@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 from pgcheck.engines.direct import DirectMoments
-from pgcheck.problem import heavy_problems, registered_problems
+from pgcheck.estimators.base import registered_estimators
+from pgcheck.registry import heavy_problems, registered_problems
 from pgcheck.render.code import estimator_code
 from pgcheck.runs.report import MeasurementRow, ParameterRow, Report, VerdictRow
 from pgcheck.verdicts.checks import find_check
@@ -113,12 +114,12 @@ def cause_of(diagnosis: Diagnosis) -> str:
         "√((B−1)/B)": "the standard deviation over the batch is divided by B − 1, not by B",
         "√((G−1)/G)": "the standard deviation over the group is divided by G − 1, not by G",
     }
-    known = diagnosis.factor in hints
-    factor = diagnosis.factor if known or "/" in diagnosis.factor else number(float(diagnosis.factor))
+    parts = diagnosis.factor.split(" × ")
+    factor = " × ".join(x if x in hints or "/" in x else number(float(x)) for x in parts)
+    known = "; ".join(hints[x] for x in parts if x in hints)
     if mistake:
-        hint = f"; {hints[diagnosis.factor]}" if known else ""
-        return f"in expectation {this_is} {factor} × {name}, {where}{mistake}{hint}"
-    return f"in expectation {this_is} {factor} × {name}, {where}: {hints.get(diagnosis.factor, 'a constant factor')}"
+        return f"in expectation {this_is} {factor} × {name}, {where}{mistake}{known and f'; {known}'}"
+    return f"in expectation {this_is} {factor} × {name}, {where}: {known or 'a constant factor'}"
 
 
 def mend_of(swap: Swap) -> str:
@@ -211,6 +212,8 @@ def _bias_part(
     rows.append(("allowed", number(worst.allowed)))
     if diagnosis or not worst.sample:
         rows.append(("cause", cause_of(diagnosis) if diagnosis else "no known estimator has this expectation"))
+    if diagnosis and not diagnosis.mistake and (known := registered_estimators().get(diagnosis.subject)):
+        rows.append(("which is", known.about))
     if swap:
         rows.append(("mend", mend_of(swap)))
     against = diagnosis.subject if diagnosis and diagnosis.kind == "identity" else "reward_to_go"

@@ -36,7 +36,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from pgcheck.errors import UnknownNameError, UsageError
 from pgcheck.estimators.base import Estimator
 from pgcheck.estimators.lookup import as_estimator
-from pgcheck.problem import Problem, find_problem, problem_names, registered_problems
+from pgcheck.problem import Problem
+from pgcheck.registry import find_problem, problem_names, registered_problems
 from pgcheck.runs.report import CaseRow
 from pgcheck.verdicts.quantities import Found, Quantity, find_quantity
 from pgcheck.verdicts.verdict import RTOL, Status

@@ -41,7 +41,8 @@ from pgcheck.engines.monte_carlo import DEFAULT_DRAWS, Sampling
 from pgcheck.errors import SuiteError, UnknownNameError, UsageError
 from pgcheck.estimators.base import Estimator, registered_estimators
 from pgcheck.estimators.lookup import as_estimator
-from pgcheck.problem import Problem, find_problem, heavy_problems, problem_names, problem_sets, registered_problems
+from pgcheck.problem import Problem
+from pgcheck.registry import find_problem, heavy_problems, problem_names, problem_sets, registered_problems
 from pgcheck.runs.cases import Case, check_case
 from pgcheck.runs.report import Report
 from pgcheck.runs.runner import Expectation, run

@@ -51,31 +51,32 @@ class Diagnosis:
 
     kind: str
     subject: str  # an estimator, "the gradient" or a fact
-    factor: str  # "", "−1", "B", "1/B", "1/T", "(B−1)/B", … or a number
+    factor: str  # "", "−1", "B", "1/B", "1/T", "(B−1)/B", … or a number; or several, between " × "
     problems: int  # compared
     except_on: tuple[str, ...] = ()  # problems on which the identity does not hold
     mistake: str = ""  # what is wrong with `subject`, where that is known
     gap: float = 0.0  # the largest ‖E ĝ − factor · E[subject]‖ over the size, where that is more than rounding
 
 
-@dataclass(frozen=True)
-class _Factor:
-    name: str
-    of: Callable[[Problem], float]
+_FACTORS: dict[str, Callable[[Problem], float]] = {
+    "": lambda p: 1.0,
+    "−1": lambda p: -1.0,
+    "B": lambda p: float(p.rows),
+    "1/B": lambda p: 1.0 / p.rows,
+    "(B−1)/B": lambda p: (p.rows - 1) / p.rows,
+    "B/(B−1)": lambda p: p.rows / (p.rows - 1) if p.rows > 1 else math.nan,
+    "1/T": lambda p: 1.0 / p.steps,
+    "(G−1)/G": lambda p: (p.rows - p.groups) / p.rows,
+    "√((B−1)/B)": lambda p: math.sqrt((p.rows - 1) / p.rows),
+    "√((G−1)/G)": lambda p: math.sqrt((p.rows - p.groups) / p.rows),
+}
+_OWN = ("(G−1)/G", "(B−1)/B")  # what the own return in a mean leaves; often beside a divisor
+_PRODUCTS = tuple(f"{own} × {divisor}" for own in _OWN for divisor in ("1/T", "1/B", "B", "−1"))
 
 
-_FACTORS = (
-    _Factor("", lambda p: 1.0),
-    _Factor("−1", lambda p: -1.0),
-    _Factor("B", lambda p: float(p.rows)),
-    _Factor("1/B", lambda p: 1.0 / p.rows),
-    _Factor("(B−1)/B", lambda p: (p.rows - 1) / p.rows),
-    _Factor("B/(B−1)", lambda p: p.rows / (p.rows - 1) if p.rows > 1 else float("nan")),
-    _Factor("1/T", lambda p: 1.0 / p.trajectories.paths.steps),
-    _Factor("(G−1)/G", lambda p: (p.rows - p.groups) / p.rows),
-    _Factor("√((B−1)/B)", lambda p: math.sqrt((p.rows - 1) / p.rows)),
-    _Factor("√((G−1)/G)", lambda p: math.sqrt((p.rows - p.groups) / p.rows)),
-)
+def _value(factor: str, p: Problem) -> float:
+    """A product of named factors and numbers."""
+    return math.prod(_FACTORS[x](p) if x in _FACTORS else float(x) for x in factor.split(" × "))
 
 
 @dataclass(frozen=True)
@@ -195,9 +196,7 @@ def _parallel(row: _Row) -> bool:
 
 def _gap(found: Diagnosis, row: _Row) -> float:
     p, m, other = row
-    factor = next((f.of(p) for f in _FACTORS if f.name == found.factor), None)
-    scale = float(found.factor) if factor is None else factor
-    return float((m.expected - scale * other).norm()) / m.size
+    return float((m.expected - _value(found.factor, p) * other).norm()) / m.size
 
 
 def _is_multiple_of_truth(rows: Sequence[_Row]) -> bool:
@@ -236,17 +235,26 @@ def _match(subject: str, rows: Sequence[_Row], *, rtol: float = RTOL) -> Diagnos
     if all(float(other.norm()) <= RTOL * m.size for _, m, other in rows):
         return None
     # on a single problem B, T and any number are one and the same
-    factors = list(_FACTORS if len(rows) > 1 else _FACTORS[:2])
-    _, m0, first = next(row for row in rows if float(row[2].norm()) > RTOL * row[1].size)
-    constant = float((m0.expected * first).sum() / (first * first).sum())
-    if len(rows) > 2 and abs(constant) > 1e-6:
-        short = f"{constant:.6g}"
-        name = short if abs(float(short) - constant) <= 1e-12 * abs(constant) else repr(constant)
-        factors.append(_Factor(name, lambda _: constant))
+    factors = [*_FACTORS, *_PRODUCTS] if len(rows) > 1 else ["", "−1"]
+    if len(rows) > 2:
+        factors += [x for x in (_with_constant(base, rows) for base in ("", *_OWN)) if x]
     for factor in factors:
-        if all(float((m.expected - factor.of(p) * other).norm()) <= rtol * m.size for p, m, other in rows):
-            return Diagnosis("identity", subject, factor.name, len(rows))
+        if all(float((m.expected - _value(factor, p) * other).norm()) <= rtol * m.size for p, m, other in rows):
+            return Diagnosis("identity", subject, factor, len(rows))
     return None
+
+
+def _with_constant(base: str, rows: Sequence[_Row]) -> str:
+    """`base` times the number that fits the first row that is not 0; nothing where that is 0, or `base` the same everywhere."""
+    sizes = {_value(base, p) for p, _, _ in rows}
+    p0, m0, first = next(row for row in rows if float(row[2].norm()) > RTOL * row[1].size)
+    along = float((m0.expected * first).sum() / (first * first).sum())
+    if (base and len(sizes) == 1) or abs(along) <= 1e-6 or not _value(base, p0):
+        return ""
+    constant = along / _value(base, p0)
+    short = f"{constant:.6g}"
+    name = short if abs(float(short) - constant) <= 1e-12 * abs(constant) else repr(constant)
+    return f"{name} × {base}" if base else name
 
 
 def find_mistake(estimator: Estimator, problems: Sequence[Problem]) -> Diagnosis | None:

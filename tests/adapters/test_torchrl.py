@@ -18,7 +18,8 @@ from pgcheck.engines.enumeration import Batches
 from pgcheck.engines.exact import exact_moments
 from pgcheck.errors import BiasError, EstimatorError, UsageError
 from pgcheck.estimators.base import Estimator, find_estimator, from_coefficients
-from pgcheck.problem import Problem, find_problem
+from pgcheck.problem import Problem
+from pgcheck.registry import find_problem
 from pgcheck.runs.suite import load_suite
 from pgcheck.trajectories import Paths
 from pgcheck.verdicts.verdict import Measurement, measure

@@ -20,7 +20,8 @@ from pgcheck.estimators import zoo  # noqa: F401  (fills the registry)
 from pgcheck.estimators.base import Estimator, find_estimator, from_coefficients, registered_estimators
 from pgcheck.estimators.from_loss import from_loss
 from pgcheck.estimators.lookup import FILLED_BY  # noqa: F401  (fills the registries)
-from pgcheck.problem import Problem, find_problem
+from pgcheck.problem import Problem
+from pgcheck.registry import find_problem
 from tests.engines.oracle import bandit, brute_force, dialogue, every_batch, rollout_chances, walk
 
 TOLERANCE = 1e-10

@@ -13,7 +13,7 @@ from pgcheck.engines.exact import exact_moments
 from pgcheck.errors import BudgetError, EstimatorError
 from pgcheck.estimators.base import from_coefficients
 from pgcheck.estimators.lookup import as_estimator
-from pgcheck.problem import find_problem
+from pgcheck.registry import find_problem
 
 READERS = ("leave_one_out", "grpo", "batch_mean(group)", "batch_mean", "leave_one_out(batch)", "cispo", "cispo(notes)")
 

@@ -20,7 +20,7 @@ from pgcheck.engines.accounts import Account
 from pgcheck.engines.exact import exact_moments
 from pgcheck.engines.monte_carlo import monte_carlo
 from pgcheck.estimators.lookup import as_estimator
-from pgcheck.problem import find_problem
+from pgcheck.registry import find_problem
 from pgcheck.statistics.sequential import Settings
 from pgcheck.verdicts.verdict import Status
 
@@ -244,7 +244,7 @@ import sys
 from pathlib import Path
 from pgcheck.engines.monte_carlo import monte_carlo
 from pgcheck.estimators.lookup import as_estimator
-from pgcheck.problem import find_problem
+from pgcheck.registry import find_problem
 from pgcheck.statistics.sequential import Settings
 file, out = map(Path, sys.argv[1:])
 def told(what, done, total):

@@ -24,7 +24,8 @@ from pgcheck.envs.language import LMTask
 from pgcheck.errors import BudgetError, UsageError
 from pgcheck.estimators.lookup import FILLED_BY  # noqa: F401  (fills the registries)
 from pgcheck.policies import Decoding, TinyGPT
-from pgcheck.problem import Problem, find_problem
+from pgcheck.problem import Problem
+from pgcheck.registry import find_problem
 
 TASK = language.parity()
 NAMES = ("leave_one_out", "grpo", "batch_mean", "entropy_bonus(token)")

@@ -17,7 +17,7 @@ from pgcheck.engines.traces import into_gradient, squared_norms
 from pgcheck.errors import BudgetError, UsageError
 from pgcheck.estimators.base import Estimator, find_estimator
 from pgcheck.estimators.lookup import FILLED_BY  # noqa: F401  (fills the registries)
-from pgcheck.problem import find_problem
+from pgcheck.registry import find_problem
 
 # single rows, groups, batches; lumped; weights on every logit
 NAMES = ("reinforce", "leave_one_out", "grpo", "cispo", "token_is", "batch_mean", "entropy_bonus(token)")

@@ -9,7 +9,7 @@ import pytest
 
 from pgcheck.estimators.base import Estimator
 from pgcheck.estimators.lookup import all_imported, as_estimators, imported, source_of
-from pgcheck.problem import find_problem
+from pgcheck.registry import find_problem
 from pgcheck.verdicts.checks.base import estimates_gap
 
 CODE = """

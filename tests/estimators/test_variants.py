@@ -12,7 +12,7 @@ from pgcheck.batch import Batch
 from pgcheck.estimators import variants
 from pgcheck.estimators.base import Estimator
 from pgcheck.estimators.lookup import FILLED_BY  # noqa: F401  (fills the registries)
-from pgcheck.problem import find_problem
+from pgcheck.registry import find_problem
 
 
 def random_batch(name: str, rows: int = 4, *, seed: int = 3) -> Batch:

@@ -22,7 +22,8 @@ from pgcheck.estimators.base import Estimator, find_estimator, from_coefficients
 from pgcheck.estimators.lookup import FILLED_BY  # noqa: F401  (fills the registries)
 from pgcheck.estimators.zoo import compose
 from pgcheck.estimators.zoo.groups import difficulty
-from pgcheck.problem import Problem, find_problem, registered_problems
+from pgcheck.problem import Problem
+from pgcheck.registry import find_problem, registered_problems
 from pgcheck.side import WrongValues
 from tests.engines.oracle import bandit, dialogue, walk
 

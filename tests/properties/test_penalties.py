@@ -26,7 +26,7 @@ from pgcheck.estimators.from_loss import from_loss
 from pgcheck.estimators.lookup import FILLED_BY  # noqa: F401  (fills the registries)
 from pgcheck.estimators.penalties import k1, k2, k3
 from pgcheck.estimators.zoo import compose
-from pgcheck.problem import find_problem
+from pgcheck.registry import find_problem
 from pgcheck.verdicts.quantities import asymmetry
 from tests.properties import oracle
 from tests.properties.oracle import close, everything

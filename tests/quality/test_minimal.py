@@ -18,7 +18,8 @@ from pgcheck.engines.exact import exact_moments
 from pgcheck.estimators.base import find_estimator
 from pgcheck.estimators.broken import BROKEN, STALE
 from pgcheck.policies import LMPolicy
-from pgcheck.problem import Problem, doubles, find_problem, problem_sets
+from pgcheck.problem import Problem
+from pgcheck.registry import doubles, find_problem, problem_sets
 from pgcheck.runs.report import Report
 from pgcheck.verdicts.checks import registered_checks
 from pgcheck.verdicts.verdict import Measurement, measure

@@ -16,7 +16,7 @@ import pytest
 
 from pgcheck.estimators.base import from_coefficients, unbiased
 from pgcheck.estimators.lookup import as_estimator
-from pgcheck.problem import find_problem
+from pgcheck.registry import find_problem
 from pgcheck.runs.report import CaseRow, Report
 from pgcheck.runs.runner import run
 from pgcheck.verdicts.verdict import Status

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 import pgcheck
 from pgcheck import strategies
 from pgcheck.estimators.lookup import FILLED_BY  # noqa: F401  (fills the registries)
-from pgcheck.problem import find_problem, registered_problems
+from pgcheck.registry import find_problem, registered_problems
 from pgcheck.render.code import check_code, estimator_code, literal, problem_code
 from tests.worlds import two_arm_env, two_arm_paths
 

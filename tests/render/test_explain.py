@@ -16,7 +16,7 @@ from pgcheck.errors import UnknownNameError
 from pgcheck.estimators.base import registered_estimators
 from pgcheck.estimators.broken import BROKEN
 from pgcheck.estimators.lookup import as_estimator
-from pgcheck.problem import registered_problems
+from pgcheck.registry import registered_problems
 from pgcheck.render import explain as pages
 from pgcheck.render.explain import PARTS, WIDTH, example_code, page_parts
 from pgcheck.runs.runner import run

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from pgcheck.estimators.base import unbiased
 from pgcheck.estimators.lookup import as_estimator
-from pgcheck.problem import find_problem
+from pgcheck.registry import find_problem
 from pgcheck.render.messages import number
 from pgcheck.render.tables import cells, columns, comparison_rows, matrix, summary
 from pgcheck.render.terminal import print_matrix

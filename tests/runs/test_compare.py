@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import pgcheck
-from pgcheck.problem import Problem, find_problem
+from pgcheck.problem import Problem
+from pgcheck.registry import find_problem
 from pgcheck.runs.compare import Comparison, Sweeps, stale_logits
 from tests.engines.oracle import rollout_chances
 

@@ -20,7 +20,7 @@ from pgcheck.errors import UsageError
 from pgcheck.estimators.base import find_estimator
 from pgcheck.estimators.broken import BROKEN
 from pgcheck.estimators.lookup import FILLED_BY  # noqa: F401  (fills the registries)
-from pgcheck.problem import find_problem
+from pgcheck.registry import find_problem
 from pgcheck.render.gate import headline, message, shown, summary, why_not
 from pgcheck.runs.gate import (
     EMPTY,

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from pgcheck.errors import SuiteError, UsageError
 from pgcheck.estimators.base import from_coefficients
-from pgcheck.problem import registered_problems
+from pgcheck.registry import registered_problems
 from pgcheck.render.markdown import markdown
 from pgcheck.render.tables import case_message, case_rows, summary
 from pgcheck.render.terminal import print_matrix

@@ -13,7 +13,7 @@ from pgcheck.errors import UsageError
 from pgcheck.estimators.base import find_estimator, from_coefficients, proportional
 from pgcheck.estimators.broken import BROKEN
 from pgcheck.estimators.lookup import FILLED_BY  # noqa: F401  (fills the registries)
-from pgcheck.problem import find_problem
+from pgcheck.registry import find_problem
 from pgcheck.runs import report as rows
 from pgcheck.runs.report import SCHEMA, Report
 from pgcheck.runs.runner import Expectation, run

@@ -13,7 +13,8 @@ from pgcheck.errors import EstimatorError, UnknownNameError, UsageError
 from pgcheck.estimators.base import Estimator, biased, find_estimator, from_coefficients, proportional, unbiased
 from pgcheck.estimators.from_loss import from_loss
 from pgcheck.estimators.lookup import FILLED_BY  # noqa: F401  (fills the registries)
-from pgcheck.problem import Problem, find_problem
+from pgcheck.problem import Problem
+from pgcheck.registry import find_problem
 from pgcheck.runs.report import Report
 from pgcheck.runs.runner import RICH_PROBLEMS, Expectation, richness, run
 from pgcheck.verdicts.verdict import Status

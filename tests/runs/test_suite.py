@@ -13,7 +13,7 @@ from pgcheck.errors import SuiteError, UnknownNameError
 from pgcheck.estimators.base import registered_estimators
 from pgcheck.estimators.lookup import FILLED_BY  # noqa: F401  (fills the registries)
 from pgcheck.policies import smollm
-from pgcheck.problem import doubles, registered_problems
+from pgcheck.registry import doubles, registered_problems
 from pgcheck.runs.suite import Suite, load_suite, problems_matching, shipped_suites
 from pgcheck.verdicts.verdict import Status
 

@@ -17,7 +17,8 @@ from pgcheck.estimators.base import Estimator, find_estimator, from_coefficients
 from pgcheck.estimators.broken import BROKEN, STALE
 from pgcheck.estimators.from_loss import from_loss
 from pgcheck.estimators.lookup import FILLED_BY  # noqa: F401  (fills the registries)
-from pgcheck.problem import Problem, find_problem
+from pgcheck.problem import Problem
+from pgcheck.registry import find_problem
 from pgcheck.runs.runner import run
 from pgcheck.verdicts.checks import Check, find_check, registered_checks
 from pgcheck.verdicts.checks.base import add_check

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -109,6 +110,23 @@ def _nearly(batch: Batch) -> Tensor:
     return 1.001 * batch.episode_return.unsqueeze(-1) * batch.mask / batch.rows
 
 
+def _centered(divisor: Callable[[Batch], float]) -> Callable[[Batch], Tensor]:
+    def fn(batch: Batch) -> Tensor:
+        same = (batch.group.unsqueeze(-1) == batch.group.unsqueeze(-2)).to(torch.float64)
+        R = batch.episode_return
+        centered = R - (same @ R.unsqueeze(-1)).squeeze(-1) / same.sum(-1)
+        return centered.unsqueeze(-1) * batch.mask / batch.rows / divisor(batch)
+
+    return fn
+
+
+for _name, _divisor in {
+    "centered over the group, and a mean over padding": lambda batch: batch.mask.shape[-1],
+    "centered over the group, and a constant length": lambda batch: 512.0,
+}.items():
+    EXTRA[_name] = from_coefficients(_centered(_divisor), couples="group", name=_name)
+
+
 @coefficients("zero")
 def _zero(batch: Batch) -> Tensor:
     return torch.zeros_like(batch.reward)
@@ -123,6 +141,8 @@ IDENTITIES = {
     "divided_by_rows_twice": ("core", "the gradient", "1/B"),
     "mean_over_padding": ("core", "the gradient", "1/T"),
     "tripled": ("core", "the gradient", "3"),
+    "centered over the group, and a mean over padding": ("core", "the gradient", "(G−1)/G × 1/T"),
+    "centered over the group, and a constant length": ("core", "the gradient", "0.001953125 × (G−1)/G"),
     "discount_weight_missing": ("core", "reward_to_go_undiscounted_weight", ""),
     "baseline_sees_next_state": ("core", "baselined(next_state)", ""),
     "token_ratio_for_trajectory_ratio": ("off-policy", "token_is", ""),
@@ -171,7 +191,11 @@ def test_an_identity_holds_wherever_there_is_a_bias(name: str) -> None:
         assert found.except_on == ()
     else:
         assert {p.partition("@")[0] for p in found.except_on} == {"dialogue/two-turn-action-clock"}
-    factor = FACTORS.get(found.factor) or (lambda p: float(found.factor))
+    parts = found.factor.split(" × ")
+
+    def factor(p: Problem) -> float:
+        return math.prod(FACTORS[x](p) if x in FACTORS else float(x) for x in parts)
+
     for p, m in zip(*numbers(name, which), strict=True):
         if m.finding == "unbiased" or p.name in found.except_on:
             continue

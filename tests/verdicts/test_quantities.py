@@ -19,7 +19,8 @@ from pgcheck.estimators.base import Estimator
 from pgcheck.estimators.lookup import as_estimator
 from pgcheck.notes_problems import coin
 from pgcheck.policies import LinearPolicy
-from pgcheck.problem import Problem, find_problem
+from pgcheck.problem import Problem
+from pgcheck.registry import find_problem
 from pgcheck.verdicts import quantities as q
 from pgcheck.verdicts.quantities import find_quantity, registered_quantities
 from tests.engines.oracle import bandit, brute_force, dialogue, every_batch, gradient_of, rollout_chances, softmax, walk

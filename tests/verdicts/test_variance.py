@@ -20,7 +20,8 @@ from pgcheck.engines.exact import exact_moments
 from pgcheck.errors import UnknownNameError
 from pgcheck.estimators.base import Estimator, from_coefficients
 from pgcheck.estimators.lookup import as_estimator
-from pgcheck.problem import Problem, find_problem
+from pgcheck.problem import Problem
+from pgcheck.registry import find_problem
 from pgcheck.verdicts import variance as v
 from pgcheck.verdicts.quantities import find_quantity
 from pgcheck.verdicts.verdict import measure

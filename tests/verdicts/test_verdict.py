@@ -15,7 +15,8 @@ from pgcheck.engines.moments import Moments
 from pgcheck.envs.tabular import TabularMDP
 from pgcheck.estimators.base import Estimator, biased, find_estimator, from_coefficients, proportional, unbiased
 from pgcheck.estimators.lookup import FILLED_BY  # noqa: F401  (fills the registries)
-from pgcheck.problem import Problem, find_problem
+from pgcheck.problem import Problem
+from pgcheck.registry import find_problem
 from pgcheck.verdicts.checks.bias import judge_claims
 from pgcheck.verdicts.verdict import (
     RTOL,
