@@ -1186,6 +1186,21 @@ pgcheck.moments("remax", "sampled/walk-50", engine="monte_carlo")
 case("a sample judged in parameters", '''
 pgcheck.compare(["rloo"], "dialogue/two-turn", space="parameters", engine="monte_carlo")
 ''')  # fmt: skip
+case("processes and a GPU", '''
+sampling = pgcheck.Sampling(workers=2, device="cuda")
+pgcheck.compare(["rloo"], "dialogue/two-turn", engine="monte_carlo", sampling=sampling)
+''')  # fmt: skip
+case("processes where torch sees a GPU", '''
+from unittest import mock
+with mock.patch("torch.cuda.is_available", return_value=True):
+    pgcheck.check_estimator("rloo", "dialogue/two-turn", engine="monte_carlo", sampling=pgcheck.Sampling(workers=2))
+''')  # fmt: skip
+case("checkpoints where there is a file", '''
+from pathlib import Path
+Path("kept").write_text("")
+sampling = pgcheck.Sampling(checkpoint="kept")
+pgcheck.check_estimator("rloo", "dialogue/two-turn", engine="monte_carlo", sampling=sampling)
+''')  # fmt: skip
 case("a checkpoint that is none", '''
 from pathlib import Path
 from pgcheck.engines.monte_carlo import monte_carlo

@@ -12,6 +12,7 @@ from typing import Literal, get_args
 from pgcheck.engines.exact import DEFAULT_BUDGET, exact_moments
 from pgcheck.engines.moments import Moments, Progress
 from pgcheck.engines.monte_carlo import Sampling, Scale, monte_carlo
+from pgcheck.engines.sketch import default_space
 from pgcheck.errors import BudgetError, UsageError
 from pgcheck.estimators.base import Estimator
 from pgcheck.problem import Problem
@@ -58,14 +59,18 @@ def moments_by(
                 with suppress(BudgetError):
                     found[i] = exact_moments([e], problem, budget=budget, progress=progress)[0]
     rest = [i for i in range(len(estimators)) if i not in found]
+    drawn = [estimators[i] for i in rest]
     sampled = monte_carlo(
-        [estimators[i] for i in rest],
+        drawn,
         problem,
         scales=None if scales is None else [scales[i] for i in rest],
         settings=how.settings,
         seed=how.seed,
         draws=how.draws,
+        space=default_space(problem, directions=how.directions, seed=how.seed, device=how.device),
         device=how.device,
+        workers=how.workers,
+        checkpoint=how.file_of(problem, drawn),
         progress=progress,
     )
     found |= dict(zip(rest, sampled, strict=True))

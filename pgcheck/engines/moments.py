@@ -33,6 +33,19 @@ class Sums:
 
 
 @dataclass(frozen=True)
+class View:
+    """Where sampled moments are, if not in logits: all parameters, or a few directions among them."""
+
+    reference: Tensor | None  # [R], what is known of ∇_θ J there
+    parameters: int  # P
+    directions: int | None = None  # random ones, across ∇J where it is known; None: all of θ
+    against: str | None = None  # an unbiased estimator on the same rollouts, that stands for ∇J where this is not known
+    shown: float = (
+        1.0  # the share of a bias's length that is seen at least; verdicts, and what could be missed, allow for it
+    )
+
+
+@dataclass(frozen=True)
 class Moments:
     """E ĝ and Cov ĝ of one batch."""
 
@@ -51,6 +64,7 @@ class Moments:
     # of sampled moments, for each κ that E ĝ = κ ∇J was judged at, None for "some κ > 0"
     scores: Scores | None = None  # of sampled moments: what an account keeps of each draw (`pgcheck.engines.accounts`)
     first: Tensor | None = None  # of sampled moments: the mean of the first grain of draws, [P]
+    view: View | None = None  # None: in logits
 
     @property
     def total_variance(self) -> float:

@@ -6,15 +6,19 @@ A draw is one whole batch (`pgcheck.sampling`). Draws are evaluated in grains of
 estimator whose judges have all decided is not evaluated any more.
 
 Guarantee: what is found of an estimator is a function of (problem, seed, settings) to the bit, whatever is judged beside it,
-however many grains are done between checkpoints, and whether it was interrupted; memory does not grow with the draws.
+however many grains are done between checkpoints, in how many processes, and whether it was interrupted; memory does not grow
+with the draws.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import astuple, dataclass, field, replace
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,12 +31,13 @@ from pgcheck.engines.coefficients import cells_of, coefficients_of, scattered
 from pgcheck.engines.declarations import verify_purity
 from pgcheck.engines.moments import Moments, Progress
 from pgcheck.engines.threads import one_thread
+from pgcheck.engines.workers import Workers, check_workers
 from pgcheck.errors import BudgetError, NotFiniteError, UsageError, names_problem
 from pgcheck.estimators.base import Estimator
 from pgcheck.estimators.from_loss import LossCoefficients
 from pgcheck.problem import Problem
 from pgcheck.sampling import Sampler, as_device
-from pgcheck.statistics.sequential import GRAIN, SHARE, Judge, Settings
+from pgcheck.statistics.sequential import GRAIN, SHARE, Interval, Judge, Settings
 from pgcheck.trajectories import SideTable, Trajectories, is_count
 
 DEFAULT_DRAWS = 262_144  # most draws of one problem
@@ -47,7 +52,7 @@ Scale = float | None
 
 
 class Space(Protocol):
-    """Where estimates live."""
+    """Where estimates live, and what is known of ∇J there."""
 
     @property
     def reference(self) -> Tensor:
@@ -56,9 +61,41 @@ class Space(Protocol):
     def project(self, c: Tensor, table: Trajectories, index: Tensor) -> Tensor:
         """Estimates `[count, P]` from coefficients `[count, B, T]` (or `[count, B, T, A]`) of the rows `index` `[count, B]`."""
 
+    def drawn(self, table: Trajectories, index: Tensor) -> Tensor | None:
+        """An unbiased estimate of ∇J from every draw, `[count, P]`, where `reference` is not ∇J itself."""
+
+    def judges(self, scale: Scale) -> bool:
+        """Whether E x = κ ∇J can be judged here; None: some κ > 0."""
+
+    def settings(self, asked: Settings) -> Settings:
+        """Those of a judge in this space, whose verdict then keeps what was asked for."""
+
+    def told(self, moments: Moments, asked: Settings) -> Moments:
+        """What a judge and an account found here, as said of ĝ."""
+
+
+class Known:
+    """What a space does in which ∇J is known and nothing of an estimate is out of sight."""
+
+    def drawn(self, table: Trajectories, index: Tensor) -> Tensor | None:
+        """None."""
+        return None
+
+    def judges(self, scale: Scale) -> bool:
+        """Any."""
+        return True
+
+    def settings(self, asked: Settings) -> Settings:
+        """As asked."""
+        return asked
+
+    def told(self, moments: Moments, asked: Settings) -> Moments:
+        """As found."""
+        return moments
+
 
 @dataclass(frozen=True)
-class LogitSpace:
+class LogitSpace(Known):
     """ĝ in logit space, against ∇J."""
 
     reference: Tensor  # [K·A]
@@ -86,6 +123,9 @@ class Sampling:
         alpha: P(some correct estimator of the run fails); each check gets 1/1024 of it, so that one more moves no other's.
         beta: P(an estimator whose bias is δ ‖∇J‖ passes), for each check.
         device: where coefficients are evaluated, as torch names it.
+        workers: processes that evaluate draws; any number gives the same bytes.
+        checkpoint: a folder that keeps how far each problem is, so that a run that was cut off goes on from there.
+        directions: random ones along which estimates are seen where there are too many logits and parameters.
     """
 
     seed: int = 0
@@ -94,9 +134,12 @@ class Sampling:
     alpha: float = 1e-6
     beta: float = 1e-3
     device: str = "cpu"
+    workers: int = 1
+    checkpoint: Path | str | None = None
+    directions: int = 32
 
     def __post_init__(self) -> None:
-        _check_counts(seed=self.seed, draws=self.draws)
+        _check_counts(seed=self.seed, draws=self.draws, workers=self.workers, directions=self.directions)
         if not (isinstance(self.tolerance, (int, float)) and 0 < self.tolerance < 1):
             raise UsageError(
                 f"tolerance: {self.tolerance!r}; no finite sample shows that a bias is 0, so it must lie between 0 and 1. The"
@@ -112,6 +155,23 @@ class Sampling:
         """Of one check."""
         return Settings(rtol=self.tolerance, alpha=self.alpha / SHARE, beta=self.beta)
 
+    def file_of(self, problem: Problem, estimators: Sequence[Estimator]) -> Path | None:
+        """Where it is kept how far these estimators are on this problem.
+
+        Raises:
+            UsageError: `checkpoint` is no folder, and cannot be made one.
+        """
+        if self.checkpoint is None:
+            return None
+        folder = Path(self.checkpoint)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"checkpoint: {folder} cannot be a folder ({type(error).__name__}).") from None
+        names = "|".join([problem.name, *(e.name for e in estimators)])
+        key = hashlib.sha256(names.encode()).hexdigest()[:8]
+        return folder / f"{re.sub(r'[^A-Za-z0-9_.@-]+', '-', problem.name)}.{key}.checkpoint"
+
 
 @one_thread()
 @names_problem
@@ -126,6 +186,7 @@ def monte_carlo(
     space: Space | None = None,
     device: str = "cpu",
     block: int = 16,
+    workers: int = 1,
     checkpoint: Path | None = None,
     progress: Progress | None = None,
 ) -> list[Moments]:
@@ -138,16 +199,18 @@ def monte_carlo(
         space: where the verdict is given; default, logits.
         device: where coefficients are evaluated, as torch names it.
         block: grains between two checkpoints, and calls of `progress`.
+        workers: processes that evaluate grains; this one judges them.
         checkpoint: a file that is written after each block, and from which a run that was cut off goes on.
 
     Raises:
-        UsageError: `seed`, `draws` or `block` is no count; too few draws to look once; a checkpoint of another run.
+        UsageError: `seed`, `draws`, `block` or `workers` is no count; too few draws to look once; a checkpoint of another run.
         BudgetError: more coordinates than fit; the problem's `needs` cannot be sampled.
         EstimatorError: random, stateful, or of the wrong shape.
         NotFiniteError: NaN or infinity, with the draw that shows it.
     """
+    _check_counts(seed=seed, draws=draws, block=block, workers=workers)
+    check_workers(workers, device)
     settings, device = settings or Settings(), as_device(device)
-    _check_counts(seed=seed, draws=draws, block=block)
     scales = [()] * len(estimators) if scales is None else scales
     if any(scales) and draws < settings.first_look:
         raise UsageError(
@@ -160,7 +223,7 @@ def monte_carlo(
         raise BudgetError(
             f"'{problem.name}' has {len(where.reference):,} logits; verdicts are sampled for at most {MOST_COORDINATES:,}, as"
             " 1,024 estimates are held at once. Let contexts share logits, or look along a few directions:"
-            " monte_carlo(…, space=SketchSpace.of(problem, directions=32)) of pgcheck.engines."
+            " monte_carlo(…, space=pgcheck.SketchSpace.of(problem, directions=32))."
         )
     if float(where.reference.norm()) <= _ROUNDING * problem.reward_size:
         scales = [()] * len(estimators)
@@ -168,13 +231,14 @@ def monte_carlo(
     last = -(-draws // GRAIN)
     if checkpoint is not None:
         run.resume(checkpoint, draws=last * GRAIN)
-    while run.active and run.grain < last:
-        for _ in range(min(block, last - run.grain)):
-            run.step()
-        if checkpoint is not None:
-            run.save(checkpoint, draws=last * GRAIN)
-        if progress is not None:
-            _tell(run, progress, last * GRAIN)
+    with run.in_processes(workers, last):
+        while run.active and run.grain < last:
+            for _ in range(min(block, last - run.grain)):
+                run.step()
+            if checkpoint is not None:
+                run.save(checkpoint, draws=last * GRAIN)
+            if progress is not None:
+                _tell(run, progress, last * GRAIN)
     return [run.found(i) for i in range(len(estimators))]
 
 
@@ -185,6 +249,16 @@ def _check_counts(**given: Any) -> None:
             raise UsageError(f"{name}: {x!r}; it must be an integer of at least {least}.")
 
 
+@dataclass(frozen=True)
+class _Grain:
+    """What one grain of draws has to say of an estimator."""
+
+    x: Tensor  # [GRAIN, P]
+    r: Tensor | None  # an unbiased estimate of ∇J drawn beside each
+    account: Account
+    paired: Account | None
+
+
 @dataclass
 class _Lane:
     """One estimator: what is known of it."""
@@ -192,16 +266,50 @@ class _Lane:
     estimator: Estimator
     judges: dict[Scale, Judge]
     account: Account | None = None
+    paired: Account | None = None  # of x − r + reference, where an estimate r of ∇J is drawn beside x
     centre: Tensor | None = None
 
-    def take(self, x: Tensor, reference: Tensor, grain: int) -> None:
-        if self.centre is None:
-            self.centre = x.mean(0)
+    def evaluated(self, x: Tensor, r: Tensor | None, reference: Tensor, grain: int) -> _Grain:
+        """What is to be taken of a grain with number `grain`."""
+        centre = x.mean(0) if self.centre is None else self.centre
         gram = grain % max(1, 2 ** max(grain.bit_length() - 1, 0) // _GRAMS) == 0
-        new = Account.of(x, reference, centre=self.centre, gram=gram)
-        self.account = new if self.account is None else self.account.merge(new)
-        for judge in self.judges.values():
-            judge.update(x)
+        account = Account.of(x, reference, centre=centre, gram=gram and not (self._judged and r is None))
+        if r is None:
+            return _Grain(x, None, account, None)
+        paired = Account.of(x - r + reference, reference, centre=reference, gram=gram and not self._judged)
+        return _Grain(x, r, account, paired)
+
+    def take(self, new: _Grain) -> None:
+        """The next grain."""
+        if self.centre is None:
+            self.centre = new.x.mean(0)
+        self.account = new.account if self.account is None else self.account.merge(new.account)
+        if new.paired is not None:
+            self.paired = new.paired if self.paired is None else self.paired.merge(new.paired)
+        for κ, judge in self.judges.items():
+            judge.update(new.x, None if κ is None else new.r)
+
+    @property
+    def _judged(self) -> bool:
+        """κ = 1 has a judge, whose spectrum is that of X − μ, or of X − r where r stands for μ."""
+        return 1.0 in self.judges
+
+    @property
+    def accounts(self) -> tuple[Account, Account | None]:
+        """That of X, and the paired one, each with its spectrum."""
+        account, paired = self.account, self.paired
+        assert account is not None
+        if self._judged and paired is None:
+            account = replace(account, spectrum=self.judges[1.0].spectrum)
+        elif self._judged and paired is not None:
+            paired = replace(paired, spectrum=self.judges[1.0].spectrum)
+        return account, paired
+
+    @property
+    def whole_account(self) -> Account:
+        """With the spectrum of X − μ, which is that of the judge of κ = 1 where there is one."""
+        assert self.account is not None
+        return replace(self.account, spectrum=self.judges[1.0].spectrum) if 1.0 in self.judges else self.account
 
     @property
     def done(self) -> bool:
@@ -221,36 +329,77 @@ class _Run:
     scales: Sequence[Sequence[Scale]]
     grain: int = 0  # the next
     lanes: list[_Lane] = field(init=False)
+    _workers: Workers[dict[int, _Grain]] | None = field(init=False)
 
     def __post_init__(self) -> None:
         self.lanes = [
-            _Lane(e, {κ: Judge(self.space.reference, self.settings, scale=κ) for κ in asked})
+            _Lane(e, {κ: self._judge(κ) for κ in asked if self.space.judges(κ)})
             for e, asked in zip(self.estimators, self.scales, strict=True)
         ]
         needs = dict.fromkeys(e.needs for e in self.estimators)
         self._samplers: dict[tuple[SideTable, ...], Sampler] = {
             n: self.problem.sampler(seed=self.seed, needs=n, device=self.device) for n in needs
         }
+        self._stack, self._workers = ExitStack(), None
+        self._processes, self._last, self._given = 1, 0, 0
         positions = self.problem.rows * self.problem.steps
         self._rows = GRAIN
         while self._rows > 1 and self._rows * positions > _BLOCK_ELEMENTS:
             self._rows //= 2
 
+    def _judge(self, scale: Scale) -> Judge:
+        return Judge(self.reference, self.space.settings(self.settings), scale=scale)
+
+    @cached_property
+    def reference(self) -> Tensor:
+        """What estimates should be on average, on their device."""
+        return self.space.reference.to(self.device)
+
     @property
     def active(self) -> list[_Lane]:
+        """Those that are not judged yet."""
         return [lane for lane in self.lanes if not lane.done]
+
+    @property
+    def _undecided(self) -> list[int]:
+        return [i for i, lane in enumerate(self.lanes) if not lane.done]
 
     def step(self) -> None:
         """One grain, for every estimator that is not judged yet."""
-        active = self.active
-        first = self.grain * GRAIN
-        for lane, x in zip(active, self._estimates([a.estimator for a in active], first, GRAIN), strict=True):
-            lane.take(x, self.space.reference, self.grain)
+        evaluated = self._next()
+        for i in self._undecided:
+            self.lanes[i].take(evaluated[i])
         self.grain += 1
 
-    def _estimates(self, estimators: Sequence[Estimator], first: int, count: int) -> list[Tensor]:
-        """ĝ of draws number first … first + count − 1 of each estimator, `[count, P]`."""
+    def _next(self) -> dict[int, _Grain]:
+        if self._workers is None:
+            if self._processes == 1 or self.grain == 0:  # the first has the centres, which workers are to know
+                return self._evaluated(self.grain, self._undecided)
+            self._workers = self._stack.enter_context(Workers(self._processes, self._evaluated))
+            self._given = self.grain
+        while self._workers.hungry and self._given < self._last:
+            self._workers.give(self._given, self._undecided)
+            self._given += 1
+        return self._workers.take()
+
+    def _evaluated(self, grain: int, numbers: Sequence[int]) -> dict[int, _Grain]:
+        """What a grain is to be taken as, by number of the estimator."""
+        found = self._estimates([self.lanes[i].estimator for i in numbers], grain * GRAIN, GRAIN)
+        return {
+            i: self.lanes[i].evaluated(x, r, self.reference, grain) for i, (x, r) in zip(numbers, found, strict=True)
+        }
+
+    @contextmanager
+    def in_processes(self, count: int, last: int) -> Iterator[None]:
+        """Within, grains before `last` are evaluated by so many processes."""
+        self._processes, self._last = count, last
+        with self._stack:
+            yield
+
+    def _estimates(self, estimators: Sequence[Estimator], first: int, count: int) -> list[tuple[Tensor, Tensor | None]]:
+        """ĝ of draws number first … first + count − 1 of each estimator, `[count, P]`, and what is drawn beside it."""
         parts: list[list[Tensor]] = [[] for _ in estimators]
+        others: list[list[Tensor]] = [[] for _ in estimators]
         together: dict[tuple[tuple[SideTable, ...], bool], list[int]] = {}
         for i, e in enumerate(estimators):
             together.setdefault((e.needs, e.leaf == "logits"), []).append(i)
@@ -269,7 +418,9 @@ class _Run:
                         self._name_draw(estimators[i], low, len(index))
                         raise
                     parts[i].append(self.space.project(c, table, index))
-        return [torch.cat(x) for x in parts]
+                    if (r := self.space.drawn(table, index)) is not None:
+                        others[i].append(r)
+        return [(torch.cat(x), torch.cat(r) if r else None) for x, r in zip(parts, others, strict=True)]
 
     def _name_draw(self, estimator: Estimator, first: int, count: int) -> None:
         """Raise for the first draw that is not finite, with what reproduces it."""
@@ -287,29 +438,36 @@ class _Run:
     def found(self, i: int) -> Moments:
         """What is known of an estimator."""
         lane = self.lanes[i]
-        assert lane.account is not None
+        account, paired = lane.accounts
         fn = lane.estimator.coefficients
         how = fn.lane or "loop" if isinstance(fn, LossCoefficients) else "coefficients"
-        P = len(self.space.reference)
-        K, A = (1, P) if self.problem.written else self.problem.logits.shape
-        return lane.account.moments(
-            self.space.reference,
-            shape=(K, A) if P == K * A else (1, P),
-            enumerated=lane.account.n,
+        in_logits = isinstance(self.space, LogitSpace)
+        shape = tuple(self.problem.logits.shape) if in_logits else (1, len(self.reference))
+        found = account.moments(
+            self.reference,
+            shape=shape,  # type: ignore[arg-type]
+            enumerated=account.n,
             lane=how,
-            policy=self.problem.policy,
+            policy=self.problem.policy if in_logits else None,
             seed=self.seed,
             judgements={κ: judge.verdict() for κ, judge in lane.judges.items()},
             first=lane.centre,
         )
+        if paired is not None:
+            found = _with_bias_of(found, paired, self.reference)
+        return self.space.told(found, self.settings)
 
     # -- checkpoints
 
+    @cached_property
+    def _first_estimates(self) -> str:
+        h = hashlib.sha256()
+        for x, _ in self._estimates(self.estimators, 0, _FIRST):
+            h.update(x.cpu().numpy().tobytes())
+        return h.hexdigest()
+
     def _identity(self, draws: int) -> dict[str, Any]:
         """What must be the same for a run to be gone on with; the first estimates stand for the estimators themselves."""
-        h = hashlib.sha256()
-        for x in self._estimates(self.estimators, 0, _FIRST):
-            h.update(x.cpu().numpy().tobytes())
         return {
             "format": _FORMAT,
             "version": metadata.version("pgcheck"),
@@ -318,7 +476,7 @@ class _Run:
             "draws": draws,
             "settings": repr((self.settings, [list(x) for x in self.scales])),
             "estimators": [e.name for e in self.estimators],
-            "first estimates": h.hexdigest(),
+            "first estimates": self._first_estimates,
         }
 
     def save(self, path: Path, *, draws: int) -> None:
@@ -326,6 +484,7 @@ class _Run:
         lanes = [
             {
                 "account": None if a.account is None else a.account.state(),
+                "paired": None if a.paired is None else a.paired.state(),
                 "centre": a.centre,
                 "judges": [j.state() for j in a.judges.values()],
             }
@@ -353,18 +512,32 @@ class _Run:
         here = self._identity(draws)
         for name, x in here.items():
             if there.get(name) != x:
-                was = f", {there.get(name)!r}, not {x!r}" if name != "first estimates" else ""
+                how = "are others" if name == "first estimates" else f"is {there.get(name)!r}, not {x!r}"
                 raise UsageError(
-                    f"checkpoint: {path} is of another run: its {name} differ{was}. Delete it, or name another file."
+                    f"checkpoint: {path} is of another run: its {name} {how}. Delete it, or keep this run elsewhere."
                 )
         self.grain = kept["grain"]
         for lane, state in zip(self.lanes, kept["lanes"], strict=True):
             lane.centre = state["centre"]
-            lane.account = None if state["account"] is None else Account.from_state(state["account"])
+            lane.account, lane.paired = (
+                None if state[name] is None else Account.from_state(state[name]) for name in ("account", "paired")
+            )
+            settings = self.space.settings(self.settings)
             lane.judges = {
-                κ: Judge.from_state(self.space.reference, self.settings, state=s, scale=κ)
+                κ: Judge.from_state(self.reference, settings, state=s, scale=κ)
                 for κ, s in zip(lane.judges, state["judges"], strict=True)
             }
+
+
+def _with_bias_of(found: Moments, paired: Account, reference: Tensor) -> Moments:
+    """The moments of x, with what x − r says of the bias: its size, the scale, and what follows from them."""
+    about = paired.intervals(reference)
+    bias, variance = about["bias"], found.intervals["variance"]
+    mse = Interval(*(b**2 + v for b, v in zip(astuple(bias), astuple(variance), strict=True)))
+    kept = {name: about[name] for name in ("scale", "bias", "rel", "off_axis")}
+    return replace(
+        found, mean=paired.mean.reshape(found.mean.shape).cpu(), intervals={**found.intervals, **kept, "mse": mse}
+    )
 
 
 def _tell(run: _Run, progress: Progress, most: int) -> None:

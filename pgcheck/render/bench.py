@@ -22,6 +22,8 @@ WHAT = {
     "time of a verdict": "The same verdict in seconds, by class counts where groups are large; the aim is five on two cores.",
     "sketch": "The same coordinates of the same draws: the engine with everything it needs first, the rival by one backward"
     " pass a group.",
+    "sampled draws": "A sampled verdict with everything it needs, the drawing of the batches included; the rival is handed the"
+    " same batches and adds up E ĝ and E ĝĝᵀ.",
     "tenth estimator": "Ten estimators in one call of an engine against nine of them; 1/ratio − 1 is what the tenth adds.",
 }
 

@@ -183,7 +183,7 @@ def entry_of(m: MeasurementRow, problem: ProblemRow) -> Entry | None:
     if m.size is None or m.total_variance is None or m.bias is None or not np.isfinite(mean).all():
         return None
     floor, length = RTOL * m.size, float(np.linalg.norm(mean))
-    if m.size > 0 and problem.gradient_norm <= floor:  # a number that is divided by rounding is rounding
+    if m.size > 0 and (problem.gradient_norm or 0.0) <= floor:  # a number that is divided by rounding is rounding
         m = m.model_copy(update={"rel": None, "scale": None, "cosine": None, "off_axis": None})
     if length <= floor:
         m = m.model_copy(update={"cosine": None, "off_axis": None})

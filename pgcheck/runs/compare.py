@@ -181,7 +181,7 @@ def comparison(
                 progress(f"{p.name}: by step, source and block", i, len(estimators))
             _blocks(made, e, p, m)
             _splits(made, e, p)
-        short = replace(how, draws=min(how.draws, sweeps.draws))
+        short = replace(how, draws=min(how.draws, sweeps.draws), checkpoint=None)
         for name, moved, q in _points(p, sweeps):
             if progress is not None:
                 progress(f"{p.name}: {name}", 0, 1)

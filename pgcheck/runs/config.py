@@ -30,6 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from pgcheck.engines.choice import Engine
 from pgcheck.engines.moments import Progress
+from pgcheck.engines.monte_carlo import Sampling
 from pgcheck.errors import UsageError, nearest
 from pgcheck.estimators.base import ClaimKind, Couples, Estimator, biased, find_estimator, proportional, unbiased
 from pgcheck.estimators.lookup import as_estimators
@@ -166,9 +167,9 @@ class Plan:
         """The plan with other fields of the suite (`engine`, `tolerance`, `draws`, …)."""
         return replace(self, suite=self.suite.model_copy(update=settings))
 
-    def run(self, *, progress: Progress | None = None) -> Report:
-        """Run it."""
-        return self.suite.run(estimators=self.estimators, progress=progress)
+    def run(self, *, sampling: Sampling | None = None, progress: Progress | None = None) -> Report:
+        """Run it, with other settings of its sampling if given."""
+        return self.suite.run(estimators=self.estimators, sampling=sampling, progress=progress)
 
 
 def plan(

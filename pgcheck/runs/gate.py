@@ -138,7 +138,7 @@ def compare(
     same: list[Row] = []
     differences = list(against_claims(report, expected or {}))
     entries, before_entries = ({e.key: e for e in b.entries} for b in (now, baseline))
-    norms = {p.name: p.gradient_norm for p in report.problems}
+    norms = {p.name: p.gradient_norm or 0.0 for p in report.problems}
     numberless = {(m.estimator, m.problem) for m in report.measurements} - set(entries)
     differences += [Difference("number", *key) for key in sorted(numberless)]
     tested = two_sample_tests(before_entries, entries, sampled_entries(baseline) if sampled is None else sampled)

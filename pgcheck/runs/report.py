@@ -49,7 +49,7 @@ class ProblemRow(_Row):
     about: str
     digest: str
     rollouts: int
-    contexts: int
+    contexts: int | None  # null: a model writes, and they cannot be listed
     actions: int
     steps: int
     rows: int
@@ -57,8 +57,8 @@ class ProblemRow(_Row):
     discount: float
     on_policy: bool
     full_support: bool
-    value: float
-    gradient_norm: float
+    value: float | None  # null, as is the norm: not known, where contexts cannot be listed
+    gradient_norm: float | None
     gradient: list[list[float]]  # ∇J in logit space, [K, A]; empty if that has more than `LARGEST_TABLE` entries
     by_step: list[float | None]  # ⟨g_t, ∇J⟩/‖∇J‖² of each position, for its part g_t of ∇J; sums to 1
 
@@ -134,6 +134,9 @@ class MeasurementRow(_Row):
     high: dict[str, float | None] = {}
     spread: list[float] = []  # Var ⟨ĝ, v⟩ of an exact ĝ along fixed directions; empty if Cov ĝ is not kept
     sampled: SampledRow | None = None  # what a later sample is held against
+    parameters: int | None = None  # P, of a sample that was seen in parameters, as the logits are too many
+    directions: int | None = None  # random ones among them, along which alone it was seen
+    against: str | None = None  # the unbiased estimator on the same rollouts that stood for ∇J, which is not known
 
 
 class SampleRow(_Row):
@@ -301,7 +304,8 @@ def merged(reports: Sequence[Report], *, suite: str) -> Report:
 
 
 _EMPTY: dict[str, Any] = {
-    "seed": None, "low": {}, "high": {}, "sample": None, "expected": False, "spread": [], "sampled": None
+    "seed": None, "low": {}, "high": {}, "sample": None, "expected": False, "spread": [], "sampled": None,
+    "parameters": None, "directions": None, "against": None,
 }  # fmt: skip
 
 
@@ -316,7 +320,7 @@ def _table(x: Tensor) -> list[list[float]]:
 
 def problem_row(problem: Problem) -> ProblemRow:
     """A problem's line of the report."""
-    contexts, actions = problem.logits.shape
+    contexts, actions = (None, problem.actions) if problem.written else problem.logits.shape
     return ProblemRow(
         name=problem.name,
         about=problem.about,
@@ -330,11 +334,16 @@ def problem_row(problem: Problem) -> ProblemRow:
         discount=problem.discount,
         on_policy=problem.on_policy,
         full_support=problem.full_support,
-        value=problem.value(),
-        gradient_norm=float(problem.gradient().norm()),
-        gradient=_table(problem.gradient()),
-        by_step=[finite_or_none(x) for x in along(problem.gradient_by_step(), problem.gradient())],
+        **_truth(problem),
     )
+
+
+def _truth(problem: Problem) -> dict[str, Any]:
+    if problem.written:
+        return {"value": None, "gradient_norm": None, "gradient": [], "by_step": []}
+    g = problem.gradient()
+    shares = [finite_or_none(x) for x in along(problem.gradient_by_step(), g)]
+    return {"value": problem.value(), "gradient_norm": float(g.norm()), "gradient": _table(g), "by_step": shares}
 
 
 def claim_row(claim: Claim) -> ClaimRow:
@@ -353,6 +362,8 @@ def measurement_row(m: Measurement, *, space: Space = "logits") -> MeasurementRo
     """A measurement's line of the report; `space` is that of its E ĝ."""
     same = ("estimator", "problem", "finding", "batches", "enumerated", "lane")
     maybe = ("rel", "scale", "cosine", "off_axis", "bias", "size", "total_variance", "mse", "snr")
+    seen = {} if m.view is None else {name: getattr(m.view, name) for name in ("parameters", "directions", "against")}
+    space = space if m.view is None else "parameters"
     context, action = m.worst if space == "logits" else (None, None)
     numbers: dict[str, Any] = {name: getattr(m, name) for name in same}
     numbers |= {name: finite_or_none(getattr(m, name)) for name in maybe}
@@ -366,6 +377,7 @@ def measurement_row(m: Measurement, *, space: Space = "logits") -> MeasurementRo
         seed=m.seed,
         low={name: finite_or_none(x.low) for name, x in m.intervals.items()},
         high={name: finite_or_none(x.high) for name, x in m.intervals.items()},
+        **seen,
         spread=list(m.spread),
         sampled=None if m.sampled is None else _sampled_row(m.sampled),
     )

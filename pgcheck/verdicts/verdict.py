@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pgcheck.engines.moments import Moments
+from pgcheck.engines.moments import Moments, View
 from pgcheck.errors import UsageError
 from pgcheck.estimators.base import ClaimKind, Estimator
 from pgcheck.problem import Problem
@@ -122,6 +122,7 @@ class Measurement:
     judgements: Mapping[float | None, Judgement] = field(default_factory=dict)  # by the κ of E ĝ = κ g
     spread: tuple[float, ...] = ()  # Var ⟨ĝ, v⟩ along the first `SPREAD` fixed directions; empty if Cov ĝ is not kept
     sampled: Sampled | None = None  # of what was drawn
+    view: View | None = None  # where a sample was taken, if not in logits: `expected` and `truth` are `[1, R]` there
 
     @property
     def worst(self) -> tuple[int, int]:
@@ -241,12 +242,17 @@ def _measure_sampled(estimator: Estimator, problem: Problem, moments: Moments, s
     """The engine's numbers, and the finding of its judges."""
     if space == "parameters":
         raise UsageError('space: "parameters" of a sample; take the exact engine, or the logits.')
-    g, m, x = problem.gradient(), moments.mean, moments.intervals
+    m, x, view = moments.mean, moments.intervals, moments.view
+    known = problem.gradient() if view is None else view.reference
+    assert known is not None
+    g = known.cpu().reshape(m.shape)
     size_g, scale, variance = float(g.norm()), x["scale"].value, moments.total_variance
     # ‖E ĝ‖ without bias, as everything here
     length = math.sqrt(max(float((m**2).sum()) - variance / max(moments.batches or 1, 1), 0.0))
     off_axis = {name: j.off_axis for name, j in moments.judgements.items()}
     intervals = {**x, "off_axis": next(iter(off_axis.values()))} if off_axis else dict(x)
+    if view is not None and view.against is not None:  # m has the noise of a difference
+        length = abs(scale) * size_g / math.sqrt(max(1 - intervals["off_axis"].value ** 2, 1e-12))
     size = max(size_g, math.sqrt(max(variance + length**2, 0.0)))
     return Measurement(
         estimator=estimator.name,
@@ -272,6 +278,7 @@ def _measure_sampled(estimator: Estimator, problem: Problem, moments: Moments, s
         intervals=intervals,
         judgements=moments.judgements,
         sampled=_sampled(moments),
+        view=view,
     )
 
 

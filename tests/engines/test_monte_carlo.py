@@ -275,3 +275,25 @@ def test_sigkill_loses_at_most_a_block(tmp_path):
     with start(tmp_path / "b", out) as process:
         process.communicate()
     assert out.read_text() == whole.read_text()
+
+
+def test_memory_is_flat_in_the_number_of_draws(tmp_path):
+    """What is kept of a run after 8 192 and after 65 536 draws; the judge is still undecided then."""
+    p, tight = find_problem("dialogue/two-turn"), replace(LIGHT, rtol=1e-3)
+    sizes = []
+    for n in (8192, 65_536):
+        file = tmp_path / str(n)
+        (found,) = monte_carlo(estimators("rloo"), p, scales=asked(1, 1.0), settings=tight, draws=n, checkpoint=file)
+        assert found.batches == n
+        sizes.append(sum(x.numel() for x in tensors_in(torch.load(file, weights_only=True))))
+    assert sizes[0] == sizes[1]
+
+
+def tensors_in(x):
+    if isinstance(x, torch.Tensor):
+        return [x]
+    return [
+        t
+        for part in (x.values() if isinstance(x, dict) else x if isinstance(x, list) else ())
+        for t in tensors_in(part)
+    ]
