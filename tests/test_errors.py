@@ -1487,6 +1487,7 @@ for _title, _text in (
     ("an older baseline", '{"schema": "pgcheck-baseline/1", "estimators": [], "entries": []}'),
     ("a baseline with a sample that is none", '''{"schema": "pgcheck-baseline/2", "estimators": [], "cases": [], "entries": [
 {"estimator": "grpo", "problem": "p", "engine": "monte_carlo", "digest": "d", "finding": "biased", "seed": 0, "batches": 4096,
+ "directions": null, "against": null,
  "rel": 1.0, "scale": 1.0, "cosine": 1.0, "off_axis": 0.0, "size": 1.0, "total_variance": 1.0,
  "first": [0.0], "scores": {}}]}'''),
     ("a baseline with a row twice", '''{"schema": "pgcheck-baseline/2", "entries": [], "cases": [], "estimators": [
