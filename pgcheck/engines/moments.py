@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pgcheck.errors import UsageError
 from pgcheck.policies.tabular import in_parameters, logit_gram, logit_jacobian
 from pgcheck.statistics.sequential import Interval, Judgement
+from pgcheck.statistics.variance import Pairs
 
 Progress = Callable[[str, int, int], None]
 # (what, batches done, batches in all): called between blocks of anything that has run for two seconds
@@ -48,6 +49,8 @@ class Moments:
     # of sampled moments, by name: scale, rel, bias, off_axis, variance, mse, snr; 95%, NaN where the tails allow none
     judgements: Mapping[float | None, Judgement] = field(default_factory=dict)
     # of sampled moments, for each κ that E ĝ = κ ∇J was judged at, None for "some κ > 0"
+    pairs: Pairs | None = None
+    # of sampled moments: ‖ĝ − E ĝ‖² beside that of the estimator it was compared to, draw by draw
 
     @property
     def total_variance(self) -> float:

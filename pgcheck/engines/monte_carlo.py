@@ -23,6 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,7 +38,9 @@ from pgcheck.estimators.base import Estimator
 from pgcheck.estimators.from_loss import LossCoefficients
 from pgcheck.problem import Problem
 from pgcheck.sampling import Sampler, as_device
+from pgcheck.statistics.guarded import Floats
 from pgcheck.statistics.sequential import GRAIN, SHARE, Judge, Settings
+from pgcheck.statistics.variance import Pairs
 from pgcheck.trajectories import SideTable, Trajectories, is_count
 
 DEFAULT_DRAWS = 262_144  # most draws of one problem
@@ -146,6 +149,7 @@ def monte_carlo(
     problem: Problem,
     *,
     scales: Sequence[Sequence[Scale]] | None = None,
+    beside: int | None = None,
     settings: Settings | None = None,
     seed: int = 0,
     draws: int = DEFAULT_DRAWS,
@@ -160,6 +164,7 @@ def monte_carlo(
 
     Args:
         scales: for each estimator the κ of claims E ĝ = κ ∇J to judge, None for "some κ > 0"; without any, all draws are used.
+        beside: number of the estimator that the others' variance is compared to, draw by draw (`Moments.pairs`).
         settings: tolerance and error rates of every judge.
         draws: most draws; rounded up to whole grains of 1024.
         space: where the verdict is given; default, logits.
@@ -193,7 +198,7 @@ def monte_carlo(
         )
     if float(where.reference.norm()) <= _ROUNDING * problem.reward_size:
         scales = [()] * len(estimators)
-    run = _Run(estimators, problem, where, seed, device, settings, scales)
+    run = _Run(estimators, problem, where, seed, device, settings, scales, beside)
     last = -(-draws // GRAIN)
     if checkpoint is not None:
         run.resume(checkpoint, draws=last * GRAIN)
@@ -215,6 +220,14 @@ def _check_counts(**given: Any) -> None:
             raise UsageError(f"{name}: {x!r}; it must be an integer of at least {least}.")
 
 
+@dataclass(frozen=True)
+class _Grain:
+    """1024 estimates."""
+
+    x: Tensor  # [1024, P]
+    account: Account
+
+
 @dataclass
 class _Lane:
     """One estimator: what is known of it."""
@@ -222,21 +235,36 @@ class _Lane:
     estimator: Estimator
     judges: dict[Scale, Judge]
     account: Account | None = None
-    centre: Tensor | None = None
+    centre: Tensor | None = None  # the mean of the first grain
+    pairs: Pairs | None = None  # ‖x − centre‖² beside that of the estimator that it is compared to
+
+    def centre_of(self, x: Tensor) -> Tensor:
+        """The mean of the first grain, which x is if there was none before."""
+        return x.mean(0) if self.centre is None else self.centre
 
     def account_of(self, x: Tensor, reference: Tensor, grain: int) -> Account:
         """Of the draws of a grain."""
-        centre = x.mean(0) if self.centre is None else self.centre
         gram = grain % max(1, 2 ** max(grain.bit_length() - 1, 0) // _GRAMS) == 0
-        return Account.of(x, reference, centre=centre, gram=gram and 1.0 not in self.judges)
+        return Account.of(x, reference, centre=self.centre_of(x), gram=gram and 1.0 not in self.judges)
 
-    def take(self, x: Tensor, account: Account) -> None:
+    def pair(self, squares: Floats, of_other: Floats) -> None:
+        """Squared distances of the next grain, and those of the other."""
+        new = Pairs.of(squares, of_other)
+        self.pairs = new if self.pairs is None else self.pairs.merge(new)
+
+    def take(self, grain: _Grain) -> None:
         """The next grain."""
-        if self.centre is None:
-            self.centre = x.mean(0)
-        self.account = account if self.account is None else self.account.merge(account)
+        self.centre = self.centre_of(grain.x)
+        self.account = grain.account if self.account is None else self.account.merge(grain.account)
         for judge in self.judges.values():
-            judge.update(x)
+            judge.update(grain.x)
+
+    @property
+    def off_centre(self) -> float:
+        """‖E x − centre‖², by which E‖x − centre‖² is more than the variance."""
+        assert self.account is not None
+        assert self.centre is not None
+        return float((self.account.mean - self.centre).square().sum())
 
     @property
     def whole_account(self) -> Account:
@@ -260,9 +288,10 @@ class _Run:
     device: str
     settings: Settings
     scales: Sequence[Sequence[Scale]]
+    beside: int | None = None
     grain: int = 0  # the next
     lanes: list[_Lane] = field(init=False)
-    _workers: Workers[dict[int, tuple[Tensor, Account]]] | None = field(init=False)
+    _workers: Workers[dict[int, _Grain]] | None = field(init=False)
 
     def __post_init__(self) -> None:
         self.lanes = [
@@ -292,11 +321,21 @@ class _Run:
     def step(self) -> None:
         """One grain, for every estimator that is not judged yet."""
         evaluated = self._next()
-        for i in self._undecided:
-            self.lanes[i].take(*evaluated[i])
+        now = self._undecided
+        if self.beside in now:
+            of_other = self._squares(self.beside, evaluated[self.beside].x)
+            for i in now:
+                if i != self.beside:
+                    self.lanes[i].pair(self._squares(i, evaluated[i].x), of_other)
+        for i in now:
+            self.lanes[i].take(evaluated[i])
         self.grain += 1
 
-    def _next(self) -> dict[int, tuple[Tensor, Account]]:
+    def _squares(self, i: int, x: Tensor) -> Floats:
+        """‖x − c‖² of each draw."""
+        return np.asarray((x - self.lanes[i].centre_of(x)).square().sum(1).cpu().numpy())
+
+    def _next(self) -> dict[int, _Grain]:
         if self._workers is None:
             if self._processes == 1 or self.grain == 0:  # the first has the centres, which workers are to know
                 return self._evaluated(self.grain, self._undecided)
@@ -307,13 +346,13 @@ class _Run:
             self._given += 1
         return self._workers.take()
 
-    def _evaluated(self, grain: int, numbers: Sequence[int]) -> dict[int, tuple[Tensor, Account]]:
-        """Estimates of a grain and their account, by number of the estimator."""
+    def _evaluated(self, grain: int, numbers: Sequence[int]) -> dict[int, _Grain]:
+        """A grain, by number of the estimator."""
         lanes = [self.lanes[i] for i in numbers]
         xs = self._estimates([lane.estimator for lane in lanes], grain * GRAIN, GRAIN)
         reference = self.space.reference
-        accounts = [lane.account_of(x, reference, grain) for lane, x in zip(lanes, xs, strict=True)]
-        return dict(zip(numbers, zip(xs, accounts, strict=True), strict=True))
+        found = [_Grain(x, lane.account_of(x, reference, grain)) for lane, x in zip(lanes, xs, strict=True)]
+        return dict(zip(numbers, found, strict=True))
 
     @contextmanager
     def in_processes(self, count: int, last: int) -> Iterator[None]:
@@ -374,7 +413,13 @@ class _Run:
             policy=self.problem.policy,
             seed=self.seed,
             judgements={κ: judge.verdict() for κ, judge in lane.judges.items()},
+            pairs=self._paired(lane),
         )
+
+    def _paired(self, lane: _Lane) -> Pairs | None:
+        if lane.pairs is None or self.beside is None:
+            return None
+        return lane.pairs.plus(-lane.off_centre, -self.lanes[self.beside].off_centre)
 
     # -- checkpoints
 
@@ -393,7 +438,7 @@ class _Run:
             "problem": self.problem.digest,
             "seed": self.seed,
             "draws": draws,
-            "settings": repr((self.settings, [list(x) for x in self.scales])),
+            "settings": repr((self.settings, [list(x) for x in self.scales], self.beside)),
             "estimators": [e.name for e in self.estimators],
             "first estimates": self._first_estimates,
         }
@@ -404,6 +449,7 @@ class _Run:
             {
                 "account": None if a.account is None else a.account.state(),
                 "centre": a.centre,
+                "pairs": None if a.pairs is None else a.pairs.state(),
                 "judges": [j.state() for j in a.judges.values()],
             }
             for a in self.lanes
@@ -437,6 +483,7 @@ class _Run:
         self.grain = kept["grain"]
         for lane, state in zip(self.lanes, kept["lanes"], strict=True):
             lane.centre = state["centre"]
+            lane.pairs = None if state["pairs"] is None else Pairs.from_state(state["pairs"])
             lane.account = None if state["account"] is None else Account.from_state(state["account"])
             lane.judges = {
                 κ: Judge.from_state(self.space.reference, self.settings, state=s, scale=κ)

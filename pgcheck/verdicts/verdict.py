@@ -30,6 +30,7 @@ from pgcheck.estimators.base import ClaimKind, Estimator
 from pgcheck.problem import Problem
 from pgcheck.statistics.sequential import Interval, Judgement
 from pgcheck.statistics.status import Status as Status
+from pgcheck.statistics.variance import Pairs
 
 RTOL = 1e-9
 
@@ -110,6 +111,7 @@ class Measurement:
     seed: int | None = None  # of what was drawn
     intervals: Mapping[str, Interval] = field(default_factory=dict)  # of what was drawn, by the names above; 95%
     judgements: Mapping[float | None, Judgement] = field(default_factory=dict)  # by the κ of E ĝ = κ g
+    pairs: Pairs | None = None  # of what was drawn, beside the estimator that it is compared to
 
     @property
     def worst(self) -> tuple[int, int]:
@@ -120,12 +122,11 @@ class Measurement:
 
     @property
     def ends(self) -> dict[str, float]:
-        """NAME_low and NAME_high of rel, scale, variance, mse and snr: the 95% interval; of an exact number, the number."""
-        exact = {"variance": self.total_variance} | {
-            name: getattr(self, name) for name in ("rel", "scale", "mse", "snr")
-        }
+        """NAME_low and NAME_high of rel, scale, bias, variance, mse, snr: the 95% interval; of an exact number, the number."""
+        names = ("rel", "scale", "bias", "variance", "mse", "snr")
+        exact = {name: self.total_variance if name == "variance" else getattr(self, name) for name in names}
         out = {}
-        for name in ("rel", "scale", "variance", "mse", "snr"):
+        for name in names:
             x = self.intervals.get(name)
             out[f"{name}_low"], out[f"{name}_high"] = (exact[name],) * 2 if x is None else (x.low, x.high)
         return out
@@ -250,6 +251,7 @@ def _measure_sampled(estimator: Estimator, problem: Problem, moments: Moments, s
         seed=moments.seed,
         intervals=intervals,
         judgements=moments.judgements,
+        pairs=moments.pairs,
     )
 
 
