@@ -20,7 +20,9 @@ _WHERE = {
     "pgcheck.engines.direct": ("TrainingStep", "direct_estimates"),
     "pgcheck.engines.exact": ("exact_moments",),
     "pgcheck.engines.moments": ("Moments",),
-    "pgcheck.engines.monte_carlo": ("Sampling",),
+    "pgcheck.engines.monte_carlo": ("Sampling", "monte_carlo"),
+    "pgcheck.engines.parameters": ("ParameterSpace",),
+    "pgcheck.engines.sketch": ("SketchSpace", "sketch_moments"),
     "pgcheck.envs.language": ("LMTask",),
     "pgcheck.envs.tabular": ("TabularMDP",),
     "pgcheck.errors": (
@@ -50,7 +52,9 @@ if TYPE_CHECKING:
     from pgcheck.engines.direct import TrainingStep, direct_estimates
     from pgcheck.engines.exact import exact_moments
     from pgcheck.engines.moments import Moments
-    from pgcheck.engines.monte_carlo import Sampling
+    from pgcheck.engines.monte_carlo import Sampling, monte_carlo
+    from pgcheck.engines.parameters import ParameterSpace
+    from pgcheck.engines.sketch import SketchSpace, sketch_moments
     from pgcheck.envs.language import LMTask
     from pgcheck.envs.tabular import TabularMDP
     from pgcheck.envs.text import text_task

@@ -337,20 +337,23 @@ def gate(
     form: Annotated[GateFormat, typer.Option("--format", help="what is printed")] = GateFormat.terminal,
 ) -> None:
     """Hold a report against a baseline: whatever changed is named, and fails until it is accepted with --update."""
+    from shlex import quote
+
     from pgcheck.errors import UsageError
     from pgcheck.render import gate as words
     from pgcheck.render.ci import on_github, outcomes_of_gate, places_of, tell_github
     from pgcheck.render.files import write_all
     from pgcheck.render.progress import ProgressBar
     from pgcheck.render.provenance import read_places
+    from pgcheck.runs.baseline import EMPTY, baseline_of, read_baseline, read_report
     from pgcheck.runs.config import expected_failures, load_config, plan
-    from pgcheck.runs.gate import EMPTY, baseline_of, compare, read_baseline, read_report
+    from pgcheck.runs.gate import compare
 
     config = load_config(Path.cwd())
     path = baseline or (Path(config.baseline) if config.baseline else None)
     if path is None:
         raise UsageError("baseline: none given; name it with --baseline FILE, or in [tool.pgcheck] of pyproject.toml.")
-    shown = [*([str(report)] if report else []), *([f"--baseline {baseline}"] if baseline else [])]
+    shown = [*([quote(str(report))] if report else []), *([f"--baseline {quote(str(baseline))}"] if baseline else [])]
     command = " ".join(["pgcheck gate", *shown, "--update"])
     known = EMPTY if update and not path.exists() else read_baseline(path, command)
     messages: dict[str, str] = {}
@@ -364,7 +367,7 @@ def gate(
         run_of, expected, places = read_report(report), expected_failures(config), read_places(report)
     found = compare(run_of, known, expected=expected)
     outcomes = outcomes_of_gate(found, command, messages, places)
-    empty = not baseline_of(run_of).entries
+    empty = baseline_of(run_of).empty
     write = update and found.updatable and not empty
     if write:
         write_all({path: found.accepted().to_json()})

@@ -296,6 +296,11 @@ class Problem:
         return self.world.steps
 
     @property
+    def actions(self) -> int:
+        """A, what the policy chooses from."""
+        return len(self.env.actions or ()) if isinstance(self.env, LMTask) else int(self.logits.shape[1])
+
+    @property
     def rollouts(self) -> int:
         """N, the number of distinct rollouts; of those that are too many to be listed, before merging."""
         return self.world.rollouts

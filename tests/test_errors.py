@@ -1481,27 +1481,27 @@ case("no report is there", "$ pgcheck gate absent.json --baseline absent.json --
 case("a folder", "$ pgcheck gate report.json --baseline .")
 for _title, _text in (
     ("a baseline that is none", "[]"),
-    ("a truncated baseline", '{"schema": "pgcheck-baseline/1", "estim'),
-    ("a baseline of a newer pgcheck", '{"schema": "pgcheck-baseline/2", "estimators": [], "entries": []}'),
-    ("a baseline with a row twice", '''{"schema": "pgcheck-baseline/1", "entries": [], "estimators": [
+    ("a truncated baseline", '{"schema": "pgcheck-baseline/2", "estim'),
+    ("a baseline of a newer pgcheck", '{"schema": "pgcheck-baseline/3", "estimators": [], "entries": [], "cases": []}'),
+    ("a baseline with a row twice", '''{"schema": "pgcheck-baseline/2", "entries": [], "estimators": [
         {"estimator": "e", "claims": [], "checks": {}}, {"estimator": "e", "claims": [], "checks": {}}]}'''),
 ):  # fmt: skip
-    case(_title, f"from pathlib import Path\nfrom pgcheck.runs.gate import read_baseline\n"
+    case(_title, f"from pathlib import Path\nfrom pgcheck.runs.baseline import read_baseline\n"
                  f"Path('baseline.json').write_text('''{_text}''')\nread_baseline(Path('baseline.json'))")  # fmt: skip
 case("a baseline that is no text", '''
 from pathlib import Path
-from pgcheck.runs.gate import read_baseline
+from pgcheck.runs.baseline import read_baseline
 Path("baseline.json").write_bytes(bytes([255, 254]))
 read_baseline(Path("baseline.json"))
 ''')  # fmt: skip
 case("a report that is none", '''
 from pathlib import Path
-from pgcheck.runs.gate import read_report
+from pgcheck.runs.baseline import read_report
 Path("report.json").write_text("{}")
 read_report(Path("report.json"))
 ''')  # fmt: skip
 case("a report without one of its problems", '''
-from pgcheck.runs.gate import baseline_of
+from pgcheck.runs.baseline import baseline_of
 report = pgcheck.check_estimator("reinforce", "bandit/two-arm")
 baseline_of(report.model_copy(update={"problems": []}))
 ''')  # fmt: skip
@@ -1531,7 +1531,7 @@ marked(gate_session(), ["reinforce"], takes=())
 ''')  # fmt: skip
 case("pytest: an entry that is not in the baseline", '''
 from pathlib import Path
-from pgcheck.runs.gate import EMPTY
+from pgcheck.runs.baseline import EMPTY
 Path("baseline.json").write_text(EMPTY.to_json())
 session = gate_session(baseline="baseline.json")
 for verdict in marked(session, ["reinforce"]):

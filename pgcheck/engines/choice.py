@@ -12,6 +12,7 @@ from typing import Literal, get_args
 from pgcheck.engines.exact import DEFAULT_BUDGET, exact_moments
 from pgcheck.engines.moments import Moments, Progress
 from pgcheck.engines.monte_carlo import Sampling, Scale, monte_carlo
+from pgcheck.engines.sketch import default_space
 from pgcheck.errors import BudgetError, UsageError
 from pgcheck.estimators.base import Estimator
 from pgcheck.problem import Problem
@@ -69,6 +70,7 @@ def moments_by(
         settings=how.settings,
         seed=how.seed,
         draws=how.draws,
+        space=default_space(problem, directions=how.directions, seed=how.seed, device=how.device),
         device=how.device,
         workers=how.workers,
         checkpoint=how.file_of(problem, drawn),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pgcheck.errors import UsageError
 from pgcheck.policies.tabular import in_parameters, logit_gram, logit_jacobian
+from pgcheck.statistics.guarded import Scores
 from pgcheck.statistics.sequential import Interval, Judgement
 from pgcheck.statistics.variance import Pairs
 
@@ -30,6 +31,19 @@ class Sums:
     between: Tensor  # Cov_s(E[x | s]) over starts; 0 where x is a whole batch or group
     evaluated: int
     by_step: Tensor  # E x of each position, [T, K·A]; their sum is E x
+
+
+@dataclass(frozen=True)
+class View:
+    """Where sampled moments are, if not in logits: all parameters, or a few directions among them."""
+
+    reference: Tensor | None  # [R], what is known of ∇_θ J there
+    parameters: int  # P
+    directions: int | None = None  # random ones, across ∇J where it is known; None: all of θ
+    against: str | None = None  # an unbiased estimator on the same rollouts, that stands for ∇J where this is not known
+    shown: float = (
+        1.0  # the share of a bias's length that is seen at least; verdicts, and what could be missed, allow for it
+    )
 
 
 @dataclass(frozen=True)
@@ -51,6 +65,9 @@ class Moments:
     # of sampled moments, for each κ that E ĝ = κ ∇J was judged at, None for "some κ > 0"
     pairs: Pairs | None = None
     # of sampled moments: ‖ĝ − E ĝ‖² beside that of the estimator it was compared to, draw by draw
+    scores: Scores | None = None  # of sampled moments: what an account keeps of each draw (`pgcheck.engines.accounts`)
+    first: Tensor | None = None  # of sampled moments: the mean of the first grain of draws, [P]
+    view: View | None = None  # None: in logits
 
     @property
     def total_variance(self) -> float:

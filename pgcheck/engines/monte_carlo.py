@@ -17,7 +17,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
@@ -39,7 +39,7 @@ from pgcheck.estimators.from_loss import LossCoefficients
 from pgcheck.problem import Problem
 from pgcheck.sampling import Sampler, as_device
 from pgcheck.statistics.guarded import Floats
-from pgcheck.statistics.sequential import GRAIN, SHARE, Judge, Settings
+from pgcheck.statistics.sequential import GRAIN, SHARE, Interval, Judge, Settings
 from pgcheck.statistics.variance import Pairs
 from pgcheck.trajectories import SideTable, Trajectories, is_count
 
@@ -47,7 +47,7 @@ DEFAULT_DRAWS = 262_144  # most draws of one problem
 MOST_COORDINATES = 16_384  # P: a grain of them is 128 MiB
 _BLOCK_ELEMENTS = 120_000  # positions evaluated at once
 _GRAMS = 32  # grains of each doubling whose spectrum is taken
-_FORMAT = "pgcheck-checkpoint/1"
+_FORMAT = "pgcheck-checkpoint/2"
 _ROUNDING = 1e-14  # a gradient below this part of the rewards is 0
 _FIRST = 64  # draws whose estimates are part of a checkpoint's identity
 
@@ -55,7 +55,7 @@ Scale = float | None
 
 
 class Space(Protocol):
-    """Where estimates live."""
+    """Where estimates live, and what is known of ∇J there."""
 
     @property
     def reference(self) -> Tensor:
@@ -64,9 +64,41 @@ class Space(Protocol):
     def project(self, c: Tensor, table: Trajectories, index: Tensor) -> Tensor:
         """Estimates `[count, P]` from coefficients `[count, B, T]` (or `[count, B, T, A]`) of the rows `index` `[count, B]`."""
 
+    def drawn(self, table: Trajectories, index: Tensor) -> Tensor | None:
+        """An unbiased estimate of ∇J from every draw, `[count, P]`, where `reference` is not ∇J itself."""
+
+    def judges(self, scale: Scale) -> bool:
+        """Whether E x = κ ∇J can be judged here; None: some κ > 0."""
+
+    def settings(self, asked: Settings) -> Settings:
+        """Those of a judge in this space, whose verdict then keeps what was asked for."""
+
+    def told(self, moments: Moments, asked: Settings) -> Moments:
+        """What a judge and an account found here, as said of ĝ."""
+
+
+class Known:
+    """What a space does in which ∇J is known and nothing of an estimate is out of sight."""
+
+    def drawn(self, table: Trajectories, index: Tensor) -> Tensor | None:
+        """None."""
+        return None
+
+    def judges(self, scale: Scale) -> bool:
+        """Any."""
+        return True
+
+    def settings(self, asked: Settings) -> Settings:
+        """As asked."""
+        return asked
+
+    def told(self, moments: Moments, asked: Settings) -> Moments:
+        """As found."""
+        return moments
+
 
 @dataclass(frozen=True)
-class LogitSpace:
+class LogitSpace(Known):
     """ĝ in logit space, against ∇J."""
 
     reference: Tensor  # [K·A]
@@ -96,6 +128,7 @@ class Sampling:
         device: where coefficients are evaluated, as torch names it.
         workers: processes that evaluate draws; any number gives the same bytes.
         checkpoint: a folder that keeps how far each problem is, so that a run that was cut off goes on from there.
+        directions: random ones along which estimates are seen where there are too many logits and parameters.
     """
 
     seed: int = 0
@@ -106,9 +139,10 @@ class Sampling:
     device: str = "cpu"
     workers: int = 1
     checkpoint: Path | str | None = None
+    directions: int = 32
 
     def __post_init__(self) -> None:
-        _check_counts(seed=self.seed, draws=self.draws, workers=self.workers)
+        _check_counts(seed=self.seed, draws=self.draws, workers=self.workers, directions=self.directions)
         if not (isinstance(self.tolerance, (int, float)) and 0 < self.tolerance < 1):
             raise UsageError(
                 f"tolerance: {self.tolerance!r}; no finite sample shows that a bias is 0, so it must lie between 0 and 1. The"
@@ -194,7 +228,7 @@ def monte_carlo(
         raise BudgetError(
             f"'{problem.name}' has {len(where.reference):,} logits; verdicts are sampled for at most {MOST_COORDINATES:,}, as"
             " 1,024 estimates are held at once. Let contexts share logits, or look along a few directions:"
-            " monte_carlo(…, space=SketchSpace.of(problem, directions=32)) of pgcheck.engines."
+            " monte_carlo(…, space=pgcheck.SketchSpace.of(problem, directions=32))."
         )
     if float(where.reference.norm()) <= _ROUNDING * problem.reward_size:
         scales = [()] * len(estimators)
@@ -222,10 +256,12 @@ def _check_counts(**given: Any) -> None:
 
 @dataclass(frozen=True)
 class _Grain:
-    """1024 estimates."""
+    """What one grain of draws has to say of an estimator."""
 
-    x: Tensor  # [1024, P]
+    x: Tensor  # [GRAIN, P]
+    r: Tensor | None  # an unbiased estimate of ∇J drawn beside each
     account: Account
+    paired: Account | None
 
 
 @dataclass
@@ -235,6 +271,7 @@ class _Lane:
     estimator: Estimator
     judges: dict[Scale, Judge]
     account: Account | None = None
+    paired: Account | None = None  # of x − r + reference, where an estimate r of ∇J is drawn beside x
     centre: Tensor | None = None  # the mean of the first grain
     pairs: Pairs | None = None  # ‖x − centre‖² beside that of the estimator that it is compared to
 
@@ -242,22 +279,44 @@ class _Lane:
         """The mean of the first grain, which x is if there was none before."""
         return x.mean(0) if self.centre is None else self.centre
 
-    def account_of(self, x: Tensor, reference: Tensor, grain: int) -> Account:
-        """Of the draws of a grain."""
+    def evaluated(self, x: Tensor, r: Tensor | None, reference: Tensor, grain: int) -> _Grain:
+        """What is to be taken of a grain with number `grain`."""
         gram = grain % max(1, 2 ** max(grain.bit_length() - 1, 0) // _GRAMS) == 0
-        return Account.of(x, reference, centre=self.centre_of(x), gram=gram and 1.0 not in self.judges)
+        account = Account.of(x, reference, centre=self.centre_of(x), gram=gram and not (self._judged and r is None))
+        if r is None:
+            return _Grain(x, None, account, None)
+        paired = Account.of(x - r + reference, reference, centre=reference, gram=gram and not self._judged)
+        return _Grain(x, r, account, paired)
 
     def pair(self, squares: Floats, of_other: Floats) -> None:
         """Squared distances of the next grain, and those of the other."""
         new = Pairs.of(squares, of_other)
         self.pairs = new if self.pairs is None else self.pairs.merge(new)
 
-    def take(self, grain: _Grain) -> None:
+    def take(self, new: _Grain) -> None:
         """The next grain."""
-        self.centre = self.centre_of(grain.x)
-        self.account = grain.account if self.account is None else self.account.merge(grain.account)
-        for judge in self.judges.values():
-            judge.update(grain.x)
+        self.centre = self.centre_of(new.x)
+        self.account = new.account if self.account is None else self.account.merge(new.account)
+        if new.paired is not None:
+            self.paired = new.paired if self.paired is None else self.paired.merge(new.paired)
+        for κ, judge in self.judges.items():
+            judge.update(new.x, None if κ is None else new.r)
+
+    @property
+    def _judged(self) -> bool:
+        """κ = 1 has a judge, whose spectrum is that of X − μ, or of X − r where r stands for μ."""
+        return 1.0 in self.judges
+
+    @property
+    def accounts(self) -> tuple[Account, Account | None]:
+        """That of X, and the paired one, each with its spectrum."""
+        account, paired = self.account, self.paired
+        assert account is not None
+        if self._judged and paired is None:
+            account = replace(account, spectrum=self.judges[1.0].spectrum)
+        elif self._judged and paired is not None:
+            paired = replace(paired, spectrum=self.judges[1.0].spectrum)
+        return account, paired
 
     @property
     def off_centre(self) -> float:
@@ -265,12 +324,6 @@ class _Lane:
         assert self.account is not None
         assert self.centre is not None
         return float((self.account.mean - self.centre).square().sum())
-
-    @property
-    def whole_account(self) -> Account:
-        """With the spectrum of X − μ, which is that of the judge of κ = 1 where there is one."""
-        assert self.account is not None
-        return replace(self.account, spectrum=self.judges[1.0].spectrum) if 1.0 in self.judges else self.account
 
     @property
     def done(self) -> bool:
@@ -295,7 +348,7 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.lanes = [
-            _Lane(e, {κ: Judge(self.space.reference, self.settings, scale=κ) for κ in asked})
+            _Lane(e, {κ: self._judge(κ) for κ in asked if self.space.judges(κ)})
             for e, asked in zip(self.estimators, self.scales, strict=True)
         ]
         needs = dict.fromkeys(e.needs for e in self.estimators)
@@ -308,6 +361,14 @@ class _Run:
         self._rows = GRAIN
         while self._rows > 1 and self._rows * positions > _BLOCK_ELEMENTS:
             self._rows //= 2
+
+    def _judge(self, scale: Scale) -> Judge:
+        return Judge(self.reference, self.space.settings(self.settings), scale=scale)
+
+    @cached_property
+    def reference(self) -> Tensor:
+        """What estimates should be on average, on their device."""
+        return self.space.reference.to(self.device)
 
     @property
     def active(self) -> list[_Lane]:
@@ -347,12 +408,11 @@ class _Run:
         return self._workers.take()
 
     def _evaluated(self, grain: int, numbers: Sequence[int]) -> dict[int, _Grain]:
-        """A grain, by number of the estimator."""
-        lanes = [self.lanes[i] for i in numbers]
-        xs = self._estimates([lane.estimator for lane in lanes], grain * GRAIN, GRAIN)
-        reference = self.space.reference
-        found = [_Grain(x, lane.account_of(x, reference, grain)) for lane, x in zip(lanes, xs, strict=True)]
-        return dict(zip(numbers, found, strict=True))
+        """What a grain is to be taken as, by number of the estimator."""
+        found = self._estimates([self.lanes[i].estimator for i in numbers], grain * GRAIN, GRAIN)
+        return {
+            i: self.lanes[i].evaluated(x, r, self.reference, grain) for i, (x, r) in zip(numbers, found, strict=True)
+        }
 
     @contextmanager
     def in_processes(self, count: int, last: int) -> Iterator[None]:
@@ -361,9 +421,10 @@ class _Run:
         with self._stack:
             yield
 
-    def _estimates(self, estimators: Sequence[Estimator], first: int, count: int) -> list[Tensor]:
-        """ĝ of draws number first … first + count − 1 of each estimator, `[count, P]`."""
+    def _estimates(self, estimators: Sequence[Estimator], first: int, count: int) -> list[tuple[Tensor, Tensor | None]]:
+        """ĝ of draws number first … first + count − 1 of each estimator, `[count, P]`, and what is drawn beside it."""
         parts: list[list[Tensor]] = [[] for _ in estimators]
+        others: list[list[Tensor]] = [[] for _ in estimators]
         together: dict[tuple[tuple[SideTable, ...], bool], list[int]] = {}
         for i, e in enumerate(estimators):
             together.setdefault((e.needs, e.leaf == "logits"), []).append(i)
@@ -382,7 +443,9 @@ class _Run:
                         self._name_draw(estimators[i], low, len(index))
                         raise
                     parts[i].append(self.space.project(c, table, index))
-        return [torch.cat(x) for x in parts]
+                    if (r := self.space.drawn(table, index)) is not None:
+                        others[i].append(r)
+        return [(torch.cat(x), torch.cat(r) if r else None) for x, r in zip(parts, others, strict=True)]
 
     def _name_draw(self, estimator: Estimator, first: int, count: int) -> None:
         """Raise for the first draw that is not finite, with what reproduces it."""
@@ -400,33 +463,36 @@ class _Run:
     def found(self, i: int) -> Moments:
         """What is known of an estimator."""
         lane = self.lanes[i]
-        account = lane.whole_account
+        account, paired = lane.accounts
         fn = lane.estimator.coefficients
         how = fn.lane or "loop" if isinstance(fn, LossCoefficients) else "coefficients"
-        P = len(self.space.reference)
-        K, A = (1, P) if self.problem.written else self.problem.logits.shape
-        return account.moments(
-            self.space.reference,
-            shape=(K, A) if P == K * A else (1, P),
+        in_logits = isinstance(self.space, LogitSpace)
+        shape = tuple(self.problem.logits.shape) if in_logits else (1, len(self.reference))
+        found = account.moments(
+            self.reference,
+            shape=shape,  # type: ignore[arg-type]
             enumerated=account.n,
             lane=how,
-            policy=self.problem.policy,
+            policy=self.problem.policy if in_logits else None,
             seed=self.seed,
             judgements={κ: judge.verdict() for κ, judge in lane.judges.items()},
-            pairs=self._paired(lane),
+            first=lane.centre,
         )
-
-    def _paired(self, lane: _Lane) -> Pairs | None:
-        if lane.pairs is None or self.beside is None:
-            return None
-        return lane.pairs.plus(-lane.off_centre, -self.lanes[self.beside].off_centre)
+        if paired is not None:
+            found = _with_bias_of(found, paired, self.reference)
+        found = self.space.told(found, self.settings)
+        # a sketch's variance is a guess of that of ĝ, whose error no pair of draws shows
+        sketched = found.view is not None and found.view.directions is not None
+        if sketched or lane.pairs is None or self.beside is None:
+            return found
+        return replace(found, pairs=lane.pairs.plus(-lane.off_centre, -self.lanes[self.beside].off_centre))
 
     # -- checkpoints
 
     @cached_property
     def _first_estimates(self) -> str:
         h = hashlib.sha256()
-        for x in self._estimates(self.estimators, 0, _FIRST):
+        for x, _ in self._estimates(self.estimators, 0, _FIRST):
             h.update(x.cpu().numpy().tobytes())
         return h.hexdigest()
 
@@ -448,6 +514,7 @@ class _Run:
         lanes = [
             {
                 "account": None if a.account is None else a.account.state(),
+                "paired": None if a.paired is None else a.paired.state(),
                 "centre": a.centre,
                 "pairs": None if a.pairs is None else a.pairs.state(),
                 "judges": [j.state() for j in a.judges.values()],
@@ -484,11 +551,25 @@ class _Run:
         for lane, state in zip(self.lanes, kept["lanes"], strict=True):
             lane.centre = state["centre"]
             lane.pairs = None if state["pairs"] is None else Pairs.from_state(state["pairs"])
-            lane.account = None if state["account"] is None else Account.from_state(state["account"])
+            lane.account, lane.paired = (
+                None if state[name] is None else Account.from_state(state[name]) for name in ("account", "paired")
+            )
+            settings = self.space.settings(self.settings)
             lane.judges = {
-                κ: Judge.from_state(self.space.reference, self.settings, state=s, scale=κ)
+                κ: Judge.from_state(self.reference, settings, state=s, scale=κ)
                 for κ, s in zip(lane.judges, state["judges"], strict=True)
             }
+
+
+def _with_bias_of(found: Moments, paired: Account, reference: Tensor) -> Moments:
+    """The moments of x, with what x − r says of the bias: its size, the scale, and what follows from them."""
+    about = paired.intervals(reference)
+    bias, variance = about["bias"], found.intervals["variance"]
+    mse = Interval(*(b**2 + v for b, v in zip(astuple(bias), astuple(variance), strict=True)))
+    kept = {name: about[name] for name in ("scale", "bias", "rel", "off_axis")}
+    return replace(
+        found, mean=paired.mean.reshape(found.mean.shape).cpu(), intervals={**found.intervals, **kept, "mse": mse}
+    )
 
 
 def _tell(run: _Run, progress: Progress, most: int) -> None:

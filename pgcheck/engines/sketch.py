@@ -4,14 +4,17 @@
 estimator then costs its coefficients, and a weighted sum of rows of a table. On a task whose contexts can be listed that
 pass is made once for a whole run; where a model writes, once for each table of rollouts.
 
-With u = ∇J/‖∇J‖ (where it is known) and D random directions v of independent signs, the coordinates are
+With u = ∇J/‖∇J‖ (where it is known) and D random directions v of independent normal numbers, the coordinates are
 
     x₀ = ⟨ĝ, u⟩,        x_d = ⟨ĝ − u ⟨ĝ, u⟩, v_d⟩ / √D        so that E_v ⟨x, y⟩ = ⟨ĝ_x, ĝ_y⟩:
 
-what lies along ∇J is exact, squared lengths are unbiased, with a relative error of √(2/D) at most in the part across it.
+what lies along ∇J is exact; across it, the squared length of any one vector (a bias) is seen as ‖b‖² χ²_D/D. So a bias
+across ∇J that is orthogonal to all D directions is not seen at all, but that has probability 0: of its length at least
+√(χ²_D(β)/D) is seen, .61 for D = 32 and β = 5e-4, but for a chance of β that the directions are unlucky, and verdicts here
+are given with a tolerance so much smaller. Whoever knows the seed could hide a bias from them; another seed shows it.
 
-Guarantee: where the model has no forward-mode derivative, backward passes give the same numbers, one a batch and estimator;
-memory is predicted and refused before it is taken.
+Guarantee: where the model has no forward-mode derivative, backward passes give the same numbers; memory is predicted and
+refused before it is taken.
 """
 
 from __future__ import annotations
@@ -22,82 +25,62 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, TypeVar, cast
 
 import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from pgcheck.engines.coefficients import coefficients_of
-from pgcheck.engines.moments import Moments, Progress
+from pgcheck.engines.moments import Moments, Progress, View
+from pgcheck.engines.monte_carlo import MOST_COORDINATES, Known, Space
+from pgcheck.engines.parameters import ParameterSpace, as_seen, estimates_in_parameters, number_of_parameters, tightened
 from pgcheck.engines.threads import one_thread
+from pgcheck.engines.trusted import PILOT, Paired, coefficients_on, paired, trusted_estimator, trusted_estimators
 from pgcheck.errors import BudgetError, UsageError, names_problem
-from pgcheck.estimators.base import Estimator, registered_estimators
+from pgcheck.estimators.base import Estimator
 from pgcheck.generation import MEMORY, Written
-from pgcheck.policies.tabular import in_parameters, in_parts
+from pgcheck.policies.tabular import in_parts
 from pgcheck.policies.transformer import LanguageModel, LMPolicy
 from pgcheck.problem import Problem
 from pgcheck.sampling import Stream
-from pgcheck.statistics.sequential import GRAIN
+from pgcheck.statistics.sequential import GRAIN, Interval, Settings
 from pgcheck.trajectories import Trajectories, is_count
 
-TRUSTED = ("leave_one_out", "reinforce", "trajectory_is", "kl_in_reward(k1)", "entropy_in_reward")
+DIRECTIONS = 32
 _AT_ONCE = 8  # directions of one forward-mode pass, and
 _TOKENS_AT_ONCE = 2048  # tokens: what stays in cache
 T = TypeVar("T")
 
 
-class Space(Protocol):
-    """Where estimates are looked at: `[count, P]`, one row a draw, and ∇J there (None: not known)."""
-
-    @property
-    def reference(self) -> Tensor | None: ...
-    def project(self, c: Tensor, table: Trajectories, index: Tensor) -> Tensor: ...
-
-
 @dataclass(frozen=True, eq=False)
-class ParameterSpace:
-    """x = ĝ_θ `[count, P]`, one backward pass a batch and estimator."""
-
-    problem: Problem
-
-    def __post_init__(self) -> None:
-        P = _parameters(self.problem)
-        if GRAIN * P * 8 > MEMORY:
-            raise BudgetError(
-                f"{GRAIN:,} estimates in {P:,} parameters take {GRAIN * P * 8 / 2**30:.1f} GiB; {MEMORY / 2**30:.0f} GiB are"
-                " allowed. Take space='sketch'."
-            )
-
-    @cached_property
-    def reference(self) -> Tensor | None:
-        """∇_θ J."""
-        return None if self.problem.written else self.problem.parameter_gradient()
-
-    def project(self, c: Tensor, table: Trajectories, index: Tensor) -> Tensor:
-        """ĝ_θ `[M, P]` of the batches `index` `[M, B]` with coefficients `c` `[M, B, T]` (`[M, B, T, A]`: on logits)."""
-        return torch.stack(list(_in_parameters(c, table, index, self.problem)))
-
-
-@dataclass(frozen=True, eq=False)
-class SketchSpace:
+class SketchSpace(Known):
     """x `[count, R]`, the coordinates above: R = D + 1, or D where ∇J is not known or 0.
 
     Args:
         directions: `[R, P]`, what each coordinate is the product with.
         reference: `[R]`, the coordinates of ∇J; None: not known.
-        trusted: an unbiased estimator r whose value on the same rollouts is taken off, and `reference` put in its place:
-            E x − reference is then the bias, whatever error the reference has.
+        random: D; the directions before the last D are chosen.
+        how: by which passes of the model; None: forward ones where it has them. Where a model writes, backward passes mapped
+            over draws are cheaper as long as estimators are few.
     """
 
     problem: Problem
     directions: Tensor
     reference: Tensor | None
-    trusted: Estimator | None = None
+    random: int = 0
+    how: Literal["forward", "backward"] | None = None
 
     @classmethod
-    def of(cls, problem: Problem, *, directions: int = 32, seed: int = 0) -> SketchSpace:
-        """D directions that `seed` and the problem decide, and that of ∇J.
+    def of(
+        cls,
+        problem: Problem,
+        *,
+        directions: int = DIRECTIONS,
+        seed: int = 0,
+        along: Tensor | None = None,
+        how: Literal["forward", "backward"] | None = None,
+    ) -> SketchSpace:
+        """D directions that `seed` and the problem decide, and that of ∇J; or `along` `[P]`, where ∇J is not known.
 
         Raises:
             UsageError: `directions` is no count.
@@ -105,42 +88,62 @@ class SketchSpace:
         """
         if not is_count(directions):
             raise UsageError(f"directions: {directions!r}; it must be an integer of at least 1.")
-        P = _parameters(problem)
+        P = number_of_parameters(problem)
         _refuse_if_too_large(problem, directions, P)
-        signs = Stream(seed, (problem.digest, "sketches")).uniforms(0, directions, P) < 0.5
-        v = (2.0 * signs.to(torch.float64) - 1.0) / math.sqrt(directions)
-        if problem.written:
-            return cls(problem, v, None)
-        g = problem.parameter_gradient()
+        even = Stream(seed, (problem.digest, "sketches")).uniforms(0, directions, P)
+        v = torch.special.ndtri(even.clamp(min=2.0**-54)) / math.sqrt(directions)
+        g = along if problem.written else problem.parameter_gradient()
+        if g is None:
+            return cls(problem, v, None, directions, how)
         if not (size := float(g.norm())):
-            return cls(problem, v, v.new_zeros(len(v)))
+            return cls(problem, v, v.new_zeros(len(v)), directions, how)
         u = (g / size).unsqueeze(0)
-        return cls(problem, torch.cat([u, v - (v @ u.T) * u]), torch.cat([g.new_tensor([size]), g.new_zeros(len(v))]))
+        reference = None if problem.written else torch.cat([g.new_tensor([size]), g.new_zeros(len(v))])
+        return cls(problem, torch.cat([u, v - (v @ u.T) * u]), reference, directions, how)
 
     @classmethod
-    def paired(cls, problem: Problem, *, directions: int = 32, seed: int = 0, pilot: int = 4 * GRAIN) -> SketchSpace:
-        """As `of`; where ∇J is not known, against a trusted estimator on the same rollouts.
-
-        The reference is then its mean over `pilot` draws of their own, and tells only how long ∇J is: a tolerance δ‖∇J‖ is
-        too large by the noise of that mean. Claims of a scale other than 1 cannot be judged there.
+    def paired(cls, problem: Problem, *, directions: int = DIRECTIONS, seed: int = 0, pilot: int = PILOT) -> Paired:
+        """As `of`, beside a trusted estimator on the same rollouts (`pgcheck.engines.trusted`).
 
         Raises:
-            UsageError, BudgetError: as `of` and `trusted_estimator`.
+            UsageError, BudgetError: as `of` and `trusted_estimators`.
         """
-        space = cls.of(problem, directions=directions, seed=seed)
-        if space.reference is not None:
-            return space
-        e = trusted_estimator(problem)
-        sampler = problem.sampler(seed=-1 - seed)  # users' seeds are ≥ 0
-        total = space.directions.new_zeros(len(space.directions))
-        for first in range(0, pilot, GRAIN):
-            table, index = sampler.draw(first, min(GRAIN, pilot - first))
-            total += space.project(_coefficients(e, table, index, sampler.labels), table, index).sum(0).cpu()
-        return replace(space, reference=total / pilot, trusted=e)
+        how: Literal["backward"] | None = "backward" if problem.written else None
+
+        def around(u: Tensor | None) -> SketchSpace:
+            return cls.of(problem, directions=directions, seed=seed, along=u, how=how)
+
+        return paired(problem, around, seed=seed, pilot=pilot)
+
+    def seen(self, x: Tensor) -> Tensor:
+        """The products of a vector `[P]` with the directions."""
+        return self.directions @ x
+
+    def shows(self, beta: float) -> float:
+        """√(χ²/D) of D degrees of freedom, at its quantile beta: a normal direction sees ⟨b, v⟩ ~ N(0, ‖b‖²)."""
+        return min(1.0, math.sqrt(float(stats.chi2.ppf(beta, self.random)) / self.random)) if self.random else 1.0
+
+    def settings(self, asked: Settings) -> Settings:
+        """With a tolerance that allows for what the directions do not see."""
+        return tightened(asked, self.shows(asked.beta / 2))
+
+    def view(self, shown: float = 1.0) -> View:
+        """Of how many directions."""
+        return View(self.reference, self.directions.shape[1], self.random, shown=shown)
+
+    def said(self, moments: Moments, view: View) -> Moments:
+        """With the chance of the directions in every interval."""
+        return as_seen(_widened(moments, self.random) if self.random else moments, view)
+
+    def told(self, moments: Moments, asked: Settings) -> Moments:
+        """The same."""
+        return self.said(moments, self.view(self.shows(asked.beta / 2)))
 
     @cached_property
     def lane(self) -> Literal["forward", "backward"]:
         """Whether the policy has a forward-mode derivative."""
+        if self.how is not None:
+            return self.how
         policy = self.problem.policy
         if isinstance(policy, LanguageModel):
             assert self.problem.written
@@ -156,17 +159,12 @@ class SketchSpace:
 
     def project(self, c: Tensor, table: Trajectories, index: Tensor) -> Tensor:
         """x `[M, R]` of the batches `index` `[M, B]` with coefficients `c` `[M, B, T]` (`[M, B, T, A]`: on logits)."""
-        x = self._projected(c, table, index)
-        if self.trusted is None:
-            return x
-        r = self._kept("r", (table, index), lambda: self._of_trusted(table, index))
-        assert self.reference is not None
-        return x - r + self.reference.to(x.device)
-
-    def _of_trusted(self, table: Trajectories, index: Tensor) -> Tensor:
-        assert self.trusted is not None
-        labels = self.problem.group_labels.to(index.device)
-        return self._projected(_coefficients(self.trusted, table, index, labels), table, index)
+        if self.lane == "backward":
+            v = self.directions.T.to(c.device)
+            return torch.cat([g @ v for g in estimates_in_parameters(c, table, index, self.problem)])
+        scores, place = self._scores(table, on_logits=c.dim() == 4)
+        weight = c.to(torch.float64).flatten(1)
+        return nn.functional.embedding_bag(place[index].flatten(1), scores, mode="sum", per_sample_weights=weight)
 
     def _kept(self, name: str, key: tuple[object, ...], make: Callable[[], T]) -> T:
         """What was made last for the same objects: estimators come one after the other with the same rollouts."""
@@ -175,14 +173,6 @@ class SketchSpace:
             found = make()
             self.__dict__[f"_last_{name}"] = key, found
         return found
-
-    def _projected(self, c: Tensor, table: Trajectories, index: Tensor) -> Tensor:
-        if self.lane == "backward":
-            v = self.directions.to(c.device)
-            return torch.stack([v @ g.to(c.device) for g in _in_parameters(c, table, index, self.problem)])
-        scores, place = self._scores(table, on_logits=c.dim() == 4)
-        weight = c.to(torch.float64).flatten(1)
-        return nn.functional.embedding_bag(place[index].flatten(1), scores, mode="sum", per_sample_weights=weight)
 
     def _scores(self, table: Trajectories, *, on_logits: bool) -> tuple[Tensor, Tensor]:
         """∂log π/∂v (`on_logits`: ∂z/∂v) as a table `[C, R]`, and which row of it each position of a rollout has."""
@@ -258,38 +248,6 @@ def tangents(policy: nn.Module, directions: Tensor) -> Iterator[tuple[Tensor | N
         yield contexts, z, torch.cat(found).permute(1, 2, 0)
 
 
-def _in_parameters(c: Tensor, table: Trajectories, index: Tensor, problem: Problem) -> Iterator[Tensor]:
-    """ĝ_θ `[P]` of one batch after the other: its C (`pgcheck.engines.coefficients`) and a backward pass."""
-    A, policy = table.actions, table.policy if isinstance(table, Written) else problem.policy
-    home = next(policy.parameters()).device
-    for weights, rows in zip(c, index, strict=True):
-        acts = table.paths.mask[rows] > 0
-        contexts, where = torch.unique(table.paths.context[rows][acts], return_inverse=True)
-        x = torch.zeros(len(contexts), A, dtype=torch.float64, device=c.device)
-        if weights.dim() == 3:
-            x.index_add_(0, where, weights[acts].to(torch.float64))
-        else:
-            cell = where * A + table.paths.action[rows][acts]
-            x.view(-1).index_add_(0, cell, weights[acts].to(torch.float64))
-            x -= torch.softmax(table.logits[contexts], -1) * x.sum(-1, keepdim=True)
-        contexts, x = contexts.to(home), x.to(home)
-        if isinstance(policy, LMPolicy):
-            yield in_parameters(policy.at(contexts), x)
-        else:
-            yield in_parameters(policy, torch.zeros_like(table.logits, device=home).index_copy_(0, contexts, x))
-
-
-def _coefficients(e: Estimator, table: Trajectories, index: Tensor, labels: Tensor) -> Tensor:
-    return coefficients_of(e, table.batch(index, labels, logits=e.leaf == "logits"))
-
-
-def _parameters(problem: Problem) -> int:
-    found = sum(p.numel() for p in problem.policy.parameters())
-    if not found:
-        raise UsageError("policy: it has no parameters, so there is nothing to take a gradient in.")
-    return found
-
-
 def _refuse_bytes(need: int, what: str) -> None:
     if need > MEMORY:
         raise BudgetError(
@@ -312,8 +270,8 @@ def _refuse_if_too_large(problem: Problem, directions: int, P: int) -> None:
 class SketchMoments:
     """Moments of ĝ_θ, and of its difference from ∇J, in the coordinates of a sketch; unbiased in both.
 
-    Across ∇J a form vᵀAv of random signs has mean tr A and variance 2 tr A² at most; that of a covariance of effective rank
-    r = (tr A)²/tr A² acts like χ² of D·r degrees of freedom over D directions, that of a bias (rank one) like χ² of D. A
+    Across ∇J a form vᵀAv of normal numbers has mean tr A and variance 2 tr A²; that of a covariance of effective rank
+    r = (tr A)²/tr A² acts like χ² of D·r degrees of freedom over D directions, that of a bias (rank one) is χ² of D. A
     spread between few such numbers would understate their error where they are too small, so it is not used.
     """
 
@@ -352,12 +310,8 @@ class SketchMoments:
     def _across(self) -> tuple[float, float, float]:
         """tr Cov along ∇J and across it, and the degrees of freedom of the latter: D·r."""
         S = self.covariance[self.along :, self.along :]
-        D, across = len(S), float(S.diagonal().sum())
-        square = (
-            float((S * S).sum() - (S.diagonal() ** 2).sum()) * D / max(D - 1, 1)
-        )  # of tr Cov², from D (D − 1) pairs
-        rank = max(across**2 / square, 1.0) if square > 0 else 1.0
-        return self.total_variance - across, across, D * rank
+        across = float(S.diagonal().sum())
+        return self.total_variance - across, across, len(S) * effective_rank(S)
 
     @property
     def bias_square(self) -> float:
@@ -385,6 +339,69 @@ class SketchMoments:
             * (self.bias_covariance.diagonal() / self.batches).sqrt()
         )
         return torch.stack([self.bias - half, self.bias + half], -1)
+
+
+_UNLUCKY = 0.0025  # each end of what directions may do to an interval is left out so often
+
+
+def _widened(moments: Moments, random: int) -> Moments:
+    """Intervals with the chance of the directions in them: χ² of D·r degrees of freedom for tr Cov, of D for a bias."""
+    x, R = moments.intervals, moments.mean.numel()
+    low, high = (math.sqrt(random / float(stats.chi2.isf(q, random))) for q in (_UNLUCKY, 1 - _UNLUCKY))
+    scaled = {name: _times(x[name], low, high) for name in ("bias", "rel")}
+    V = x["variance"]
+    cov = moments.covariance
+    along = R - random
+    held = 0.0 if cov is None else float(cov.diagonal()[:along].sum())
+    freedom = random * (1.0 if cov is None else effective_rank(cov[along:, along:]))
+    ends = (freedom / float(stats.chi2.isf(q, freedom)) for q in (_UNLUCKY, 1 - _UNLUCKY))
+    least, most = (held + (V.value - held) * end for end in ends)
+    variance = Interval(V.value, max(least - (V.value - V.low), 0.0), most + (V.high - V.value))
+    b = scaled["bias"]
+    mse = Interval(x["mse"].value, b.low**2 + variance.low, b.high**2 + variance.high)
+    S = x["snr"]
+    shrunk = (
+        low * math.sqrt(V.high / variance.high),
+        high * math.sqrt(V.low / variance.low) if variance.low else math.inf,
+    )
+    new = {**x, **scaled, "variance": variance, "mse": mse, "snr": _times(S, *shrunk)}
+    told = {κ: replace(j, off_axis=_times(j.off_axis, low, high, most=1.0)) for κ, j in moments.judgements.items()}
+    return replace(moments, intervals=new, judgements=told)
+
+
+def _times(x: Interval, low: float, high: float, *, most: float = math.inf) -> Interval:
+    return Interval(x.value, x.low * low, min(x.high * high, most))
+
+
+def effective_rank(S: Tensor) -> float:
+    """r = (tr A)²/tr A² of a covariance A that is seen as S `[D, D]` along D directions; at least 1."""
+    D, trace = len(S), float(S.diagonal().sum())
+    square = float((S * S).sum() - (S.diagonal() ** 2).sum()) / max(D - 1, 1) * D  # of tr A², from D (D − 1) pairs
+    return max(trace**2 / square, 1.0) if square > 0 else 1.0
+
+
+def default_space(
+    problem: Problem, *, directions: int = DIRECTIONS, seed: int = 0, device: str = "cpu"
+) -> Space | None:
+    """Where sampled verdicts are given: None, in logits, as long as these can be listed and are few; else in parameters, as
+    long as those are few; else along directions. In parameters, beside a trusted estimator where there is one.
+
+    Raises:
+        UsageError, BudgetError: as `SketchSpace.paired`.
+    """
+    if not problem.written and problem.logits.numel() <= MOST_COORDINATES:
+        return None
+    few = number_of_parameters(problem) <= MOST_COORDINATES
+    how: Literal["backward"] | None = "backward" if problem.written else None
+
+    def around(u: Tensor | None) -> ParameterSpace | SketchSpace:
+        if few:
+            return ParameterSpace(problem)
+        return SketchSpace.of(problem, directions=directions, seed=seed, along=u, how=how)
+
+    if not problem.written and not trusted_estimators(problem):
+        return cast(Space, around(None))  # ∇J is known
+    return paired(problem, around, seed=seed, device=device)
 
 
 def exact_in_sketch(moments: Moments, space: SketchSpace) -> SketchMoments:
@@ -418,23 +435,6 @@ class _Sums:
     @property
     def covariance(self) -> Tensor:
         return self.scatter / (self.n - 1)
-
-
-def trusted_estimator(problem: Problem) -> Estimator:
-    """One that is known to be unbiased there: what others are compared with where ∇J cannot be had.
-
-    Raises:
-        UsageError: none is, as support is broken.
-    """
-    known = registered_estimators()
-    for name in TRUSTED:
-        e = known[name]
-        if e.fits(problem) and any(c.kind == "unbiased" and c.applies(problem) for c in e.claims):
-            return e
-    raise UsageError(
-        f"{problem.name}: ∇J is not known, and no estimator is known to be unbiased, as the behaviour policy never writes some"
-        " of the completions; compare on a task whose prefixes can be listed."
-    )
 
 
 @one_thread()
@@ -473,7 +473,7 @@ def sketch_moments(
         found = []
         for e in asked:
             table, index = drawn[e.needs]
-            found.append(space.project(_coefficients(e, table, index, problem.group_labels), table, index))
+            found.append(space.project(coefficients_on(e, table, index, problem.group_labels), table, index))
         centers = centers or [x.mean(0) for x in found]
         for j, x in enumerate(found):
             sums[j].add(x)

@@ -109,7 +109,7 @@ class HFPolicy(LMPolicy):
         return _TOKENS_AT_ONCE
 
     @property
-    def _first(self) -> int:
+    def first(self) -> int:
         return int(self.where[1].min()) if self._takes("logits_to_keep") else 0
 
     def _takes(self, name: str) -> bool:
@@ -123,7 +123,7 @@ class HFPolicy(LMPolicy):
             "attention_mask": (position < length.to(device).unsqueeze(-1)).long(),
             "position_ids": position.expand(tokens.shape),
             "use_cache": False,
-            "logits_to_keep": position[self._first :],
+            "logits_to_keep": position[self.first :],
         }
         asked = {name: x for name, x in asked.items() if self._takes(name)}
         return logits_of(self.model, tokens, **asked).to("cpu", torch.float64)

@@ -157,9 +157,14 @@ class LMPolicy(nn.Module):
         return said
 
     @property
-    def _first(self) -> int:
+    def first(self) -> int:
         """The position of the tokens that the first logits of `_says` follow."""
         return 0
+
+    def says(self, tokens: Tensor, length: Tensor) -> Tensor:
+        """Logits of the actions after each token of rows `tokens` `[n, L]`, from position `first` on, `[n, L − first, A]`."""
+        said = self._says(tokens, length)
+        return said if self._columns is None else said[..., self._columns.to(said.device)]
 
     def forward(self, rows: slice | None = None) -> Tensor:
         """Logits `[K, A]`; with `rows`, those of `contexts_of(rows)`."""
@@ -189,7 +194,7 @@ class LMPolicy(nn.Module):
     def _read(self, said: Tensor, rows: slice) -> Tensor:
         k = self.contexts_of(rows)
         row, position = self.where[:, k]
-        z = said[row - (rows.start or 0), position - self._first]
+        z = said[row - (rows.start or 0), position - self.first]
         return z if self._columns is None else z[:, self._columns.to(z.device)]
 
     @property
@@ -237,9 +242,9 @@ class LMPolicy(nn.Module):
         except Exception as error:
             raise ProblemError(f"model: called with tokens [{n}, {L}], it raises {in_words(error)}.") from error
         shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        if shape != [n, L - self._first, self.vocab_size]:
+        if shape != [n, L - self.first, self.vocab_size]:
             raise ProblemError(
-                f"model: called with tokens [{n}, {L}], it returns {shape}; expected logits [{n}, {L - self._first},"
+                f"model: called with tokens [{n}, {L}], it returns {shape}; expected logits [{n}, {L - self.first},"
                 f" {self.vocab_size}], the last of them the task's vocab_size."
             )
         return found

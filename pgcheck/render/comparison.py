@@ -24,6 +24,8 @@ from pgcheck.render.html import environment
 from pgcheck.render.messages import number
 from pgcheck.render.plots import SERIES, drawings, marker
 from pgcheck.runs.compare import Comparison
+from pgcheck.runs.report import ProblemRow
+from pgcheck.verdicts.verdict import Space
 
 _NAMES = (("estimator", "estimator"), ("found", "finding"))
 _BIAS = (("scale", "scale"), ("rel", "rel"), ("off_axis", "off_axis"))
@@ -134,7 +136,7 @@ def _section(c: Comparison, tables: Mapping[str, pd.DataFrame], i: int) -> dict[
     p = c.problems[i]
     own = _of(tables, p.name)
     figures = []
-    for d in drawings(own, p.gradient_norm if c.space == "logits" else _norm(own["comparison"])):
+    for d in drawings(own, _norm(own["comparison"], p, c.space)):
         prefix = f"p{i}-{d.name}"
         names = _TABLES_OF.get(d.name, (d.name.partition("-")[0],))
         figures.append({
@@ -145,8 +147,10 @@ def _section(c: Comparison, tables: Mapping[str, pd.DataFrame], i: int) -> dict[
     return {"problem": p, "id": f"p{i}", "said": takeaways(own["comparison"]), "figures": figures}
 
 
-def _norm(table: pd.DataFrame) -> float:
-    """‖∇J‖ of the space that the table is in: ‖bias‖/rel of a row that has both."""
+def _norm(table: pd.DataFrame, problem: ProblemRow, space: Space) -> float:
+    """‖∇J‖ of the space that the table is in: if not of the logits, ‖bias‖/rel of a row that has both."""
+    if space == "logits" and problem.gradient_norm is not None:
+        return problem.gradient_norm
     some = table[(table["rel"] > 0) & (table["bias"] > 0)]
     return float((some["bias"] / some["rel"]).iloc[0]) if len(some) else 0.0
 
@@ -305,7 +309,7 @@ def write_tables(c: Comparison, folder: Path) -> tuple[list[Path], str]:
     tables = {name: _numbered(table, c) for name, table in c.tables.items()}
     for p in c.problems:
         own = _of(tables, p.name)
-        for d in drawings(own, p.gradient_norm if c.space == "logits" else _norm(own["comparison"])):
+        for d in drawings(own, _norm(own["comparison"], p, c.space)):
             stem = f"{p.name.replace('/', '-')}-{d.name}"
             files |= {folder / f"{stem}.{form}": d.file(form) for form in ("svg", "png")}
     remark = "" if parquet else "no Parquet files: pyarrow is not installed; pip install 'pgcheck[parquet]'"

@@ -62,6 +62,18 @@ def sampled_words(v: VerdictRow) -> str:
     return f"{after}{measured}, up to {number(s.missed)} is not excluded, {number(v.allowed)} is allowed{needed}"
 
 
+def seen_words(m: MeasurementRow) -> str:
+    """Where a sample was looked at, if not in logits; "" if there."""
+    if m.parameters is None:
+        return ""
+    words = f"in {m.parameters:,} parameters"
+    if m.directions is not None:
+        words += f", seen along ∇J (or a pilot's estimate) and {m.directions} random directions"
+    if m.against is not None:
+        words += f", by the difference from `{m.against}` on the same rollouts"
+    return words
+
+
 def first_sentence(page: str) -> str:
     """The opening line of a docstring."""
     return page.strip().split("\n")[0]
@@ -159,7 +171,7 @@ def _bias_part(
 ) -> str:
     undecided = [v for v in failures if v.status is Status.INCONCLUSIVE]
     if undecided and len(undecided) == len(failures) and undecided[0].sample:
-        return _undecided_part(estimator, undecided, command)
+        return _undecided_part(report, estimator, undecided, command)
     if len(undecided) == len(failures):
         return f"{estimator}: INCONCLUSIVE on {len(undecided)} problem(s): {undecided[0].reason}"
     failed = [v for v in failures if v.status is Status.FAIL]
@@ -184,9 +196,8 @@ def _bias_part(
     how = sampled_words(worst) if worst.sample else "exact, no sampling error"
     rows = [("what", f"{claim} does not hold on '{worst.problem}', the worst of them; {how}")]
     if m is not None:
-        rows.append(
-            ("where", f"context {m.worst_context}, action {m.worst_action}{_step(report, m)}: {_at(report, m)}")
-        )
+        place = f"context {m.worst_context}, action {m.worst_action}{_step(report, m)}: {_at(report, m)}"
+        rows.append(("where", seen_words(m) or place))
         if worst.sample:
             numbers = ", ".join(f"{name} {with_ends(m, name)}" for name in ("rel", "scale", "off_axis"))
             rows.append(("measured", f"{numbers}, of {worst.sample.batches:,} batches, seed {m.seed}; in brackets 95%"))
@@ -218,12 +229,15 @@ def _bias_part(
     )
 
 
-def _undecided_part(estimator: str, undecided: Sequence[VerdictRow], command: str) -> str:
+def _undecided_part(report: Report, estimator: str, undecided: Sequence[VerdictRow], command: str) -> str:
     """Every problem on which a sample did not decide, and what would."""
     first = undecided[0]
     rows = [("what", f"{v.check} on '{v.problem or v.reason}': {sampled_words(v)}") for v in undecided[:4]]
     if len(undecided) > 4:
         rows.append(("and", f"{len(undecided) - 4} more"))
+    m = report.cell(estimator, first.problem or first.reason)
+    if m is not None and (seen := seen_words(m)):
+        rows.append(("where", seen))
     draws = max((v.sample.needed or 0 for v in undecided if v.sample), default=0)
     name = first.problem or first.reason
     if name.partition("@")[0] in registered_problems() and draws:

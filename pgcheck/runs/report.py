@@ -10,6 +10,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib import metadata
 from typing import Any, Literal
 
@@ -21,7 +22,17 @@ from pgcheck.errors import UsageError
 from pgcheck.estimators.base import Claim, Estimator
 from pgcheck.problem import Problem
 from pgcheck.statistics.sequential import Interval, Judgement
-from pgcheck.verdicts.verdict import Measurement, NotAsked, Space, Status, Verdict, along, as_list, finite_or_none
+from pgcheck.verdicts.verdict import (
+    Measurement,
+    NotAsked,
+    Sampled,
+    Space,
+    Status,
+    Verdict,
+    along,
+    as_list,
+    finite_or_none,
+)
 
 LARGEST_TABLE = 10_000  # entries of a gradient that is written out
 SCHEMA: Literal["pgcheck-report/1"] = "pgcheck-report/1"
@@ -38,7 +49,7 @@ class ProblemRow(_Row):
     about: str
     digest: str
     rollouts: int
-    contexts: int
+    contexts: int | None  # null: a model writes, and they cannot be listed
     actions: int
     steps: int
     rows: int
@@ -46,8 +57,8 @@ class ProblemRow(_Row):
     discount: float
     on_policy: bool
     full_support: bool
-    value: float
-    gradient_norm: float
+    value: float | None  # null, as is the norm: not known, where contexts cannot be listed
+    gradient_norm: float | None
     gradient: list[list[float]]  # ∇J in logit space, [K, A]; empty if that has more than `LARGEST_TABLE` entries
     by_step: list[float | None]  # ⟨g_t, ∇J⟩/‖∇J‖² of each position, for its part g_t of ∇J; sums to 1
 
@@ -79,6 +90,22 @@ class StepRow(_Row):
     gap: float | None
 
 
+class ScoreRow(_Row):
+    """One number of a draw, over all draws; see `pgcheck.statistics.two_sample.Score`."""
+
+    mean: float
+    error: float
+    low: float
+    high: float
+
+
+class SampledRow(_Row):
+    """See `pgcheck.verdicts.verdict.Sampled`."""
+
+    first: list[float]
+    scores: dict[str, ScoreRow]
+
+
 class MeasurementRow(_Row):
     """See `pgcheck.verdicts.verdict.Measurement`; null stands for "no such number" (∇J = 0)."""
 
@@ -105,6 +132,11 @@ class MeasurementRow(_Row):
     seed: int | None = None  # of the `batches` that were drawn
     low: dict[str, float | None] = {}  # ends of 95% intervals, by the names above; null where the tails allow none
     high: dict[str, float | None] = {}
+    spread: list[float] = []  # Var ⟨ĝ, v⟩ of an exact ĝ along fixed directions; empty if Cov ĝ is not kept
+    sampled: SampledRow | None = None  # what a later sample is held against
+    parameters: int | None = None  # P, of a sample that was seen in parameters, as the logits are too many
+    directions: int | None = None  # random ones among them, along which alone it was seen
+    against: str | None = None  # the unbiased estimator on the same rollouts that stood for ∇J, which is not known
 
 
 class SampleRow(_Row):
@@ -232,7 +264,7 @@ class Report(_Row):
             if key == "parameters" and not value:
                 continue
             if isinstance(value, list):
-                value = [_without_sample(row) for row in value]
+                value = [_without_empty(row) for row in value]
             text = json.dumps(value, ensure_ascii=False)
             if isinstance(value, list) and value:
                 rows = ",\n  ".join(json.dumps(row, ensure_ascii=False) for row in value)
@@ -267,15 +299,19 @@ def merged(reports: Sequence[Report], *, suite: str) -> Report:
         measurements=sorted(measurements, key=lambda m: place[m.problem]),
         verdicts=[v for report in reports for v in report.verdicts],
         not_asked=[n for report in reports for n in report.not_asked],
+        cases=[c for report in reports for c in report.cases],
     )
 
 
-_OF_SAMPLES: dict[str, Any] = {"seed": None, "low": {}, "high": {}, "sample": None, "expected": False}
+_EMPTY: dict[str, Any] = {
+    "seed": None, "low": {}, "high": {}, "sample": None, "expected": False, "spread": [], "sampled": None,
+    "parameters": None, "directions": None, "against": None,
+}  # fmt: skip
 
 
-def _without_sample(row: dict[str, Any]) -> dict[str, Any]:
-    """Without the fields that only a sample fills, where they are empty."""
-    return {name: x for name, x in row.items() if name not in _OF_SAMPLES or x != _OF_SAMPLES[name]}
+def _without_empty(row: dict[str, Any]) -> dict[str, Any]:
+    """Without the fields that not every engine fills, where they are empty."""
+    return {name: x for name, x in row.items() if name not in _EMPTY or x != _EMPTY[name]}
 
 
 def _table(x: Tensor) -> list[list[float]]:
@@ -284,7 +320,7 @@ def _table(x: Tensor) -> list[list[float]]:
 
 def problem_row(problem: Problem) -> ProblemRow:
     """A problem's line of the report."""
-    contexts, actions = problem.logits.shape
+    contexts, actions = (None, problem.actions) if problem.written else problem.logits.shape
     return ProblemRow(
         name=problem.name,
         about=problem.about,
@@ -298,11 +334,16 @@ def problem_row(problem: Problem) -> ProblemRow:
         discount=problem.discount,
         on_policy=problem.on_policy,
         full_support=problem.full_support,
-        value=problem.value(),
-        gradient_norm=float(problem.gradient().norm()),
-        gradient=_table(problem.gradient()),
-        by_step=[finite_or_none(x) for x in along(problem.gradient_by_step(), problem.gradient())],
+        **_truth(problem),
     )
+
+
+def _truth(problem: Problem) -> dict[str, Any]:
+    if problem.written:
+        return {"value": None, "gradient_norm": None, "gradient": [], "by_step": []}
+    g = problem.gradient()
+    shares = [finite_or_none(x) for x in along(problem.gradient_by_step(), g)]
+    return {"value": problem.value(), "gradient_norm": float(g.norm()), "gradient": _table(g), "by_step": shares}
 
 
 def claim_row(claim: Claim) -> ClaimRow:
@@ -321,6 +362,8 @@ def measurement_row(m: Measurement, *, space: Space = "logits") -> MeasurementRo
     """A measurement's line of the report; `space` is that of its E ĝ."""
     same = ("estimator", "problem", "finding", "batches", "enumerated", "lane")
     maybe = ("rel", "scale", "cosine", "off_axis", "bias", "size", "total_variance", "mse", "snr")
+    seen = {} if m.view is None else {name: getattr(m.view, name) for name in ("parameters", "directions", "against")}
+    space = space if m.view is None else "parameters"
     context, action = m.worst if space == "logits" else (None, None)
     numbers: dict[str, Any] = {name: getattr(m, name) for name in same}
     numbers |= {name: finite_or_none(getattr(m, name)) for name in maybe}
@@ -334,6 +377,15 @@ def measurement_row(m: Measurement, *, space: Space = "logits") -> MeasurementRo
         seed=m.seed,
         low={name: finite_or_none(x.low) for name, x in m.intervals.items()},
         high={name: finite_or_none(x.high) for name, x in m.intervals.items()},
+        **seen,
+        spread=list(m.spread),
+        sampled=None if m.sampled is None else _sampled_row(m.sampled),
+    )
+
+
+def _sampled_row(sampled: Sampled) -> SampledRow:
+    return SampledRow(
+        first=list(sampled.first), scores={name: ScoreRow(**asdict(x)) for name, x in sampled.scores.items()}
     )
 
 

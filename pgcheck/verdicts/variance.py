@@ -61,6 +61,8 @@ def row_of(estimator: Estimator, problem: Problem, x: Measurement) -> dict[str, 
     numbers = {"variance": x.total_variance, "mse": x.mse, "snr": x.snr}
     row: dict[str, Any] = {name: getattr(x, name) for name in same}
     row |= {**numbers, "batches": x.batches, "cost": cost(estimator, problem)}
+    if x.view is not None:  # a sample that is not in logits
+        row |= {name: getattr(x.view, name) for name in ("parameters", "directions", "against")}
     return row | x.ends
 
 

@@ -24,15 +24,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pgcheck.engines.moments import Moments
+from pgcheck.engines.moments import Moments, View
 from pgcheck.errors import UsageError
 from pgcheck.estimators.base import ClaimKind, Estimator
 from pgcheck.problem import Problem
 from pgcheck.statistics.sequential import Interval, Judgement
 from pgcheck.statistics.status import Status as Status
+from pgcheck.statistics.two_sample import Score, fixed_directions, scores_of
 from pgcheck.statistics.variance import Pairs
 
 RTOL = 1e-9
+SPREAD = 4  # directions along which the variance of an exact ĝ is told; any change of Cov ĝ moves them
 
 Finding = Literal["unbiased", "proportional", "biased", "inconclusive"]  # the last of samples only
 Space = Literal["logits", "parameters"]
@@ -84,6 +86,14 @@ def steps(by_step: Tensor, truth: Tensor, gradient: Tensor) -> tuple[Step, ...]:
 
 
 @dataclass(frozen=True)
+class Sampled:
+    """What is kept of a sample of ĝ so that another one can be held against it (`pgcheck.statistics.two_sample`)."""
+
+    first: tuple[float, ...]  # ⟨v, mean of the first grain of draws⟩, of every fixed direction
+    scores: Mapping[str, Score]  # scale, mse, and v1, v2, …: the fixed directions
+
+
+@dataclass(frozen=True)
 class Measurement:
     """What was measured of one estimator on one problem; no opinion in it but `finding`."""
 
@@ -112,6 +122,9 @@ class Measurement:
     intervals: Mapping[str, Interval] = field(default_factory=dict)  # of what was drawn, by the names above; 95%
     judgements: Mapping[float | None, Judgement] = field(default_factory=dict)  # by the κ of E ĝ = κ g
     pairs: Pairs | None = None  # of what was drawn, beside the estimator that it is compared to
+    spread: tuple[float, ...] = ()  # Var ⟨ĝ, v⟩ along the first `SPREAD` fixed directions; empty if Cov ĝ is not kept
+    sampled: Sampled | None = None  # of what was drawn
+    view: View | None = None  # where a sample was taken, if not in logits: `expected` and `truth` are `[1, R]` there
 
     @property
     def worst(self) -> tuple[int, int]:
@@ -157,11 +170,20 @@ def measure(
         g, m = (x.unsqueeze(0) for x in (problem.parameter_gradient(), moments.mean_in_parameters()))
         variance = _variance_in_parameters(problem, moments)
     numbers = {name: getattr(moments, name) for name in ("batches", "enumerated", "lane")}
+    if space == "logits":
+        numbers["spread"] = _spread(moments)
     found = judged(estimator.name, problem, m, g, variance, rtol=rtol, known=space == "logits", **numbers)
     if not split or moments.by_step is None:
         return found
     by_step = steps(moments.by_step, problem.gradient_by_step(), found.truth)
     return replace(found, worst_step=_worst_step(moments, problem), by_step=by_step)
+
+
+def _spread(moments: Moments) -> tuple[float, ...]:
+    if moments.covariance is None:
+        return ()
+    v = torch.from_numpy(fixed_directions(moments.mean.numel())[:SPREAD]).to(moments.covariance)
+    return tuple(((v @ moments.covariance) * v).sum(1).tolist())
 
 
 def judged(
@@ -221,12 +243,17 @@ def _measure_sampled(estimator: Estimator, problem: Problem, moments: Moments, s
     """The engine's numbers, and the finding of its judges."""
     if space == "parameters":
         raise UsageError('space: "parameters" of a sample; take the exact engine, or the logits.')
-    g, m, x = problem.gradient(), moments.mean, moments.intervals
+    m, x, view = moments.mean, moments.intervals, moments.view
+    known = problem.gradient() if view is None else view.reference
+    assert known is not None
+    g = known.cpu().reshape(m.shape)
     size_g, scale, variance = float(g.norm()), x["scale"].value, moments.total_variance
     # ‖E ĝ‖ without bias, as everything here
     length = math.sqrt(max(float((m**2).sum()) - variance / max(moments.batches or 1, 1), 0.0))
     off_axis = {name: j.off_axis for name, j in moments.judgements.items()}
     intervals = {**x, "off_axis": next(iter(off_axis.values()))} if off_axis else dict(x)
+    if view is not None and view.against is not None:  # m has the noise of a difference
+        length = abs(scale) * size_g / math.sqrt(max(1 - intervals["off_axis"].value ** 2, 1e-12))
     size = max(size_g, math.sqrt(max(variance + length**2, 0.0)))
     return Measurement(
         estimator=estimator.name,
@@ -252,7 +279,18 @@ def _measure_sampled(estimator: Estimator, problem: Problem, moments: Moments, s
         intervals=intervals,
         judgements=moments.judgements,
         pairs=moments.pairs,
+        sampled=_sampled(moments),
+        view=view,
     )
+
+
+def _sampled(moments: Moments) -> Sampled | None:
+    if moments.scores is None or moments.first is None:
+        return None
+    seen = fixed_directions(len(moments.first)) @ moments.first.cpu().numpy()
+    scale, mse, _, *along = scores_of(moments.scores)  # without those about a centre that is a draw's own
+    named = {"scale": scale, "mse": mse} | {f"v{i + 1}": x for i, x in enumerate(along)}
+    return Sampled(tuple(seen.tolist()), named)
 
 
 def _sampled_finding(judgements: Mapping[float | None, Judgement]) -> Finding:

@@ -217,8 +217,16 @@ def _judge_sampled(estimator: Estimator, claim: Claim, problem: Problem, m: Meas
         claimed_scale=scale,
         numbers=_numbers(m),
         sample=j,
-        reason="∇J = 0: a sample says nothing relative to it" if j is None else "",
+        reason="" if j is not None else _why_not_judged(m, scale),
     )
+
+
+def _why_not_judged(m: Measurement, scale: float | None) -> str:
+    if m.view is None or m.view.against is None:
+        return "∇J = 0: a sample says nothing relative to it"
+    if m.gradient_norm == 0:
+        return "∇J is not known, and a pilot of some thousand batches does not tell it from 0: there is no tolerance"
+    return f"∇J is not known, so that only a scale that is named can be judged, against `{m.view.against}`"
 
 
 def _judge_biased(

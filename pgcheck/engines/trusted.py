@@ -1,0 +1,208 @@
+"""An estimator is judged by its difference from one that is known to be unbiased, on the same rollouts.
+
+    D_i = x_i − κ r_i,        E D = E x − κ ∇J,  as E r = ∇J
+
+where ∇J is not known; and where it is, but what is noise in x is so in r as well: D has the bias of x and less variance. r is
+the first of `TRUSTED` that claims to be unbiased there, with a 32nd part of another, so that no estimator is r itself and
+every difference has a law.
+
+How long ∇J is, which a tolerance δ ‖∇J‖ needs, is told where it is not known by a pilot of draws of their own: one half gives
+a direction û, the other ⟨r, û⟩, whose mean is at most ‖∇J‖.
+
+Guarantee: the tolerance is that of a length which ∇J has at least (at the error rate of the verdict), so that a PASS means
+what it says; what is estimated of a bias does not depend on the pilot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pgcheck.batch import Batch
+from pgcheck.engines.coefficients import coefficients_of
+from pgcheck.engines.moments import Moments, View
+from pgcheck.engines.parameters import estimates_in_parameters, tightened
+from pgcheck.errors import UsageError
+from pgcheck.estimators.base import Estimator, registered_estimators
+from pgcheck.problem import Problem
+from pgcheck.statistics.guarded import Scores, interval
+from pgcheck.statistics.sequential import GRAIN, Interval, Settings
+from pgcheck.trajectories import Trajectories
+
+TRUSTED = ("leave_one_out", "reinforce", "trajectory_is", "kl_in_reward(k1)", "entropy_in_reward")
+PILOT = 2 * GRAIN  # draws of each half of a pilot at first, and
+MOST_PILOT = 8 * GRAIN  # where that does not tell ∇J from 0
+_PART = 1 / 32  # of the other trusted estimator
+
+
+class Seen(Protocol):
+    """A space in which a vector in parameters is seen, in its length or a share of it."""
+
+    @property
+    def problem(self) -> Problem: ...
+    def project(self, c: Tensor, table: Trajectories, index: Tensor) -> Tensor: ...
+
+    def seen(self, x: Tensor) -> Tensor:
+        """Coordinates `[R]` of a vector `[P]`."""
+
+    def shows(self, beta: float) -> float:
+        """The share of a vector's length that its coordinates have at least, with probability 1 − beta."""
+
+    def view(self, shown: float) -> View:
+        """What it is, for a report."""
+
+    def said(self, moments: Moments, view: View) -> Moments:
+        """What was found here, as said of ĝ_θ."""
+
+
+@dataclass(frozen=True, eq=False)
+class Paired:
+    """Another space, in which an unbiased estimate is drawn beside every other."""
+
+    inside: Seen
+    reference: Tensor  # [R], ∇J, or what the pilot says of it: 0 if it does not tell it from 0
+    trusted: Estimator
+    length: Scores | None = None  # of ⟨r, û⟩; None: ∇J is known
+
+    def project(self, c: Tensor, table: Trajectories, index: Tensor) -> Tensor:
+        """As `inside`."""
+        return self.inside.project(c, table, index)
+
+    def drawn(self, table: Trajectories, index: Tensor) -> Tensor:
+        """What the trusted estimator says of the same rollouts; made once for all that are compared with it."""
+        last = self.__dict__.get("_drawn", (None, None, None))
+        if last[0] is not table or last[1] is not index:
+            labels = self.inside.problem.group_labels.to(index.device)
+            r = self.project(coefficients_on(self.trusted, table, index, labels), table, index)
+            last = self.__dict__["_drawn"] = (table, index, r)
+        r = last[2]
+        assert r is not None
+        return r
+
+    def judges(self, scale: float | None) -> bool:
+        """A κ that is named; an open one where ∇J is known, without r: it would have to be found from the noise of r."""
+        return scale is not None or self.length is None
+
+    def shows(self, beta: float) -> float:
+        """That of `inside`, and of ⟨∇J, û⟩ as it is at least over what it is about."""
+        if self.length is None:
+            return self.inside.shows(beta)
+        low, about = float(interval(self.length, confidence=1 - beta / 2, sides=1)[0][0]), float(self.length.mean[0])
+        return self.inside.shows(beta / 2) * max(low, 0.0) / about if about > 0 and low > 0 else 0.0
+
+    def settings(self, asked: Settings) -> Settings:
+        """With a tolerance that allows for what is not seen."""
+        return tightened(asked, self.shows(asked.beta / 2))
+
+    def told(self, moments: Moments, asked: Settings) -> Moments:
+        """With what it was compared with."""
+        view = self.inside.view(self.shows(asked.beta / 2) if moments.judgements else 1.0)
+        found = self.inside.said(moments, replace(view, reference=self.reference, against=self.trusted.name))
+        return found if self.length is None else _with_pilot(found, self.length)
+
+
+def _with_pilot(found: Moments, length: Scores) -> Moments:
+    """What is said in units of ‖∇J‖, with the error of the pilot in it."""
+    (low,), (high,) = interval(length)
+    about = float(length.mean[0])
+    if not 0 < low <= about:
+        return found
+    more, less = about / float(low), about / float(high)
+    rel, scale = found.intervals["rel"], found.intervals["scale"]
+    ends = [
+        1 + (x - 1) * (more if (x < 1) is low_end else less) for x, low_end in ((scale.low, True), (scale.high, False))
+    ]
+    said = {"rel": Interval(rel.value, rel.low * less, rel.high * more), "scale": Interval(scale.value, *ends)}
+    return replace(found, intervals={**found.intervals, **said})
+
+
+def paired(
+    problem: Problem, around: Callable[[Tensor | None], Seen], *, seed: int = 0, pilot: int = PILOT, device: str = "cpu"
+) -> Paired:
+    """Beside a trusted estimator, in the space `around` ∇J (None), or where this is not known around the direction of a
+    pilot's mean.
+
+    Raises:
+        UsageError: no estimator is known to be unbiased there.
+    """
+    r = trusted_mixture(problem)
+    if not problem.written:
+        inside = around(None)
+        return Paired(inside, inside.seen(problem.parameter_gradient()), r)
+    sampler = problem.sampler(seed=-1 - seed, device=device)  # users' seeds are ≥ 0
+    P = sum(p.numel() for p in problem.policy.parameters())
+
+    def half(first: int, along: Tensor | None) -> tuple[Tensor, Scores]:
+        """Σ r of `pilot` draws, and the scores ⟨r, û⟩."""
+        total, scores = torch.zeros(P, dtype=torch.float64), Scores.none(1)
+        for low in range(first, first + pilot, GRAIN):
+            table, index = sampler.draw(low, min(GRAIN, first + pilot - low))
+            c = coefficients_on(r, table, index, sampler.labels)
+            for x in estimates_in_parameters(c, table, index, problem):
+                total += x.sum(0).cpu()
+                if along is not None:
+                    scores = scores.merge(Scores.of((x.cpu() @ along).unsqueeze(1).numpy()))
+        return total, scores
+
+    total, _ = half(0, None)
+    while True:
+        u = total / size if (size := float(total.norm())) > 0 else total
+        more, scores = half(pilot, u)
+        low = float(interval(scores)[0][0])
+        if low > 0.5 * float(scores.mean[0]) or 2 * pilot > MOST_PILOT:
+            break
+        total, pilot = total + more, 2 * pilot
+    inside = around(u)
+    return Paired(inside, inside.seen(u) * (float(scores.mean[0]) if low > 0 else 0.0), r, scores)
+
+
+def coefficients_on(e: Estimator, table: Trajectories, index: Tensor, labels: Tensor) -> Tensor:
+    """Of the batches `index` `[M, B]` of a table."""
+    return coefficients_of(e, table.batch(index, labels, logits=e.leaf == "logits"))
+
+
+def trusted_estimators(problem: Problem) -> list[Estimator]:
+    """Those of `TRUSTED` that are known to be unbiased there.
+
+    Raises:
+        UsageError: none is, as support is broken.
+    """
+    known = [registered_estimators()[name] for name in TRUSTED]
+    found = [e for e in known if e.fits(problem) and any(c.kind == "unbiased" and c.applies(problem) for c in e.claims)]
+    if not found and problem.written:
+        raise UsageError(
+            f"{problem.name}: ∇J is not known, and no estimator is known to be unbiased, as the behaviour policy never writes"
+            " some of the completions; compare on a task whose prefixes can be listed."
+        )
+    return found
+
+
+def trusted_estimator(problem: Problem) -> Estimator:
+    """The first of `trusted_estimators`."""
+    return trusted_estimators(problem)[0]
+
+
+def trusted_mixture(problem: Problem) -> Estimator:
+    """It, with a 32nd part of the last of them, of rewards that are less by half of the largest: that moves no expectation, as
+    E ∇log p = 0, and is no other's copy."""
+    first, *_, last = (*trusted_estimators(problem),) * 2
+    second = _paid_less(last, 0.5 * problem.reward_size or 1.0)
+
+    def coefficients(batch: Batch) -> Tensor:
+        return (1 - _PART) * first.coefficients(batch) + _PART * second.coefficients(batch)
+
+    return replace(first, coefficients=coefficients, couples="batch", reads=None)
+
+
+def _paid_less(e: Estimator, cost: float) -> Estimator:
+    def coefficients(batch: Batch) -> Tensor:
+        place = torch.arange(1, batch.mask.shape[-1] + 1, device=batch.mask.device)
+        last = (batch.mask * place).argmax(-1, keepdim=True)
+        taken = torch.zeros_like(batch.reward).scatter_(-1, last, cost)
+        return e.coefficients(batch.with_tensors({"reward": batch.reward - taken}))
+
+    return replace(e, coefficients=coefficients, reads=None)
