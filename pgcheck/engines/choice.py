@@ -40,9 +40,11 @@ def moments_by(
     budget: int = DEFAULT_BUDGET,
     sampling: Sampling | None = None,
     scales: Sequence[Sequence[Scale]] | None = None,
+    beside: int | None = None,
     progress: Progress | None = None,
 ) -> list[Moments]:
-    """E ĝ and Cov ĝ of every estimator, all on the same batches; `sampling` and `scales` (as of `monte_carlo`) where drawn.
+    """E ĝ and Cov ĝ of every estimator, all on the same batches; `sampling`, `scales` and `beside` (as of
+    `monte_carlo`) where drawn.
 
     Raises:
         BudgetError: `exact`, and the batches are too many; or what an estimator needs cannot be sampled.
@@ -64,6 +66,7 @@ def moments_by(
         drawn,
         problem,
         scales=None if scales is None else [scales[i] for i in rest],
+        beside=rest.index(beside) if beside in rest else None,
         settings=how.settings,
         seed=how.seed,
         draws=how.draws,
