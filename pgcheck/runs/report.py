@@ -107,7 +107,10 @@ class MeasurementRow(_Row):
     high: dict[str, float | None] = {}
     parameters: int | None = None  # P, of a sample that was seen in parameters, as the logits are too many
     directions: int | None = None  # random ones among them, along which alone it was seen
-    against: str | None = None  # the unbiased estimator on the same rollouts that stood for ∇J, which is not known
+    against: str | None = None  # the unbiased estimator on the same rollouts that it was judged by its difference from
+    shown: float | None = (
+        None  # the part of a bias's length that is seen at least, which verdicts allow for; null: all of it
+    )
 
 
 class SampleRow(_Row):
@@ -274,7 +277,7 @@ def merged(reports: Sequence[Report], *, suite: str) -> Report:
 
 
 _OF_SAMPLES: dict[str, Any] = {"seed": None, "low": {}, "high": {}, "sample": None, "expected": False}
-_OF_SAMPLES |= dict.fromkeys(("parameters", "directions", "against"))
+_OF_SAMPLES |= dict.fromkeys(("parameters", "directions", "against", "shown"))
 
 
 def _without_sample(row: dict[str, Any]) -> dict[str, Any]:
@@ -330,7 +333,10 @@ def measurement_row(m: Measurement, *, space: Space = "logits") -> MeasurementRo
     """A measurement's line of the report; `space` is that of its E ĝ."""
     same = ("estimator", "problem", "finding", "batches", "enumerated", "lane")
     maybe = ("rel", "scale", "cosine", "off_axis", "bias", "size", "total_variance", "mse", "snr")
-    seen = {} if m.view is None else {name: getattr(m.view, name) for name in ("parameters", "directions", "against")}
+    seen: dict[str, Any] = {}
+    if m.view is not None:
+        seen = {name: getattr(m.view, name) for name in ("parameters", "directions", "against")}
+        seen["shown"] = None if m.view.shown == 1.0 else m.view.shown
     space = space if m.view is None else "parameters"
     context, action = m.worst if space == "logits" else (None, None)
     numbers: dict[str, Any] = {name: getattr(m, name) for name in same}
