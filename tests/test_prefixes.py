@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -22,10 +23,10 @@ def rows_of(n: int, L: int, tokens: int, seed: int) -> tuple[Tensor, Tensor]:
     return rows[torch.argsort(rows[:, 0])], torch.randint(1, L + 1, (n,), generator=generator)
 
 
-@pytest.mark.parametrize(("n", "L", "tokens"), [(210, 5, 2), (200, 6, 3), (70, 17, 2), (1100, 1, 4)])
+@pytest.mark.parametrize(("n", "L", "tokens"), [(210, 5, 2), (200, 6, 3), (400, 8, 2), (1100, 1, 4)])
 def test_every_token_sees_its_own_row(n: int, L: int, tokens: int) -> None:
     rows, length = rows_of(n, L, tokens, seed=n)
-    found = branching(rows, length)
+    found = branching(rows, length, most_pairs=math.inf)
     assert found is not None
     U = found.tokens.shape[1]
     for i in range(n):
@@ -42,6 +43,7 @@ def test_every_token_sees_its_own_row(n: int, L: int, tokens: int) -> None:
 
 def test_where_nothing_is_saved() -> None:
     assert branching(*rows_of(LEAST_TOKENS // 5, 5, 2, seed=0)) is None  # few tokens
+    assert branching(*rows_of(400, 16, 2, seed=0)) is None  # attention over what is left costs more
     apart = torch.arange(300).unsqueeze(1).expand(-1, 6)
     assert branching(apart, torch.full((300,), 6)) is None
 

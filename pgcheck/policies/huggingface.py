@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -105,7 +106,7 @@ class HFPolicy(LMPolicy):
                 f" {task.vocab_size:,}); {in_bytes(free)} are free. Take a smaller model, fewer prompts, or `actions`."
             )
 
-    least_shared = 64
+    least_shared, most_pairs = 64, math.inf  # a token costs more than what it attends to
 
     @property
     def tokens_at_once(self) -> int:  # type: ignore[override]

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 LEAST_TOKENS = 1024  # of rows, below which little is saved
+MOST_PAIRS = 2.0  # attention goes over the square of a block's tokens: so many times that of its rows, or rows are read
 _SHARE = 0.75  # of the tokens: where more than this remains, rows are read as they are
-_BLOCK = 128  # tokens of the rows of a block: attention goes with the square of what is left of them
+_BLOCK = 128  # tokens of the rows of a block
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,9 @@ class Branching:
     place: Tensor  # [n, L], of each token of a row among the m·U; of padding, that of the token before it
 
 
-def branching(tokens: Tensor, length: Tensor, *, least: int = LEAST_TOKENS) -> Branching | None:
+def branching(
+    tokens: Tensor, length: Tensor, *, least: int = LEAST_TOKENS, most_pairs: float = MOST_PAIRS
+) -> Branching | None:
     """The rows with their shared prefixes once; None where that saves little. `length` `[n]`: real tokens of each."""
     n, L = tokens.shape
     if n * L < least:
@@ -57,6 +60,8 @@ def branching(tokens: Tensor, length: Tensor, *, least: int = LEAST_TOKENS) -> B
     slot = torch.empty_like(of)
     slot[order] = torch.arange(U, device=device) - begins[of[order]]
     most = int(slot.max()) + 1
+    if m * most**2 > most_pairs * n * L**2:
+        return None
     out = torch.zeros(2, m, most, dtype=torch.int64, device=device)
     out[0, of, slot], out[1, of, slot] = text, position
     attend = torch.eye(most, dtype=torch.bool, device=device).repeat(m, 1, 1)

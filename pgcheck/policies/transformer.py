@@ -14,12 +14,13 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pgcheck.errors import ProblemError, in_words
-from pgcheck.policies.prefixes import LEAST_TOKENS, Branching, branching
+from pgcheck.policies.prefixes import LEAST_TOKENS, MOST_PAIRS, Branching, branching
 from pgcheck.seeding import random_state_kept
 
 
@@ -102,7 +103,7 @@ class LMPolicy(nn.Module):
     """
 
     tokens_at_once = 2**13  # that a forward pass reads: what stays in cache
-    least_shared = LEAST_TOKENS  # tokens of rows of which shared prefixes are looked for
+    least_shared, most_pairs = LEAST_TOKENS, MOST_PAIRS  # when shared prefixes are read once
     shared = False  # whether the model is its owner's, who leaves it as it is
 
     def __init__(
@@ -198,7 +199,8 @@ class LMPolicy(nn.Module):
     def _branching(self, rows: slice) -> Branching | None:
         kept = self.__dict__.setdefault("_branchings", {})
         if (key := (rows.start, rows.stop)) not in kept:
-            kept[key] = branching(self.tokens[rows], self.length[rows], least=self.least_shared)
+            limits: dict[str, Any] = {"least": self.least_shared, "most_pairs": self.most_pairs}
+            kept[key] = branching(self.tokens[rows], self.length[rows], **limits)
         found: Branching | None = kept[key]
         return found
 
