@@ -14,7 +14,7 @@ Aggregation = Callable[[Batch], Tensor]
 
 def mean_of_rows(batch: Batch) -> Tensor:
     """Sum over positions, mean over rows: 1/B."""
-    return torch.full_like(batch.mask, 1.0 / batch.rows)
+    return torch.tensor(1.0 / batch.rows, dtype=torch.float64)
 
 
 def sequence_mean(batch: Batch) -> Tensor:
