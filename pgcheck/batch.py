@@ -64,12 +64,8 @@ def gathered_rows(x: Tensor, index: Tensor) -> Tensor:
 
 
 def narrowed(x: Tensor) -> Tensor:
-    """`x` `[..., B, T]` with size 1 in place of T, and of B, where it is one number repeated in the same memory."""
-    if x.dim() > 0 and x.stride(-1) == 0:
-        x = x[..., :1]
-        if x.dim() > 1 and x.stride(-2) == 0:
-            x = x[..., :1, :]
-    return x
+    """`x` with size 1 in place of each dimension along which it is repeated in the same memory."""
+    return x[tuple(slice(1) if stride == 0 else slice(None) for stride in x.stride())]
 
 
 class row_by_row(cached_property[Tensor]):  # noqa: N801  (a decorator)
@@ -225,6 +221,11 @@ class Batch:
     def length(self) -> Tensor:
         """Number of policy positions of each row, `[..., B]`."""
         return self.mask.sum(-1)
+
+    @row_by_row
+    def inverse_length(self) -> Tensor:
+        """1 / length, and 1 for a row without a policy position, `[..., B]`."""
+        return 1.0 / self.length.clamp(min=1.0)
 
     @row_by_row
     def ratio(self) -> Tensor:

@@ -196,10 +196,9 @@ def alive_mean_to_go(batch: Batch) -> Tensor:
 # -- normalised by a standard deviation
 
 
-def _spreads(std: Tensor, x: Tensor, same: Tensor, n: Tensor) -> Tensor:
-    """Whether the peers differ by more than rounding; where they do not, 0/0 must not become rounding/rounding."""
-    size = (sum_of_peers(x**2, same) / n).sqrt()
-    return std > 16 * torch.finfo(x.dtype).eps * size
+def _more_than_rounding(std: Tensor, square: Tensor) -> Tensor:
+    """Whether peers with the mean square `square` differ; where they do not, 0/0 must not become rounding/rounding."""
+    return std > 16 * torch.finfo(std.dtype).eps * square.sqrt()
 
 
 def standardised_return(over: Over, *, ddof: int = 0, eps: float = 1e-6) -> Advantage:
@@ -207,9 +206,12 @@ def standardised_return(over: Over, *, ddof: int = 0, eps: float = 1e-6) -> Adva
 
     def advantage(batch: Batch) -> Tensor:
         R, same = batch.episode_return, peers(batch, over)
-        n, centred = number_of_peers(same), R - mean_of_peers(R, same)
-        std = (sum_of_peers(centred**2, same) / (n - ddof).clamp(min=1.0)).sqrt()
-        return (centred / torch.where(_spreads(std, R, same, n), std + eps, torch.inf)).unsqueeze(-1)
+        mean, n = mean_of_peers(R, same), number_of_peers(same)
+        centred = R - mean
+        square = sum_of_peers(centred * centred, same)
+        std = (square / (n - ddof).clamp(min=1.0)).sqrt()
+        spreads = _more_than_rounding(std, square / n + mean**2)
+        return (centred / torch.where(spreads, std + eps, torch.inf)).unsqueeze(-1)
 
     return advantage
 
@@ -321,7 +323,8 @@ def anchor_state_advantage(
         if std:
             spread = ((flat_to_go.unsqueeze(-2) - mean.unsqueeze(-1)) ** 2 * counted).sum(-1) / n
             spread = spread.sqrt()
-            adv = torch.where(_spreads(spread, flat_to_go, counted, n), adv / (spread + eps), torch.zeros_like(adv))
+            square = sum_of_peers(flat_to_go**2, counted) / n
+            adv = torch.where(_more_than_rounding(spread, square), adv / (spread + eps), torch.zeros_like(adv))
         adv = torch.where(shared, adv, flat_to_go if alone == "no baseline" else torch.zeros_like(adv))
         return batch.discount_weight * adv.unflatten(-1, (B, T))
 

@@ -19,7 +19,7 @@ def mean_of_rows(batch: Batch) -> Tensor:
 
 def sequence_mean(batch: Batch) -> Tensor:
     """Mean over the positions of each row, then over rows: 1 / (B |o_i|)."""
-    return 1.0 / (batch.rows * batch.length.clamp(min=1.0)).unsqueeze(-1)
+    return (batch.inverse_length / batch.rows).unsqueeze(-1)
 
 
 def constant_length(length: int) -> Aggregation:
