@@ -21,7 +21,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy import sparse
 from torch import Tensor
 
 from pgcheck.engines.traces import into_gradient
@@ -55,6 +54,8 @@ class Draws:
             matrix = torch.sparse_csr_tensor(first, index, values, shape, check_invariants=False)
             out.addmm_(matrix, rows, beta=0)
         else:
+            from scipy import sparse
+
             matrix = sparse.csr_array((values.numpy(), index.numpy(), first.numpy()), shape)
             out.copy_(torch.from_numpy(matrix @ rows.numpy()))
 
