@@ -452,7 +452,7 @@ def compare(
         "relative_to": relative_to,
         "space": space.value,
         "budget": budget or DEFAULT_BUDGET,
-        "engine": (engine or Engines.exact).value,
+        "engine": engine and engine.value,
         "sampling": Sampling(**{name: x for name, x in sampled.items() if x is not None}),  # type: ignore[arg-type]
     }
     on = problem or ["dialogue/two-turn"]

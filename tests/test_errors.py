@@ -532,7 +532,9 @@ for title, code in {
     "a policy without parameters": "SketchSpace.of(pgcheck.Problem(task(), Fixed()))",
 }.items():
     case(title, f'''
-from pgcheck.engines.sketch import SketchSpace, exact_in_sketch, sketch_moments, trusted_estimator
+from pgcheck import SketchSpace, sketch_moments
+from pgcheck.engines.sketch import exact_in_sketch
+from pgcheck.engines.trusted import trusted_estimator
 class Fixed(torch.nn.Module):
     def forward(self, tokens):
         return torch.zeros(*tokens.shape, 3, dtype=torch.float64)
@@ -541,8 +543,7 @@ large = pgcheck.Problem(task(max_completions=1), model)
 {code}
 ''')  # fmt: skip
 case("estimates in parameters that do not fit", '''
-from pgcheck.engines.sketch import ParameterSpace
-ParameterSpace(pgcheck.Problem(task(), pgcheck.TinyGPT(3, width=256)))
+pgcheck.ParameterSpace(pgcheck.Problem(task(), pgcheck.TinyGPT(3, width=256)))
 ''')  # fmt: skip
 case("a device that is not there", '''
 pgcheck.Problem(task(), pgcheck.TinyGPT(3)).sample(1, device="gpu")
@@ -1178,7 +1179,7 @@ states, actions = 300, 300
 env = pgcheck.TabularMDP(
     torch.eye(states)[:, None].expand(states, actions, states), torch.zeros(states, actions), [1.0] + [0.0] * (states - 1),
     horizon=1)
-pgcheck.moments("reinforce", pgcheck.Problem(env, torch.zeros(states, actions)), engine="monte_carlo")
+pgcheck.monte_carlo([pgcheck.as_estimator("reinforce")], pgcheck.Problem(env, torch.zeros(states, actions)))
 ''')  # fmt: skip
 case("a baseline that only a table gives, where there is none", '''
 pgcheck.moments("remax", "sampled/walk-50", engine="monte_carlo")

@@ -5,7 +5,7 @@ Guarantee: nothing is sampled that was asked for exactly; `auto` samples only wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Literal, get_args
 
@@ -32,6 +32,13 @@ def checked_engine(engine: str) -> Engine:
     raise UsageError(f"engine: {engine!r} is not one of {', '.join(get_args(Engine))}.")
 
 
+def engine_on(engine: str | None, problems: Iterable[Problem]) -> Engine:
+    """The engine asked for; if none is, exact, but for problems whose rollouts cannot be listed, where it must be `auto`."""
+    if engine is not None:
+        return checked_engine(engine)
+    return "exact" if all(p.enumerable for p in problems) else "auto"
+
+
 def moments_by(
     engine: Engine,
     estimators: Sequence[Estimator],
@@ -40,9 +47,11 @@ def moments_by(
     budget: int = DEFAULT_BUDGET,
     sampling: Sampling | None = None,
     scales: Sequence[Sequence[Scale]] | None = None,
+    beside: int | None = None,
     progress: Progress | None = None,
 ) -> list[Moments]:
-    """E ĝ and Cov ĝ of every estimator, all on the same batches; `sampling` and `scales` (as of `monte_carlo`) where drawn.
+    """E ĝ and Cov ĝ of every estimator, all on the same batches; `sampling`, `scales` and `beside` (as of
+    `monte_carlo`) where drawn.
 
     Raises:
         BudgetError: `exact`, and the batches are too many; or what an estimator needs cannot be sampled.
@@ -64,6 +73,7 @@ def moments_by(
         drawn,
         problem,
         scales=None if scales is None else [scales[i] for i in rest],
+        beside=rest.index(beside) if beside in rest else None,
         settings=how.settings,
         seed=how.seed,
         draws=how.draws,

@@ -23,6 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,7 +38,9 @@ from pgcheck.estimators.base import Estimator
 from pgcheck.estimators.from_loss import LossCoefficients
 from pgcheck.problem import Problem
 from pgcheck.sampling import Sampler, as_device
+from pgcheck.statistics.guarded import Floats
 from pgcheck.statistics.sequential import GRAIN, SHARE, Interval, Judge, Settings
+from pgcheck.statistics.variance import Pairs
 from pgcheck.trajectories import SideTable, Trajectories, is_count
 
 DEFAULT_DRAWS = 262_144  # most draws of one problem
@@ -180,6 +183,7 @@ def monte_carlo(
     problem: Problem,
     *,
     scales: Sequence[Sequence[Scale]] | None = None,
+    beside: int | None = None,
     settings: Settings | None = None,
     seed: int = 0,
     draws: int = DEFAULT_DRAWS,
@@ -194,6 +198,7 @@ def monte_carlo(
 
     Args:
         scales: for each estimator the κ of claims E ĝ = κ ∇J to judge, None for "some κ > 0"; without any, all draws are used.
+        beside: number of the estimator that the others' variance is compared to, draw by draw (`Moments.pairs`).
         settings: tolerance and error rates of every judge.
         draws: most draws; rounded up to whole grains of 1024.
         space: where the verdict is given; default, logits.
@@ -227,7 +232,7 @@ def monte_carlo(
         )
     if float(where.reference.norm()) <= _ROUNDING * problem.reward_size:
         scales = [()] * len(estimators)
-    run = _Run(estimators, problem, where, seed, device, settings, scales)
+    run = _Run(estimators, problem, where, seed, device, settings, scales, beside)
     last = -(-draws // GRAIN)
     if checkpoint is not None:
         run.resume(checkpoint, draws=last * GRAIN)
@@ -267,22 +272,30 @@ class _Lane:
     judges: dict[Scale, Judge]
     account: Account | None = None
     paired: Account | None = None  # of x − r + reference, where an estimate r of ∇J is drawn beside x
-    centre: Tensor | None = None
+    centre: Tensor | None = None  # the mean of the first grain
+    pairs: Pairs | None = None  # ‖x − centre‖² beside that of the estimator that it is compared to
+
+    def centre_of(self, x: Tensor) -> Tensor:
+        """The mean of the first grain, which x is if there was none before."""
+        return x.mean(0) if self.centre is None else self.centre
 
     def evaluated(self, x: Tensor, r: Tensor | None, reference: Tensor, grain: int) -> _Grain:
         """What is to be taken of a grain with number `grain`."""
-        centre = x.mean(0) if self.centre is None else self.centre
         gram = grain % max(1, 2 ** max(grain.bit_length() - 1, 0) // _GRAMS) == 0
-        account = Account.of(x, reference, centre=centre, gram=gram and not (self._judged and r is None))
+        account = Account.of(x, reference, centre=self.centre_of(x), gram=gram and not (self._judged and r is None))
         if r is None:
             return _Grain(x, None, account, None)
         paired = Account.of(x - r + reference, reference, centre=reference, gram=gram and not self._judged)
         return _Grain(x, r, account, paired)
 
+    def pair(self, squares: Floats, of_other: Floats) -> None:
+        """Squared distances of the next grain, and those of the other."""
+        new = Pairs.of(squares, of_other)
+        self.pairs = new if self.pairs is None else self.pairs.merge(new)
+
     def take(self, new: _Grain) -> None:
         """The next grain."""
-        if self.centre is None:
-            self.centre = new.x.mean(0)
+        self.centre = self.centre_of(new.x)
         self.account = new.account if self.account is None else self.account.merge(new.account)
         if new.paired is not None:
             self.paired = new.paired if self.paired is None else self.paired.merge(new.paired)
@@ -306,10 +319,11 @@ class _Lane:
         return account, paired
 
     @property
-    def whole_account(self) -> Account:
-        """With the spectrum of X − μ, which is that of the judge of κ = 1 where there is one."""
+    def off_centre(self) -> float:
+        """‖E x − centre‖², by which E‖x − centre‖² is more than the variance."""
         assert self.account is not None
-        return replace(self.account, spectrum=self.judges[1.0].spectrum) if 1.0 in self.judges else self.account
+        assert self.centre is not None
+        return float((self.account.mean - self.centre).square().sum())
 
     @property
     def done(self) -> bool:
@@ -327,6 +341,7 @@ class _Run:
     device: str
     settings: Settings
     scales: Sequence[Sequence[Scale]]
+    beside: int | None = None
     grain: int = 0  # the next
     lanes: list[_Lane] = field(init=False)
     _workers: Workers[dict[int, _Grain]] | None = field(init=False)
@@ -367,9 +382,19 @@ class _Run:
     def step(self) -> None:
         """One grain, for every estimator that is not judged yet."""
         evaluated = self._next()
-        for i in self._undecided:
+        now = self._undecided
+        if self.beside in now:
+            of_other = self._squares(self.beside, evaluated[self.beside].x)
+            for i in now:
+                if i != self.beside:
+                    self.lanes[i].pair(self._squares(i, evaluated[i].x), of_other)
+        for i in now:
             self.lanes[i].take(evaluated[i])
         self.grain += 1
+
+    def _squares(self, i: int, x: Tensor) -> Floats:
+        """‖x − c‖² of each draw."""
+        return np.asarray((x - self.lanes[i].centre_of(x)).square().sum(1).cpu().numpy())
 
     def _next(self) -> dict[int, _Grain]:
         if self._workers is None:
@@ -455,7 +480,12 @@ class _Run:
         )
         if paired is not None:
             found = _with_bias_of(found, paired, self.reference)
-        return self.space.told(found, self.settings)
+        found = self.space.told(found, self.settings)
+        # a sketch's variance is a guess of that of ĝ, whose error no pair of draws shows
+        sketched = found.view is not None and found.view.directions is not None
+        if sketched or lane.pairs is None or self.beside is None:
+            return found
+        return replace(found, pairs=lane.pairs.plus(-lane.off_centre, -self.lanes[self.beside].off_centre))
 
     # -- checkpoints
 
@@ -474,7 +504,7 @@ class _Run:
             "problem": self.problem.digest,
             "seed": self.seed,
             "draws": draws,
-            "settings": repr((self.settings, [list(x) for x in self.scales])),
+            "settings": repr((self.settings, [list(x) for x in self.scales], self.beside)),
             "estimators": [e.name for e in self.estimators],
             "first estimates": self._first_estimates,
         }
@@ -486,6 +516,7 @@ class _Run:
                 "account": None if a.account is None else a.account.state(),
                 "paired": None if a.paired is None else a.paired.state(),
                 "centre": a.centre,
+                "pairs": None if a.pairs is None else a.pairs.state(),
                 "judges": [j.state() for j in a.judges.values()],
             }
             for a in self.lanes
@@ -519,6 +550,7 @@ class _Run:
         self.grain = kept["grain"]
         for lane, state in zip(self.lanes, kept["lanes"], strict=True):
             lane.centre = state["centre"]
+            lane.pairs = None if state["pairs"] is None else Pairs.from_state(state["pairs"])
             lane.account, lane.paired = (
                 None if state[name] is None else Account.from_state(state[name]) for name in ("account", "paired")
             )

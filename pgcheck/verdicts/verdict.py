@@ -31,6 +31,7 @@ from pgcheck.problem import Problem
 from pgcheck.statistics.sequential import Interval, Judgement
 from pgcheck.statistics.status import Status as Status
 from pgcheck.statistics.two_sample import Score, fixed_directions, scores_of
+from pgcheck.statistics.variance import Pairs
 
 RTOL = 1e-9
 SPREAD = 4  # directions along which the variance of an exact ĝ is told; any change of Cov ĝ moves them
@@ -120,6 +121,7 @@ class Measurement:
     seed: int | None = None  # of what was drawn
     intervals: Mapping[str, Interval] = field(default_factory=dict)  # of what was drawn, by the names above; 95%
     judgements: Mapping[float | None, Judgement] = field(default_factory=dict)  # by the κ of E ĝ = κ g
+    pairs: Pairs | None = None  # of what was drawn, beside the estimator that it is compared to
     spread: tuple[float, ...] = ()  # Var ⟨ĝ, v⟩ along the first `SPREAD` fixed directions; empty if Cov ĝ is not kept
     sampled: Sampled | None = None  # of what was drawn
     view: View | None = None  # where a sample was taken, if not in logits: `expected` and `truth` are `[1, R]` there
@@ -133,12 +135,11 @@ class Measurement:
 
     @property
     def ends(self) -> dict[str, float]:
-        """NAME_low and NAME_high of rel, scale, variance, mse and snr: the 95% interval; of an exact number, the number."""
-        exact = {"variance": self.total_variance} | {
-            name: getattr(self, name) for name in ("rel", "scale", "mse", "snr")
-        }
+        """NAME_low and NAME_high of rel, scale, bias, variance, mse, snr: the 95% interval; of an exact number, the number."""
+        names = ("rel", "scale", "bias", "variance", "mse", "snr")
+        exact = {name: self.total_variance if name == "variance" else getattr(self, name) for name in names}
         out = {}
-        for name in ("rel", "scale", "variance", "mse", "snr"):
+        for name in names:
             x = self.intervals.get(name)
             out[f"{name}_low"], out[f"{name}_high"] = (exact[name],) * 2 if x is None else (x.low, x.high)
         return out
@@ -277,6 +278,7 @@ def _measure_sampled(estimator: Estimator, problem: Problem, moments: Moments, s
         seed=moments.seed,
         intervals=intervals,
         judgements=moments.judgements,
+        pairs=moments.pairs,
         sampled=_sampled(moments),
         view=view,
     )
