@@ -10,7 +10,7 @@ from typing import Any, get_args
 import pandas as pd
 from torch import nn
 
-from pgcheck.engines.choice import Engine, checked_engine, moments_by
+from pgcheck.engines.choice import Engine, engine_on, moments_by
 from pgcheck.engines.direct import DEFAULT_BUDGET as DIRECT_BUDGET
 from pgcheck.engines.direct import Step, StepRunner, TrainingStep
 from pgcheck.engines.exact import DEFAULT_BUDGET
@@ -90,7 +90,7 @@ def check_estimator(
     budget: int = DEFAULT_BUDGET,
     rtol: float = RTOL,
     search: bool = False,
-    engine: Engine = "exact",
+    engine: Engine | None = None,
     sampling: Sampling | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -108,7 +108,8 @@ def check_estimator(
         budget: most batches enumerated on one problem.
         progress: called with (what, done, total); default, a bar on stderr after two seconds, if that is a terminal.
         rtol: tolerance of exact verdicts, relative to max(‖∇J‖, √E‖ĝ‖²).
-        engine: `"auto"` samples where there are more batches than the budget; `"monte_carlo"` samples everywhere. A sampled
+        engine: `"exact"`; `"auto"` samples where there are more batches than the budget; `"monte_carlo"` samples everywhere.
+            Default: exact, and auto where rollouts cannot be listed (a model writes them, or they are too many). A sampled
             verdict may be INCONCLUSIVE, which is raised like a failure.
         sampling: `pgcheck.Sampling(tolerance=.05, alpha=1e-6, beta=1e-3, draws=262144, seed=0)`: what sampled verdicts call
             biased, how often they may be wrong, and how many batches they may draw.
@@ -134,7 +135,7 @@ def check_estimator(
     chosen = as_problems(("core" if same_as is None else "all") if problems is None else problems)
     with ProgressBar() as bar:
         report = run(
-            [e], chosen, suite="check", checks=checks, budget=budget, rtol=rtol, engine=checked_engine(engine),
+            [e], chosen, suite="check", checks=checks, budget=budget, rtol=rtol, engine=engine_on(engine, chosen),
             sampling=sampling, progress=progress or bar,
         )  # fmt: skip
     named, words = report, ""
@@ -364,13 +365,13 @@ def moments(
     estimator: AnyEstimator,
     problem: AnyProblem,
     *,
-    engine: Engine = "exact",
+    engine: Engine | None = None,
     budget: int = DEFAULT_BUDGET,
     seed: int = 0,
     draws: int = DEFAULT_DRAWS,
     progress: Progress | None = None,
 ) -> Moments:
-    """E ĝ and Cov ĝ of one batch, in logit space.
+    """E ĝ and Cov ĝ of one batch, in logit space; of a sample where logits are too many, in parameters (`Moments.view`).
 
     Args:
         engine: `"exact"` enumerates; `"monte_carlo"` draws `draws` batches (rounded up to 1024s), the same for the same `seed`,
@@ -388,7 +389,7 @@ def moments(
     one = chosen[0]
     with ProgressBar() as bar:
         (found,) = moments_by(
-            checked_engine(engine),
+            engine_on(engine, [one]),
             [as_estimator(estimator)],
             one,
             budget=budget,
@@ -405,7 +406,7 @@ def compare(
     space: Space = "logits",
     relative_to: AnyEstimator | None = None,
     budget: int = DEFAULT_BUDGET,
-    engine: Engine = "exact",
+    engine: Engine | None = None,
     sampling: Sampling | None = None,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
@@ -432,7 +433,7 @@ def compare(
     reference = None if relative_to is None else as_estimator(relative_to).name
     with ProgressBar() as bar:
         return compared(
-            chosen, on, relative_to=reference, space=space, budget=budget, engine=checked_engine(engine), sampling=sampling,
+            chosen, on, relative_to=reference, space=space, budget=budget, engine=engine_on(engine, on), sampling=sampling,
             progress=progress or bar,
         )  # fmt: skip
 
@@ -445,7 +446,7 @@ def comparison(
     relative_to: AnyEstimator | None = None,
     sweeps: Sweeps | None = None,
     budget: int = DEFAULT_BUDGET,
-    engine: Engine = "exact",
+    engine: Engine | None = None,
     sampling: Sampling | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
@@ -461,7 +462,7 @@ def comparison(
     with ProgressBar() as bar:
         return runs_compare.comparison(
             chosen, on, relative_to=reference, space=space, sweeps=Sweeps() if sweeps is None else sweeps,
-            budget=budget, engine=checked_engine(engine), sampling=sampling, progress=progress or bar,
+            budget=budget, engine=engine_on(engine, on), sampling=sampling, progress=progress or bar,
         )  # fmt: skip
 
 

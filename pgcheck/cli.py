@@ -261,7 +261,7 @@ def run(
         messages = _explained(report, planned)
     places = places_of(planned.estimators or [], Path.cwd())
     if out is not None:
-        write_report(report, out, messages, places=places)
+        write_report(report, out, messages, places=places, device=planned.suite.device)
     outcomes = outcomes_of_run(report, messages, places, planned.expected)
     if form in _OF_OUTCOMES:
         _print_outcomes(outcomes, form.value, report.suite)
@@ -335,6 +335,11 @@ def gate(
         bool, typer.Option("--update", help="accept what changed: write the baseline anew, for review")
     ] = False,
     form: Annotated[GateFormat, typer.Option("--format", help="what is printed")] = GateFormat.terminal,
+    suite: Annotated[
+        str | None, typer.Option(help="what is run without a REPORT; default, that of pyproject.toml", metavar="NAME")
+    ] = None,
+    budget: Budget = None,
+    seed: Seed = None,
 ) -> None:
     """Hold a report against a baseline: whatever changed is named, and fails until it is accepted with --update."""
     from shlex import quote
@@ -354,11 +359,16 @@ def gate(
     if path is None:
         raise UsageError("baseline: none given; name it with --baseline FILE, or in [tool.pgcheck] of pyproject.toml.")
     shown = [*([quote(str(report))] if report else []), *([f"--baseline {quote(str(baseline))}"] if baseline else [])]
+    asked = {"suite": suite, "budget": budget, "seed": seed}
+    if report is not None and any(x is not None for x in asked.values()):
+        raise UsageError("gate: --suite, --budget and --seed say what is run; with a REPORT nothing is.")
+    shown += [f"--{name} {quote(str(x))}" for name, x in asked.items() if x is not None]
     command = " ".join(["pgcheck gate", *shown, "--update"])
     known = EMPTY if update and not path.exists() else read_baseline(path, command)
     messages: dict[str, str] = {}
     if report is None:
-        planned = plan(config)
+        planned = plan(config, suite=suite, budget=budget)
+        planned = planned if seed is None else planned.with_settings(seed=seed)
         with ProgressBar() as progress:
             run_of = planned.run(progress=progress)
             messages = _explained(run_of, planned)
@@ -442,7 +452,7 @@ def compare(
         "relative_to": relative_to,
         "space": space.value,
         "budget": budget or DEFAULT_BUDGET,
-        "engine": (engine or Engines.exact).value,
+        "engine": engine and engine.value,
         "sampling": Sampling(**{name: x for name, x in sampled.items() if x is not None}),  # type: ignore[arg-type]
     }
     on = problem or ["dialogue/two-turn"]

@@ -247,7 +247,7 @@ class Session:
             raise UsageError(f"{metafunc.function.__name__} is marked pgcheck, and must take the fixture {fixture}.")
         tasks = self._marked(*mark.args, **mark.kwargs)
         self._add(tasks)
-        verdicts = [v for task in tasks for v in self._verdicts(task)]
+        verdicts = [v for task in tasks for v in self.verdicts_of(task)]
         metafunc.parametrize(fixture, [pytest.param(v, id=v.id, marks=v.marks) for v in verdicts], indirect=True)
 
     def _marked(
@@ -274,7 +274,8 @@ class Session:
             for x in (all_imported(given) if isinstance(given, str) and ":" in given else [given])
         ]
 
-    def _verdicts(self, task: Task | CaseTask) -> list[Verdict]:
+    def verdicts_of(self, task: Task | CaseTask) -> list[Verdict]:
+        """What there is to ask of a task."""
         named = (task.of_case, task.name)
         found = [Verdict(self, task, *named, problem, rule) for problem, rule in task.questions()]
         if self.baseline is not None:
@@ -285,7 +286,7 @@ class Session:
 
     @pytest.hookimpl(tryfirst=True)  # before -k and -m choose among the items
     def pytest_collection_modifyitems(self, session: pytest.Session, items: list[pytest.Item]) -> None:
-        verdicts = [v for task in self.own for v in self._verdicts(task)]
+        verdicts = [v for task in self.own for v in self.verdicts_of(task)]
         if self.baseline is not None:
             asked = {(t.of_case, t.name, problem) for t in self.tasks for problem in t.rows()}
             verdicts += [Verdict(self, None, *key, "orphaned") for key in sorted(known_rows(self.baseline) - asked)]

@@ -532,7 +532,9 @@ for title, code in {
     "a policy without parameters": "SketchSpace.of(pgcheck.Problem(task(), Fixed()))",
 }.items():
     case(title, f'''
-from pgcheck.engines.sketch import SketchSpace, exact_in_sketch, sketch_moments, trusted_estimator
+from pgcheck import SketchSpace, sketch_moments
+from pgcheck.engines.sketch import exact_in_sketch
+from pgcheck.engines.trusted import trusted_estimator
 class Fixed(torch.nn.Module):
     def forward(self, tokens):
         return torch.zeros(*tokens.shape, 3, dtype=torch.float64)
@@ -541,8 +543,7 @@ large = pgcheck.Problem(task(max_completions=1), model)
 {code}
 ''')  # fmt: skip
 case("estimates in parameters that do not fit", '''
-from pgcheck.engines.sketch import ParameterSpace
-ParameterSpace(pgcheck.Problem(task(), pgcheck.TinyGPT(3, width=256)))
+pgcheck.ParameterSpace(pgcheck.Problem(task(), pgcheck.TinyGPT(3, width=256)))
 ''')  # fmt: skip
 case("a device that is not there", '''
 pgcheck.Problem(task(), pgcheck.TinyGPT(3)).sample(1, device="gpu")
@@ -1178,7 +1179,7 @@ states, actions = 300, 300
 env = pgcheck.TabularMDP(
     torch.eye(states)[:, None].expand(states, actions, states), torch.zeros(states, actions), [1.0] + [0.0] * (states - 1),
     horizon=1)
-pgcheck.moments("reinforce", pgcheck.Problem(env, torch.zeros(states, actions)), engine="monte_carlo")
+pgcheck.monte_carlo([pgcheck.as_estimator("reinforce")], pgcheck.Problem(env, torch.zeros(states, actions)))
 ''')  # fmt: skip
 case("a baseline that only a table gives, where there is none", '''
 pgcheck.moments("remax", "sampled/walk-50", engine="monte_carlo")
@@ -1476,6 +1477,7 @@ plan(Config(), estimators=["grop"])
 case = section("The gate")
 
 case("no baseline is named", "$ pgcheck gate report.json")
+case("a report and what is to be run", "$ pgcheck gate report.json --baseline absent.json --seed 1")
 case("no baseline is there", "$ pgcheck gate report.json --baseline absent.json")
 case("no report is there", "$ pgcheck gate absent.json --baseline absent.json --update")
 case("a folder", "$ pgcheck gate report.json --baseline .")
@@ -1483,7 +1485,12 @@ for _title, _text in (
     ("a baseline that is none", "[]"),
     ("a truncated baseline", '{"schema": "pgcheck-baseline/2", "estim'),
     ("a baseline of a newer pgcheck", '{"schema": "pgcheck-baseline/3", "estimators": [], "entries": [], "cases": []}'),
-    ("a baseline with a row twice", '''{"schema": "pgcheck-baseline/2", "entries": [], "estimators": [
+    ("an older baseline", '{"schema": "pgcheck-baseline/1", "estimators": [], "entries": []}'),
+    ("a baseline with a sample that is none", '''{"schema": "pgcheck-baseline/2", "estimators": [], "cases": [], "entries": [
+{"estimator": "grpo", "problem": "p", "engine": "monte_carlo", "digest": "d", "finding": "biased", "seed": 0, "batches": 4096,
+ "rel": 1.0, "scale": 1.0, "cosine": 1.0, "off_axis": 0.0, "size": 1.0, "total_variance": 1.0,
+ "first": [0.0], "scores": {}}]}'''),
+    ("a baseline with a row twice", '''{"schema": "pgcheck-baseline/2", "entries": [], "cases": [], "estimators": [
         {"estimator": "e", "claims": [], "checks": {}}, {"estimator": "e", "claims": [], "checks": {}}]}'''),
 ):  # fmt: skip
     case(_title, f"from pathlib import Path\nfrom pgcheck.runs.baseline import read_baseline\n"
@@ -1537,6 +1544,37 @@ session = gate_session(baseline="baseline.json")
 for verdict in marked(session, ["reinforce"]):
     verdict.check()
 ''')  # fmt: skip
+_SUITE = '''
+suite("""
+name = "mine"
+estimators = ["leave_one_out"]
+problems = ["bandit/two-arm"]
+checks = ["finite"]
+[[expect]]
+estimator = "leave_one_out"
+problem = "bandit/two-arm"
+finding = "FINDING"
+[[case]]
+name = "own-sample"
+says = "The own sample in the mean leaves the gradient as it is."
+source = "a blog"
+truth = "TRUTH"
+quantity = "scale"
+estimator = "batch_mean"
+problem = "bandit/two-arm"
+equals = 1
+because = "The own return cancels 1/B of the signal."
+""")
+session = gate_session(suite="mine.toml")
+for task in session.own:
+    for verdict in session.verdicts_of(task):
+        verdict.check()
+'''
+case(
+    "pytest: a case of the suite that its number contradicts",
+    _SUITE.replace("FINDING", "unbiased").replace("TRUTH", "right"),
+)
+case("pytest: another finding than the suite expects", _SUITE.replace("FINDING", "biased").replace("TRUTH", "wrong"))
 
 
 def gate_session(**options: Any) -> Any:

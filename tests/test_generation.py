@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from scipy import stats
 
+import pgcheck
+from pgcheck.batch import Batch
 from pgcheck.engines.coefficients import coefficients_of
 from pgcheck.engines.exact import exact_moments
 from pgcheck.envs import language
@@ -20,6 +23,7 @@ from pgcheck.estimators.lookup import FILLED_BY  # noqa: F401  (fills the regist
 from pgcheck.generation import mismatch
 from pgcheck.policies import Decoding, TinyGPT, truncated
 from pgcheck.problem import Problem
+from pgcheck.render.files import write_report
 from tests.test_tree import COLUMNS, TASKS, rows_of
 
 FALSE_ALARM = 1e-9
@@ -265,6 +269,31 @@ def test_a_long_task() -> None:
     for name in COLUMNS[:-1]:
         assert bool(torch.isfinite(getattr(batch, name)).all()), name
     assert bool(torch.isnan(batch.value).all())
+
+
+def test_verdicts_of_what_is_written(tmp_path: Path) -> None:
+    """Without a word about engines: a true estimator passes, the own return in the baseline fails, by a quarter."""
+    _, p = both(TASKS["parity"], group_size=4, ref_logits=None)
+
+    def own_mean(batch: Batch) -> torch.Tensor:
+        r = batch.episode_return
+        return -((r - r.mean())[:, None] * batch.logp * batch.mask).sum(-1).mean()
+
+    report = pgcheck.check_estimator("leave_one_out", p)
+    (m,) = report.measurements
+    assert (m.finding, m.parameters, m.directions, m.against) == ("unbiased", 1939, None, "leave_one_out")
+    assert report.problems[0].gradient_norm is report.problems[0].contexts is None
+    assert write_report(report, tmp_path)[0].exists()
+    with pytest.raises(
+        pgcheck.BiasError, match=r"(?s)in 1,939 parameters, by the difference from `leave_one_out`.*rel 0\.2"
+    ):
+        pgcheck.check_estimator(own_mean, p)
+    table = pgcheck.compare(["leave_one_out", own_mean], p, sampling=pgcheck.Sampling(draws=4_096)).set_index(
+        "estimator"
+    )
+    assert table.loc["own_mean", "ratio"] == pytest.approx(9 / 16)  # it is 3/4 of the other, draw by draw
+    assert table.loc["own_mean", "scale_low"] < 0.75 < table.loc["own_mean", "scale_high"]
+    assert table.loc["leave_one_out", "variance_low"] > 0
 
 
 def test_values_are_not_known() -> None:

@@ -5,7 +5,7 @@ Guarantee: nothing is sampled that was asked for exactly; `auto` samples only wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Literal, get_args
 
@@ -30,6 +30,13 @@ def checked_engine(engine: str) -> Engine:
         if engine == known:
             return known
     raise UsageError(f"engine: {engine!r} is not one of {', '.join(get_args(Engine))}.")
+
+
+def engine_on(engine: str | None, problems: Iterable[Problem]) -> Engine:
+    """The engine asked for; if none is, exact, but for problems whose rollouts cannot be listed, where it must be `auto`."""
+    if engine is not None:
+        return checked_engine(engine)
+    return "exact" if all(p.enumerable for p in problems) else "auto"
 
 
 def moments_by(

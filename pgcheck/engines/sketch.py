@@ -47,7 +47,7 @@ from pgcheck.statistics.sequential import GRAIN, Interval, Settings
 from pgcheck.trajectories import Trajectories, is_count
 
 DIRECTIONS = 32
-_AT_ONCE = 8  # directions of one forward-mode pass, and
+_AT_ONCE = 40  # directions of one forward-mode pass, and
 _TOKENS_AT_ONCE = 2048  # tokens: what stays in cache
 T = TypeVar("T")
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -27,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 
 from pgcheck.errors import BudgetError, ProblemError
 from pgcheck.memory import free_memory, in_bytes
+from pgcheck.policies.prefixes import Branching
 from pgcheck.policies.transformer import LMPolicy
 from pgcheck.seeding import random_state_kept
 
@@ -104,6 +106,8 @@ class HFPolicy(LMPolicy):
                 f" {task.vocab_size:,}); {in_bytes(free)} are free. Take a smaller model, fewer prompts, or `actions`."
             )
 
+    least_shared, most_pairs = 64, math.inf  # a token costs more than what it attends to
+
     @property
     def tokens_at_once(self) -> int:  # type: ignore[override]
         return _TOKENS_AT_ONCE
@@ -113,7 +117,7 @@ class HFPolicy(LMPolicy):
         return int(self.where[1].min()) if self._takes("logits_to_keep") else 0
 
     def _takes(self, name: str) -> bool:
-        return name in inspect.signature(self.model.forward).parameters
+        return name in self._parameters_taken
 
     def _says(self, tokens: Tensor, length: Tensor) -> Tensor:
         device = next(self.model.parameters()).device
@@ -127,6 +131,43 @@ class HFPolicy(LMPolicy):
         }
         asked = {name: x for name, x in asked.items() if self._takes(name)}
         return logits_of(self.model, tokens, **asked).to("cpu", torch.float64)
+
+    def _check(self, texts: list[tuple[int, ...]]) -> None:
+        super()._check(texts)
+        if self.dtype != torch.float64 or not {"attention_mask", "position_ids"} <= set(self._parameters_taken):
+            return
+        rows = self.parts[0]
+        if self._branching(rows) is None:
+            return
+        here = self(rows)
+        self.__dict__["_branches"] = True
+        try:
+            there = self(rows)
+        except Exception:  # a model with an attention of its own: its rows are read as they are
+            there = torch.full_like(here, torch.nan)
+        self.__dict__["_branches"] = bool((here - there).abs().max() <= self._tolerance * (1 + here.abs().max()))
+
+    @property
+    def reads_branches(self) -> bool:
+        """If it was found to say the same of them."""
+        return self.__dict__.get("_branches", False)
+
+    @property
+    def _parameters_taken(self) -> Mapping[str, Any]:
+        return inspect.signature(self.model.forward).parameters
+
+    def _says_branching(self, texts: Branching) -> Tensor:
+        home = next(self.model.parameters())
+        ahead = torch.zeros(texts.attend.shape, dtype=home.dtype).masked_fill(~texts.attend.cpu(), -torch.inf)
+        asked: dict[str, Any] = {
+            "attention_mask": ahead.unsqueeze(1).to(home.device),
+            "position_ids": texts.position.to(home.device),
+            "use_cache": False,
+        }
+        if self._takes("logits_to_keep"):  # tokens of a text stand in the order of their positions
+            least = int((texts.position < self.first).cumprod(1).sum(1).min())
+            asked["logits_to_keep"] = torch.arange(least, texts.tokens.shape[1], device=home.device)
+        return logits_of(self.model, texts.tokens.to(home.device), **asked).to("cpu", torch.float64)
 
     def _what_is_random(self) -> str:
         named = super()._what_is_random()

@@ -2,7 +2,8 @@
 
 A model maps tokens `[n, L]` to logits `[n, L, V]`, those at position i for the token after it. It enters pgcheck as every
 policy does, by its logits z(θ) `[K, V]` at the K contexts of a task: one forward pass over the longest prefixes gives those
-of all shorter ones as well, as a causal model computes them on the way.
+of all shorter ones as well, as a causal model computes them on the way; and where many rows share prefixes, those are read
+once if the model knows how (`TinyGPT` does, and transformers' models).
 
 Guarantee: float64 (or what a `Decoding` asks for); what a model says at a prefix was found to be the same alone and on the
 way, and on every call (where there are thousands of prefixes, at some of each length).
@@ -13,11 +14,13 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pgcheck.errors import ProblemError, in_words
+from pgcheck.policies.prefixes import LEAST_TOKENS, MOST_PAIRS, Branching, branching
 from pgcheck.seeding import random_state_kept
 
 
@@ -31,13 +34,12 @@ class Block(nn.Module):
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
-    def forward(self, x: Tensor) -> Tensor:  # [n, L, D]
+    def forward(self, x: Tensor, attend: Tensor) -> Tensor:  # [n, L, D], [L, L] or [n, 1, L, L]
         q, k, v = (
             y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in self.qkv(self.norm_attention(x)).chunk(3, -1)
         )
         score = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # [n, heads, L, L]
-        ahead = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
-        seen = torch.softmax(score.masked_fill(ahead, -math.inf), -1) @ v
+        seen = torch.softmax(score.masked_fill(~attend, -math.inf), -1) @ v
         x = x + self.out(seen.transpose(1, 2).flatten(2))
         return x + self.down(nn.functional.gelu(self.up(self.norm_mlp(x))))
 
@@ -46,8 +48,11 @@ class TinyGPT(nn.Module):
     """A pre-norm transformer: tokens `[n, L]` → logits `[n, L, V]`, L ≤ `context`; float64, weights drawn from `seed`.
 
     Weights have standard deviation 1/√fan-in and three decimals, so that they do not depend on the machine; with the default
-    width two layers have 25 thousand.
+    width two layers have 25 thousand. Given `position` `[n, L]` and `attend` `[n, L, L]`, where each token stands and what it
+    sees, it reads texts with branches (`pgcheck.policies.prefixes`).
     """
+
+    reads_branches = True
 
     def __init__(
         self, vocab_size: int, *, context: int = 16, width: int = 32, layers: int = 2, heads: int = 2, seed: int = 0
@@ -58,7 +63,7 @@ class TinyGPT(nn.Module):
         self.context = context
         with random_state_kept():  # torch draws weights of its own
             self.token, self.position = nn.Embedding(vocab_size, width), nn.Embedding(context, width)
-            self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
+            self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
             self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocab_size)
         self.to(torch.float64)
         generator = torch.Generator().manual_seed(seed)
@@ -70,9 +75,13 @@ class TinyGPT(nn.Module):
                 elif name.endswith("bias"):
                     p.zero_()
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.token(tokens) + self.position(torch.arange(tokens.shape[1], device=tokens.device))
-        logits: Tensor = self.head(self.norm(self.blocks(x)))
+    def forward(self, tokens: Tensor, position: Tensor | None = None, attend: Tensor | None = None) -> Tensor:
+        L, device = tokens.shape[1], tokens.device
+        x = self.token(tokens) + self.position(torch.arange(L, device=device) if position is None else position)
+        seen = torch.ones(L, L, dtype=torch.bool, device=device).tril() if attend is None else attend.unsqueeze(1)
+        for block in self.blocks:
+            x = block(x, seen)
+        logits: Tensor = self.head(self.norm(x))
         return logits
 
 
@@ -94,6 +103,7 @@ class LMPolicy(nn.Module):
     """
 
     tokens_at_once = 2**13  # that a forward pass reads: what stays in cache
+    least_shared, most_pairs = LEAST_TOKENS, MOST_PAIRS  # when shared prefixes are read once
     shared = False  # whether the model is its owner's, who leaves it as it is
 
     def __init__(
@@ -172,11 +182,37 @@ class LMPolicy(nn.Module):
             back = torch.cat([self.contexts_of(part) for part in parts]).argsort()
             return torch.cat([self(part) for part in parts])[back]
         rows = rows or slice(0, len(self.tokens))
-        return self._read(self._says(self.tokens[rows], self.length[rows]), rows)
+        texts = self._branching(rows) if self.reads_branches else None
+        if texts is None:
+            return self._read(self._says(self.tokens[rows], self.length[rows]), rows)
+        row, position = self.where[:, self.contexts_of(rows)]
+        said = self._says_branching(texts)
+        U, here = texts.tokens.shape[1], texts.place[row - (rows.start or 0), position]
+        z = said[here // U, here % U - (U - said.shape[1])]
+        return z if self._columns is None else z[:, self._columns.to(z.device)]
+
+    @property
+    def reads_branches(self) -> bool:
+        """Whether prefixes that rows share are read once."""
+        return getattr(self.model, "reads_branches", False)
+
+    def _branching(self, rows: slice) -> Branching | None:
+        kept = self.__dict__.setdefault("_branchings", {})
+        if (key := (rows.start, rows.stop)) not in kept:
+            limits: dict[str, Any] = {"least": self.least_shared, "most_pairs": self.most_pairs}
+            kept[key] = branching(self.tokens[rows], self.length[rows], **limits)
+        found: Branching | None = kept[key]
+        return found
+
+    def _says_branching(self, texts: Branching) -> Tensor:
+        """What the model says of m texts with branches, `[m, U, V]`, or of their last tokens alone."""
+        said: Tensor = self.model(texts.tokens, position=texts.position, attend=texts.attend)
+        return said
 
     def at(self, contexts: Tensor) -> LMPolicy:
         """The same model, on some of the contexts."""
         part = copy.copy(self)
+        part.__dict__["_branchings"] = {}
         rows, row = torch.unique(self.where[0, contexts], return_inverse=True)
         part._buffers = {
             **self._buffers,

@@ -30,16 +30,17 @@ def write_report(
     messages: Mapping[str, str] | None = None,
     *,
     places: Mapping[str, tuple[str, int]] | None = None,
+    device: str = "cpu",
 ) -> list[Path]:
     """report.json, report.md, report.html, the tables as CSV and the provenance in `folder`; all rendered before the first
     is written.
 
     `messages`: the failure message of each estimator that failed, if they were worked out with a cause.
-    `places`: file and line of the user's estimators.
+    `places`: file and line of the user's estimators. `device`: where samples were evaluated.
     """
     texts = {
         "report.json": report.to_json(),
-        "report.provenance.json": provenance(report, places=places),
+        "report.provenance.json": provenance(report, places=places, device=device),
         "report.md": markdown(report, messages),
         "report.html": html(report, messages),
         **{f"{name}.csv": csv(table) for name, table in frames(report).items()},

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import pandas as pd
 
-from pgcheck.render.messages import failure_messages, number, sampled_words, with_ends
+from pgcheck.render.messages import failure_messages, number, sampled_words, seen_words, with_ends
 from pgcheck.render.tables import COMPARISON, case_message, case_rows, columns, comparison_rows, legend, matrix, summary
 from pgcheck.runs.report import Report, VerdictRow
 
@@ -53,8 +53,8 @@ def _matrix(report: Report) -> list[str]:
         p = column.row
         names = ", ".join(f"`{name}`" for name in column.members)
         lines.append(
-            f"| {i + 1} | {names} | {p.rollouts} | {p.contexts} | {p.rows} | {p.discount:g} | {number(p.gradient_norm)} "
-            f"| {p.about} |"
+            f"| {i + 1} | {names} | {p.rollouts} | {'—' if p.contexts is None else p.contexts} | {p.rows} | {p.discount:g} "
+            f"| {number(p.gradient_norm)} | {p.about} |"
         )
     lines += ["", "## Numbers", ""]
     for e in report.estimators:
@@ -65,7 +65,7 @@ def _matrix(report: Report) -> list[str]:
         for m in report.measurements:
             if m.estimator == e.name:
                 lines.append(f"| `{m.problem}` | {m.finding} | " + " | ".join(with_ends(m, x) for x in _NUMBERS) + " |")
-        lines += [f"- {_sampled_line(v)}" for v in report.verdicts if v.estimator == e.name and v.sample]
+        lines += [f"- {_sampled_line(v, report)}" for v in report.verdicts if v.estimator == e.name and v.sample]
         lines.append("")
     return lines
 
@@ -73,9 +73,11 @@ def _matrix(report: Report) -> list[str]:
 _NUMBERS = ("rel", "scale", "cosine", "off_axis", "total_variance", "mse", "snr")
 
 
-def _sampled_line(v: VerdictRow) -> str:
+def _sampled_line(v: VerdictRow, report: Report) -> str:
     where = f" on `{v.problem}`" if v.problem else ""
-    return f"{v.check}{where}: {sampled_words(v)}{' (as the suite expects)' if v.expected else ''}."
+    seen = seen_words(report.cell(v.estimator, v.problem or v.reason))
+    said = f"{sampled_words(v)}{'; ' if seen else ''}{seen}"
+    return f"{v.check}{where}: {said}{' (as the suite expects)' if v.expected else ''}."
 
 
 def _claim_words(kind: str, conditions: list[str], reason: str) -> str:

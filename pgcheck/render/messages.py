@@ -62,15 +62,17 @@ def sampled_words(v: VerdictRow) -> str:
     return f"{after}{measured}, up to {number(s.missed)} is not excluded, {number(v.allowed)} is allowed{needed}"
 
 
-def seen_words(m: MeasurementRow) -> str:
+def seen_words(m: MeasurementRow | None) -> str:
     """Where a sample was looked at, if not in logits; "" if there."""
-    if m.parameters is None:
+    if m is None or m.parameters is None:
         return ""
     words = f"in {m.parameters:,} parameters"
     if m.directions is not None:
         words += f", seen along ∇J (or a pilot's estimate) and {m.directions} random directions"
     if m.against is not None:
         words += f", by the difference from `{m.against}` on the same rollouts"
+    if m.shown is not None:
+        words += f"; of a bias at least {number(m.shown)} is seen, at a share of the error rate, which is allowed for"
     return words
 
 

@@ -233,7 +233,7 @@ def _points(problem: Problem, sweeps: Sweeps) -> Iterable[tuple[str, dict[str, f
     for name, groups, G in plans:
         moved: dict[str, float] = {"groups": groups, "group_size": G, "rows": groups * G}
         yield name, moved, problem.with_sampling(groups=groups, group_size=G)
-    for fraction in sweeps.staleness:
+    for fraction in () if problem.written else sweeps.staleness:  # there are no logits to move
         stale = replace(problem, behavior_logits=stale_logits(problem, fraction))
         rows = math.nan
         if problem.enumerable:

@@ -136,7 +136,8 @@ class MeasurementRow(_Row):
     sampled: SampledRow | None = None  # what a later sample is held against
     parameters: int | None = None  # P, of a sample that was seen in parameters, as the logits are too many
     directions: int | None = None  # random ones among them, along which alone it was seen
-    against: str | None = None  # the unbiased estimator on the same rollouts that stood for ∇J, which is not known
+    against: str | None = None  # the unbiased estimator on the same rollouts that it was judged by its difference from
+    shown: float | None = None  # the part of a bias's length that is seen at least; verdicts allow for it; null: all
 
 
 class SampleRow(_Row):
@@ -305,7 +306,7 @@ def merged(reports: Sequence[Report], *, suite: str) -> Report:
 
 _EMPTY: dict[str, Any] = {
     "seed": None, "low": {}, "high": {}, "sample": None, "expected": False, "spread": [], "sampled": None,
-    "parameters": None, "directions": None, "against": None,
+    "parameters": None, "directions": None, "against": None, "shown": None,
 }  # fmt: skip
 
 
@@ -362,7 +363,10 @@ def measurement_row(m: Measurement, *, space: Space = "logits") -> MeasurementRo
     """A measurement's line of the report; `space` is that of its E ĝ."""
     same = ("estimator", "problem", "finding", "batches", "enumerated", "lane")
     maybe = ("rel", "scale", "cosine", "off_axis", "bias", "size", "total_variance", "mse", "snr")
-    seen = {} if m.view is None else {name: getattr(m.view, name) for name in ("parameters", "directions", "against")}
+    seen: dict[str, Any] = {}
+    if m.view is not None:
+        seen = {name: getattr(m.view, name) for name in ("parameters", "directions", "against")}
+        seen["shown"] = None if m.view.shown == 1.0 else m.view.shown
     space = space if m.view is None else "parameters"
     context, action = m.worst if space == "logits" else (None, None)
     numbers: dict[str, Any] = {name: getattr(m, name) for name in same}
