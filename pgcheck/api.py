@@ -36,6 +36,7 @@ from pgcheck.runs.runner import refuse_duplicates, run
 from pgcheck.runs.suite import problems_matching
 from pgcheck.trajectories import Paths
 from pgcheck.verdicts.diagnose import diagnose, find_mistake, find_swap
+from pgcheck.verdicts.same_draws import find_cause_of_sample
 from pgcheck.verdicts.steps import find_cause
 from pgcheck.verdicts.verdict import RTOL, NotAsked, Space, Status, Verdict
 
@@ -339,7 +340,6 @@ def explain_failure(
     estimator: Estimator, problems: Sequence[Problem], report: Report, command: str | None = None
 ) -> str:
     """The failure message of one estimator, with a cause found by trying."""
-    # a sampled E ĝ is too noisy to be told from that of a known mistake
     exact = [m for m in report.measurements if m.estimator == estimator.name and m.batches is None]
     measured = {m.problem: m for m in exact}
     failed = {v.problem for v in report.failures if v.estimator == estimator.name and v.check in BIAS_CHECKS}
@@ -349,6 +349,12 @@ def explain_failure(
         numbers = [measurement_of(measured[p.name], p) for p in pairs]
         if pairs:
             found, swap = diagnose(estimator, pairs, numbers), find_swap(estimator, pairs, numbers)
+    sampled = {
+        m.problem: m.seed for m in report.measurements if m.estimator == estimator.name and m.batches is not None
+    }
+    if found is None and failed & set(sampled):  # E ĝ is too noisy to be told from that of a known mistake
+        on = sorted((p for p in problems if p.name in sampled), key=lambda p: p.name not in failed)
+        found = find_cause_of_sample(estimator, on, seed=sampled[on[0].name] or 0)
     differs = any((v.estimator, v.check) == (estimator.name, "same_as") for v in report.failures)
     listed = [p for p in problems if p.enumerable]
     mistake = find_mistake(estimator, listed) if differs and listed else None

@@ -81,11 +81,33 @@ def first_sentence(page: str) -> str:
     return page.strip().split("\n")[0]
 
 
+_HINTS = {
+    "−1": "the sign is flipped: a loss is minimised, coefficients ascend",
+    "B": "summed over rows where the mean is meant",
+    "1/B": "divided by the number of rows twice",
+    "1/T": "averaged over the width of the padded tensor",
+    "(B−1)/B": "the own return is in the mean over the batch that is subtracted from it",
+    "(G−1)/G": "the own return is in the mean over the group that is subtracted from it",
+    "√((B−1)/B)": "the standard deviation over the batch is divided by B − 1, not by B",
+    "√((G−1)/G)": "the standard deviation over the group is divided by G − 1, not by G",
+}
+
+
+def _factor_words(factor: str) -> str:
+    return " × ".join(x if x in _HINTS or "/" in x else number(float(x)) for x in factor.split(" × "))
+
+
 def cause_of(diagnosis: Diagnosis) -> str:
     """A diagnosis in words."""
     if diagnosis.kind == "batch by batch":
         tried = f"from every batch tried, on {diagnosis.problems} problem(s)"
         return f"it gives the estimate of `{diagnosis.subject}` {tried}: {diagnosis.mistake.rstrip('.')}"
+    if diagnosis.kind == "draw by draw":
+        of = f"{_factor_words(diagnosis.factor)} × " if diagnosis.factor else ""
+        known = "; ".join(_HINTS[x] for x in diagnosis.factor.split(" × ") if x in _HINTS)
+        why = "; ".join(x for x in (diagnosis.mistake.rstrip("."), known) if x)
+        where = f"batch by batch, on {diagnosis.problems} problem(s)"
+        return f"on the same draws this is {of}`{diagnosis.subject}`, {where}{why and f': {why}'}"
     if diagnosis.kind == "pattern":
         return (
             f"it is right on every problem but those where {diagnosis.subject} ({diagnosis.problems} problems compared)"
@@ -106,19 +128,9 @@ def cause_of(diagnosis: Diagnosis) -> str:
     mistake = f": {diagnosis.mistake.rstrip('.')}" if diagnosis.mistake else ""
     if not diagnosis.factor:
         return f"in expectation {this_is} {name}, {where}{mistake}"
-    hints = {
-        "−1": "the sign is flipped: a loss is minimised, coefficients ascend",
-        "B": "summed over rows where the mean is meant",
-        "1/B": "divided by the number of rows twice",
-        "1/T": "averaged over the width of the padded tensor",
-        "(B−1)/B": "the own return is in the mean over the batch that is subtracted from it",
-        "(G−1)/G": "the own return is in the mean over the group that is subtracted from it",
-        "√((B−1)/B)": "the standard deviation over the batch is divided by B − 1, not by B",
-        "√((G−1)/G)": "the standard deviation over the group is divided by G − 1, not by G",
-    }
     parts = diagnosis.factor.split(" × ")
-    factor = " × ".join(x if x in hints or "/" in x else number(float(x)) for x in parts)
-    known = "; ".join(hints[x] for x in parts if x in hints)
+    factor = _factor_words(diagnosis.factor)
+    known = "; ".join(_HINTS[x] for x in parts if x in _HINTS)
     if mistake:
         return f"in expectation {this_is} {factor} × {name}, {where}{mistake}{known and f'; {known}'}"
     return f"in expectation {this_is} {factor} × {name}, {where}: {known or 'a constant factor'}"

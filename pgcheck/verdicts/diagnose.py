@@ -36,7 +36,7 @@ TRIED_PROBLEMS = 6
 _FEW = 0.25  # of the problems may be exceptions to an identity
 NEARLY = 5e-3  # of the size: another ε in a divisor, not another estimator
 SINGLE_PRECISION = 1e-5  # no real bias is this small on every problem; float32 inside a loss is
-_TRY_BUDGET = 60_000
+TRY_BUDGET = 60_000
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Diagnosis:
     """What was found.
 
     `kind` "identity": E ĝ = factor · E[subject] on all `problems` but those of `except_on`. "batch by batch": the same ĝ as
-    `subject`'s from every batch that was tried. "pattern": wrong exactly where
-    the fact `subject` holds. "necessary": wrong only where it holds, though not everywhere there. "rounding": the largest
+    `subject`'s from every batch that was tried; "draw by draw": factor times it, from drawn ones. "pattern": wrong exactly
+    where the fact `subject` holds. "necessary": wrong only where it holds, though not everywhere there. "rounding": the largest
     bias is what float32 loses.
     """
 
@@ -77,6 +77,15 @@ _PRODUCTS = tuple(f"{own} × {divisor}" for own in _OWN for divisor in ("1/T", "
 def _value(factor: str, p: Problem) -> float:
     """A product of named factors and numbers."""
     return math.prod(_FACTORS[x](p) if x in _FACTORS else float(x) for x in factor.split(" × "))
+
+
+def named_factor(found: Sequence[tuple[Problem, float]], *, rtol: float = RTOL) -> str | None:
+    """The name of what every one of these numbers is on its problem: a known factor, or one number."""
+    for name in (*_FACTORS, *_PRODUCTS):
+        if all(abs(x - _value(name, p)) <= rtol * abs(x) for p, x in found):
+            return name
+    first = found[0][1]
+    return f"{first:.10g}" if all(abs(x - first) <= rtol * abs(x) for _, x in found) else None
 
 
 @dataclass(frozen=True)
@@ -168,7 +177,7 @@ def _rows(estimators: Sequence[Estimator], p: Problem, m: Measurement) -> dict[s
 def expectations(estimators: Sequence[Estimator], p: Problem) -> dict[str, Tensor]:
     """All at once; if one of them cannot be had, by halves."""
     try:
-        moments = exact_moments(estimators, p, budget=_TRY_BUDGET)
+        moments = exact_moments(estimators, p, budget=TRY_BUDGET)
     except PgcheckError:
         if len(estimators) == 1:
             return {}
