@@ -542,6 +542,19 @@ model, written = pgcheck.TinyGPT(3), task(max_completions=1, max_prefixes=1)
 large = pgcheck.Problem(task(max_completions=1), model)
 {code}
 ''')  # fmt: skip
+for title, where, code in (
+    (
+        "a model of which a pass does not fit",
+        "policies.transformer",
+        "pgcheck.Problem(task(), pgcheck.TinyGPT(3, width=128))",
+    ),
+    ("a tree that does not fit", "envs.language", "task(max_completions=4).tree"),
+):
+    case(title, f'''
+from unittest import mock
+with mock.patch("pgcheck.{where}.free_memory", lambda device="cpu": 2**10):
+    {code}
+''')  # fmt: skip
 case("estimates in parameters that do not fit", '''
 pgcheck.ParameterSpace(pgcheck.Problem(task(), pgcheck.TinyGPT(3, width=256)))
 ''')  # fmt: skip
