@@ -32,7 +32,7 @@ from pgcheck.estimators.base import Estimator
 from pgcheck.estimators.from_loss import LossCoefficients
 from pgcheck.problem import Problem
 from pgcheck.sampling import Sampler, as_device
-from pgcheck.statistics.sequential import GRAIN, SHARE, Judge, Settings
+from pgcheck.statistics.sequential import CONFIDENCE, GRAIN, SHARE, Judge, Settings, confidence_after
 from pgcheck.trajectories import SideTable, Trajectories, is_count
 
 DEFAULT_DRAWS = 262_144  # most draws of one problem
@@ -295,6 +295,7 @@ class _Run:
         return lane.account.moments(
             self.space.reference,
             shape=(K, A) if P == K * A else (1, P),
+            confidence=confidence_after(lane.account.n, self.settings) if lane.judges else CONFIDENCE,
             enumerated=lane.account.n,
             lane=how,
             policy=self.problem.policy,

@@ -12,6 +12,9 @@ n_k = first · 2^k, k < `looks`; between them nothing is decided.
   draws are pooled and the judge goes on.
 * INCONCLUSIVE: neither after all looks, or tails that no test of this n can be trusted with.
 
+Intervals hold at whichever look a run stops: what one may miss, 1 − CONFIDENCE, is spent as 1/2, 1/6, … 1/(m(m+1)) over the
+looks m = 1, 2, …
+
 With `scale=None` (E X = κ μ*, some κ > 0) everything is done across μ*, Δ = rtol · κ_low ‖μ*‖, and κ < 0 is a FAIL.
 
 Guarantee: memory O(P); sums are made per grain and merged in order, so the same draws give the same bytes, also when resumed
@@ -35,7 +38,7 @@ from pgcheck.statistics.panel import TWO_SIDED, WITNESSES, Loud, directions, lou
 from pgcheck.statistics.status import Status
 
 GRAIN = 1024  # draws summed at once; every sum is a merge of these
-CONFIDENCE = 0.95  # of intervals that are printed
+CONFIDENCE = 0.95  # of intervals that are printed, all looks together
 SHARE = 1024  # one check's share of the error budget of a run is 1/1024
 LEAST_LEVEL = 1e-5  # single tests below this level were not measured
 _TAIL = 256  # largest scores kept for the tail index
@@ -43,6 +46,7 @@ _PILOT_GRAMS = 32  # Gram blocks of each doubling
 _SLACK = 32  # roundings of the draws' own dtype that may look like a bias
 _W = len(WITNESSES)
 _ASIDE, _CONFIRM = _W, _W + 1  # columns of the directions after the witnesses
+_TAILS = [0, 2]  # scores that the certificate rests on: along μ*, and along the noisiest direction
 
 Mode = Literal["nonzero", "exceeds"]
 
@@ -111,6 +115,12 @@ class Settings:
         return int(self.first_look * 2**self.looks)
 
 
+def confidence_after(draws: int, settings: Settings) -> float:
+    """Confidence of intervals after so many draws, so that those of whichever look a run stops at miss 5% of the time."""
+    look = 1 + max(0, math.ceil(math.log2(draws / settings.first_look)))
+    return 1 - (1 - CONFIDENCE) / (look * (look + 1))
+
+
 @dataclass(frozen=True)
 class Interval:
     """A number with its bounds, NaN where the tails do not allow any."""
@@ -122,7 +132,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Tails:
-    """Whether the scores along μ* may be trusted at this n, and why not."""
+    """Whether the scores along μ*, and along the noisiest direction, may be trusted at this n; of the first that may not."""
 
     refused: bool
     skewness_of_mean: float  # a = skewness/√n; refused at .10
@@ -187,7 +197,7 @@ class Judge:
         self._v[:, 0] = self._along
         self._loud = Loud(zero.new_zeros(P, 0), zero.new_ones(0))
         self._whole, self._across = Spectrum(), Spectrum()
-        self._ever = Scores.none(2)  # along μ*, and ‖X − centre‖²: all draws
+        self._ever = Scores.none(3)  # along μ*, ‖X − centre‖², along the noisiest direction of the pilot: all draws
         self._block = Scores.none(_W + 1)  # of the directions in use: the draws they have not seen
         self._parts = [Scores.none(1) for _ in range(settings.stages - 1)]  # of the frozen direction
         self._tail = np.zeros(0)
@@ -207,6 +217,10 @@ class Judge:
     def draws(self) -> int:
         """Draws eaten so far."""
         return self._ever.n
+
+    @property
+    def _confidence(self) -> float:
+        return confidence_after(self.draws, self.settings)
 
     # -- eating
 
@@ -262,7 +276,8 @@ class Judge:
             y[:, 1:] -= self.settings.rtol * par.unsqueeze(1)
         scores = y.cpu().numpy()
         spread = (x - self._centre).square().sum(1).cpu().numpy()
-        self._ever = self._ever.merge(Scores.of(np.stack([scores[:, 0], spread], 1)))
+        loudest = d @ self._loud.directions[:, -1] if self._loud.kept.numel() else par
+        self._ever = self._ever.merge(Scores.of(np.stack([scores[:, 0], spread, loudest.cpu().numpy()], 1)))
         self._block = self._block.merge(Scores.of(scores[:, :_CONFIRM]))
         if self._frozen >= 0:
             part = (self.draws - 1 - self._frozen_at) * len(self._parts) // self._frozen_at
@@ -321,7 +336,7 @@ class Judge:
         if self.decided:
             return
         aside = self._block[_ASIDE]
-        self._aside_low = float(interval(aside, confidence=CONFIDENCE)[0]) if aside.n > 1 else math.nan
+        self._aside_low = float(interval(aside, confidence=self._confidence)[0]) if aside.n > 1 else math.nan
         self._learn()
         self._frozen = -1
         if fired:
@@ -362,7 +377,7 @@ class Judge:
         """Confirm this direction, learned from every draw so far, on as many fresh ones."""
         self._v[:, _CONFIRM] = sign * self._v[:, witness]
         self._frozen, self._frozen_at, self._last = witness, self.draws, witness
-        self._parts = [Scores.none(1) for _ in self._parts]
+        self._parts, self._effect = [Scores.none(1) for _ in self._parts], np.full(3, np.nan)
 
     def _confirm(self) -> None:
         """Every part of the fresh draws must reject by itself, one-sided."""
@@ -371,7 +386,7 @@ class Judge:
         together = self._parts[0]
         for part in self._parts[1:]:
             together = together.merge(part)
-        low, high = interval(together, confidence=CONFIDENCE)
+        low, high = interval(together, confidence=self._confidence)
         self._effect = np.array([float(together.mean[0]), float(low[0]), float(high[0])])
 
     def _confirming_z(self) -> list[float]:
@@ -392,9 +407,9 @@ class Judge:
         return (float(self._total @ self._total) - self._norms2) / (n * (n - 1))
 
     def _law(self, spectrum: Spectrum, level: float) -> dict[str, float]:
-        a = float(self._ever.skewness_of_mean[0])
-        law = {"n": self.draws, "largest": spectrum.largest, "square": spectrum.trace_of_square}
-        return law | {"stretch": stretch(a, level)}
+        a = float(np.abs(self._ever.skewness_of_mean[_TAILS]).max())
+        largest, square = spectrum.at_least(self._ever.m2[2] / self.draws), spectrum.trace_of_square
+        return {"n": self.draws, "largest": largest, "square": square, "stretch": stretch(a, level, spectrum.error)}
 
     def _level(self) -> float:
         """What the certificate may spend at the next look that it can pass."""
@@ -413,15 +428,19 @@ class Judge:
             level *= 0.9
         Δ = self._tolerance(self._level() * 0.1)
         law = self._law(self._whole, level)
-        if bool(self._ever.refused[0]) or self._certificate(0.0, Δ, **law) > level:
+        if bool(self._ever.refused[_TAILS].any()) or self._certificate(0.0, Δ, **law) > level:
             return False
         self._spent += 1
         return self._certificate(self._statistic(), Δ, **law) <= level
 
     def _certificate(self, U: float, Δ: float, **law: float) -> float:
-        return p_value(U, Δ, **law)  # type: ignore[arg-type]
+        return p_value(U, Δ, **law)
 
     # -- telling
+
+    def along_witness(self, x: Tensor) -> float:
+        """⟨x, v⟩ of the direction v that was last confirmed."""
+        return float(x @ self._v[:, _CONFIRM])
 
     def verdict(self) -> Judgement:
         """What is known now; INCONCLUSIVE until decided."""
@@ -433,7 +452,7 @@ class Judge:
         unit = self._target_norm(kappa.value)
         U, β = self._statistic(), self.settings.beta / 2 ** max(self._spent, 1)
         bias, missed = math.sqrt(max(U, 0.0)), upper_bound(U, β, **self._law(self._whole, β))  # type: ignore[arg-type]
-        tails = self._tails(along)
+        tails = self._tails()
         status = Status.PASS if self._passed else Status.FAIL if self._failed else Status.INCONCLUSIVE
         note = ""
         if status is Status.PASS:
@@ -469,7 +488,7 @@ class Judge:
     def _scale_interval(self, along: Scores) -> Interval:
         if self._norm == 0:
             return Interval(*[math.nan] * 3)
-        low, high = interval(along, confidence=CONFIDENCE)
+        low, high = interval(along, confidence=self._confidence)
         known = 0.0 if self.scale is None else self.scale
         return Interval(*(known + float(x[0]) / self._norm for x in (along.mean, low, high)))
 
@@ -480,7 +499,7 @@ class Judge:
             mean, m2 = float(along.mean[0]), float(along.m2[0])
             U -= mean**2 - m2 / (n * (n - 1))  # ((Σy)² − Σy²)/(n(n−1)) of the scores along μ*
             spectrum = self._across
-        tail = (1 - CONFIDENCE) / 2
+        tail = (1 - self._confidence) / 2
         high = upper_bound(U, tail, **self._law(spectrum, tail))  # type: ignore[arg-type]
         low = 0.0 if self._looked == 0 else max(self._aside_low, 0.0)
 
@@ -496,24 +515,26 @@ class Judge:
 
     def _variance_interval(self) -> Interval:
         gap = (self._sum / self.draws - self._centre).square().sum().reshape(1).cpu().numpy()
-        return Interval(*(float(x[0]) for x in total_variance(self._ever[1:], gap)))
+        return Interval(*(float(x[0]) for x in total_variance(self._ever[1:2], gap, confidence=self._confidence)))
 
-    def _tails(self, along: Scores) -> Tails:
+    def _tails(self) -> Tails:
+        refused = self._ever.refused
+        of = self._ever[2:] if refused[2] and not refused[0] else self._ever[:1]
         body = self._tail[-max(5, min(_TAIL, int(3 * math.sqrt(self.draws)))) :]
         return Tails(
-            refused=bool(along.refused[0]),
-            skewness_of_mean=float(along.skewness_of_mean[0]),
-            largest_share=float(along.largest_share[0]),
+            refused=bool(of.refused[0]),
+            skewness_of_mean=float(of.skewness_of_mean[0]),
+            largest_share=float(of.largest_share[0]),
             pareto_k=pareto_k(body, cutoff=float(body[0])),
             effective_draws=self._norms**2 / self._norms2 if self._norms2 > 0 else 0.0,
-            constant=bool(along.constant[0]),
+            constant=bool(of.constant[0]),
         )
 
     def _needed(self, U: float, allowed: float, tails: Tails) -> int | None:
         """Draws at which a verdict is to be expected if the bias is what U says, rounded up to a look."""
         if tails.constant:
             return None
-        n = float(draws_for_tails(self._ever[:1])[0]) if tails.refused else 0.0
+        n = float(draws_for_tails(self._ever)[_TAILS].max()) if tails.refused else 0.0
         law = {"largest": self._whole.largest, "square": self._whole.trace_of_square}
         noise = math.sqrt(2 * law["square"]) / self.draws + 2 * math.sqrt(max(U, 0.0) * law["largest"] / self.draws)
         known = U if U > 2 * noise else 0.0  # noqa: SIM300
@@ -583,10 +604,10 @@ _NUMBERS = (
 )  # fmt: skip
 
 
-def total_variance(spread: Scores, gap: Floats) -> tuple[Floats, Floats, Floats]:
+def total_variance(spread: Scores, gap: Floats, *, confidence: float = CONFIDENCE) -> tuple[Floats, Floats, Floats]:
     """Tr Cov X with its interval, from scores ‖X − c‖² and gap = ‖X̄ − c‖², c a mean of few draws: E‖X − c‖² − ‖E X − c‖²."""
     value = (spread.mean - gap) * spread.n / (spread.n - 1)
-    low, high = interval(spread, confidence=CONFIDENCE)
+    low, high = interval(spread, confidence=confidence)
     shift = value - spread.mean
     return value, np.maximum(low + shift, 0.0), high + shift
 

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from pgcheck.errors import UsageError
-from pgcheck.statistics.guarded import Scores, interval, z_of, z_scores
+from pgcheck.statistics.guarded import MARGIN, Scores, interval, z_of, z_scores
 from pgcheck.statistics.two_sample import difference
 
 ONE_IN_1E8 = 1e-8
@@ -22,10 +22,13 @@ def test_without_skewness_it_is_welchs() -> None:
     expected = stats.ttest_ind(a[:, 0], 1.2 * b[:, 0], equal_var=False)
     assert d.mean[0] / d.error[0] == pytest.approx(expected.statistic, rel=1e-12)
     assert d.n == int(expected.df) + 1
-    assert stats.norm.sf(z_scores(d)[0]) == pytest.approx(expected.pvalue / 2, rel=1e-3)
+    assert stats.norm.sf(z_scores(d)[0]) == pytest.approx(
+        stats.t.sf(expected.statistic / MARGIN, expected.df), rel=1e-3
+    )
     ends = expected.confidence_interval(0.95)
     low, high = interval(d)
-    assert (low[0], high[0]) == pytest.approx((ends.low, ends.high), rel=1e-3)
+    assert high[0] - low[0] == pytest.approx(MARGIN * (ends.high - ends.low), rel=1e-5)
+    assert high[0] + low[0] == pytest.approx(ends.high + ends.low, rel=1e-9)
 
 
 def test_against_a_sample_without_noise_it_is_the_one_sample_test() -> None:
