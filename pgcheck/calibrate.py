@@ -22,8 +22,10 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,6 +67,7 @@ _PARTS = 4  # confirming parts of each look: twice what the settings take
 _CHUNK = 250  # looks at once
 _PILOT = 1_000  # looks that decide how many follow
 _FEW = 8  # a direction in which hardly anything passes is measured on this part of the runs
+_MANY = 16  # coordinates
 _MISS = round(1 - CONFIDENCE, 9)
 
 
@@ -458,29 +461,29 @@ def powers(law: Law, *, runs: int, rng: np.random.Generator) -> tuple[list[Power
 # -- all of it
 
 
-@dataclass(frozen=True)
-class _OfLaw:
-    rates: list[Rate]
-    power: list[Power]
-    verdict: EndToEnd
+def _stream(law: Law, what: str, seed: int) -> np.random.Generator:
+    """One for each law and question."""
+    return np.random.Generator(np.random.Philox([seed, zlib.crc32(f"{law.name} {what}".encode())]))
 
 
-def _measure(law: Law, runs: int, seed: int) -> _OfLaw:
-    def rng(what: str) -> np.random.Generator:
-        """A stream for each law and question."""
-        return np.random.Generator(np.random.Philox([seed, zlib.crc32(f"{law.name} {what}".encode())]))
+@one_thread()
+def _of_looks(law: Law, runs: int, seed: int) -> list[Rate]:
+    """What single looks say; those of many coordinates take four times as long, and get half."""
+    runs = runs if len(law.mean) <= _MANY else max(100, runs // 2)
+    out = null_rates(law, runs=runs, rng=_stream(law, "null", seed))
+    out += false_passes(law, runs=2 * runs, rng=_stream(law, "planted", seed))
+    out += exceeding_rates(law, runs=max(100, runs // 4), rng=_stream(law, "exceeds", seed))
+    return [*out, ratio_misses(law, runs=max(20, runs // 25), rng=_stream(law, "ratio", seed))]
 
-    with one_thread():
-        rates = null_rates(law, runs=runs, rng=rng("null"))
-        rates += false_passes(law, runs=2 * runs, rng=rng("planted"))
-        rates += exceeding_rates(law, runs=max(100, runs // 4), rng=rng("exceeds"))
-        rates.append(ratio_misses(law, runs=max(20, runs // 25), rng=rng("ratio")))
-        verdict, misses = end_to_end(law, runs=max(4, runs // 300), rng=rng("verdicts"))
-        power: list[Power] = []
-        if law.family in ("light", "skewed"):
-            power, more = powers(law, runs=max(2, runs // 1500), rng=rng("power"))
-            misses += more
-    return _OfLaw(rates + misses, power, verdict)
+
+@one_thread()
+def _of_whole_runs(law: Law, runs: int, seed: int) -> tuple[EndToEnd, list[Power], list[Rate]]:
+    """What judges say that look until they have decided."""
+    verdict, misses = end_to_end(law, runs=max(4, runs // 500), rng=_stream(law, "verdicts", seed))
+    if law.family not in ("light", "skewed"):
+        return verdict, [], misses
+    power, more = powers(law, runs=max(2, runs // 2000), rng=_stream(law, "power", seed))
+    return verdict, power, misses + more
 
 
 def calibrate(
@@ -495,29 +498,36 @@ def calibrate(
 
     Args:
         over: the laws; None: `laws()`.
-        runs: looks of each law without a bias; twice as many with one; whole runs are fewer, as they take longer.
+        runs: looks of each law without a bias (of one with more than 16 coordinates, half); twice as many with one; whole runs
+            are fewer, as they take longer.
         workers: processes; any number gives the same figures.
         progress: called before each law.
     """
     if runs < 100:
         raise UsageError(f"runs: {runs}; fewer than 100 say nothing about a rate.")
     chosen = laws() if over is None else tuple(over)
+    every = (chosen, [runs] * len(chosen), [seed] * len(chosen))
 
-    def told(found: Iterator[_OfLaw]) -> Iterator[_OfLaw]:
+    def told(what: str, found: Iterator[Any]) -> list[Any]:
+        out = []
         for i, law in enumerate(chosen):
             if progress is not None:
-                progress(law.name, i, len(chosen))
-            yield next(found)
+                progress(f"{law.name}, {what}", i, len(chosen))
+            out.append(next(found))
+        return out
 
-    every = (chosen, [runs] * len(chosen), [seed] * len(chosen))
-    if workers == 1:
-        found = list(told(map(_measure, *every)))
-    else:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            found = list(told(iter(pool.map(_measure, *every))))
+    with ExitStack() as stack:
+        run = map if workers == 1 else stack.enter_context(_pool(workers)).map
+        looks, whole = run(_of_looks, *every), run(_of_whole_runs, *every)
+        rates = [r for of_law in told("looks", iter(looks)) for r in of_law]
+        ended = told("whole runs", iter(whole))
     return Calibration(
         seed,
-        tuple(r for x in found for r in x.rates),
-        tuple(p for x in found for p in x.power),
-        tuple(x.verdict for x in found),
+        (*rates, *(r for _, _, misses in ended for r in misses)),
+        tuple(p for _, power, _ in ended for p in power),
+        tuple(verdict for verdict, _, _ in ended),
     )
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
