@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -14,6 +16,10 @@ from torch import Tensor
 from pgcheck.calibrate import (
     NOMINAL,
     SHAPES,
+    Calibration,
+    EndToEnd,
+    Power,
+    Rate,
     calibrate,
     clopper_pearson,
     estimator_law,
@@ -21,12 +27,14 @@ from pgcheck.calibrate import (
     laws,
     null_rates,
     planted,
+    rate,
     ratio_misses,
 )
 from pgcheck.engines.exact import exact_moments
 from pgcheck.errors import UsageError
 from pgcheck.estimators.lookup import as_estimator
 from pgcheck.problem import find_problem
+from pgcheck.render.calibration import calibration_figure, calibration_json, calibration_markdown
 from pgcheck.statistics import stacked
 from pgcheck.statistics.certificate import stretch
 from pgcheck.statistics.finite import Law
@@ -257,3 +265,45 @@ def test_skewness_stretches_the_certificate(probability: float) -> None:
 
     assert passes(np.array([stretch(x, β) for x in a])) < 1.3 * β
     assert passes(np.ones(n - 1)) > 1.5 * β
+
+
+def report(*rates: Rate) -> Calibration:
+    """A calibration with one cell of power."""
+    cell = Power("coin", "along the gradient", 0.1, 8, 8, 8192.0, 4096.0)
+    return Calibration(3, rates, (cell,), (EndToEnd("coin", "light", 8, 7, 0, 1, 32768),))
+
+
+def test_the_report_answers_first() -> None:
+    x = law("leave_one_out on chain")
+    good = rate("trigger", x, "", 0.1, runs=10_000, events=900, refused=0.0)
+    bad = rate("trigger", replace(x, name="coin"), "", 0.1, runs=10_000, events=2_000, refused=0.25)
+    miss = rate("misses, fixed draws", x, "scale", 0.05, runs=0, events=0, refused=1.0)
+    some = rate("misses, fixed draws", x, "variance", 0.05, runs=400, events=20, refused=0.5)
+    text = calibration_markdown(report(good, bad, miss, some))
+    headline = next(line for line in text.splitlines() if line.startswith("| First stage of a FAIL"))
+    assert headline.startswith("| First stage of a FAIL | 0.1 | 0.2 [0.19, 0.21] coin |")
+    assert headline.endswith("| 1 of 2 | 1 of 2 |")
+    assert "| coin | light | 10,000 | 25.0% | **2.00 [" in text
+    assert "| leave_one_out on chain/linear-policy | – | 5.0% [" in text
+    assert ", 50% given |" in text
+    assert "| coin | 25% |" in text
+    assert (
+        "* bias along the gradient: 2 times the draws of the oracle in the median, 2 times at most (1 settings, 8 runs)"
+        in text
+    )
+    assert "`pgcheck calibrate --runs 10000 --seed 3`" in text
+
+
+def test_the_figure_is_one_svg_and_the_same_twice() -> None:
+    x = law("leave_one_out on chain")
+    rates = [
+        rate(w, x, "", τ, runs=1000, events=3, refused=0.0)
+        for w in ("trigger", "confirm", "certificate")
+        for τ in NOMINAL
+    ]
+    rates.append(rate("misses, fixed draws", x, "scale", 0.05, runs=400, events=20, refused=0.0))
+    pictures = [calibration_figure(report(*rates)) for _ in range(2)]
+    assert pictures[0] == pictures[1]
+    assert ElementTree.fromstring(pictures[0]).tag.endswith("svg")
+    data = calibration_json(report(*rates))
+    assert data["rates"][0]["rate"] == 0.003
