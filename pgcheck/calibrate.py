@@ -66,7 +66,7 @@ RUNS = 100_000
 _PARTS = 4  # confirming parts of each look: twice what the settings take
 _CHUNK = 250  # looks at once
 _PILOT = 1_000  # looks that decide how many follow
-_FEW = 8  # a direction in which hardly anything passes is measured on this part of the runs
+_FEW = 6  # a direction in which hardly anything passes is measured on this part of the runs
 _MANY = 16  # coordinates
 _MISS = round(1 - CONFIDENCE, 9)
 
@@ -310,7 +310,7 @@ def false_passes(law: Law, *, runs: int, rng: np.random.Generator, settings: Set
     """Certificates given although the bias is exactly the tolerance, in four directions.
 
     The tolerance is the one that U = 0 certifies at 1e-4: a tighter one is never certified. A direction in which less than half
-    of what is allowed passes among the first looks, which are then thrown away, is measured on an eighth of the runs.
+    of what is allowed passes among the first looks, which are then thrown away, is measured on a sixth of the runs.
     """
     settings = settings or Settings()
     Δ = _tolerance(law, settings.first_look)
@@ -472,7 +472,7 @@ def _of_looks(law: Law, runs: int, seed: int) -> list[Rate]:
     runs = runs if len(law.mean) <= _MANY else max(100, runs // 2)
     out = null_rates(law, runs=runs, rng=_stream(law, "null", seed))
     out += false_passes(law, runs=2 * runs, rng=_stream(law, "planted", seed))
-    out += exceeding_rates(law, runs=max(100, runs // 4), rng=_stream(law, "exceeds", seed))
+    out += exceeding_rates(law, runs=max(100, runs // 2), rng=_stream(law, "exceeds", seed))
     return [*out, ratio_misses(law, runs=max(20, runs // 25), rng=_stream(law, "ratio", seed))]
 
 

@@ -254,7 +254,8 @@ def calibration_figure(c: Calibration) -> str:
     top, bottom = figure.subfigures(2, 1, squeeze=False)[:, 0]
     axes = top.subplots(1, 3, sharey=True)
     for ax, what in zip(axes, ("trigger", "confirm", "certificate"), strict=True):
-        _draw_stage(ax, [r for r in c.rates if r.what == what and r.runs and r.refused < 1], _STAGES[what][0])
+        shown = [r for r in c.rates if r.what == what and r.runs and r.refused < 1 and r.detail in ("", SHAPES[3])]
+        _draw_stage(ax, shown, _STAGES[what][0] + (f", {SHAPES[3]}" if what == "certificate" else ""))
     axes[0].set_ylabel("measured / promised")
     for family, color in _COLORS.items():
         axes[-1].plot([], [], color=color, label=family)
@@ -289,7 +290,7 @@ def _draw_misses(ax: Axes, shown: Sequence[Rate]) -> None:
             bounds = [[100 * (r.rate - r.low)], [100 * (r.high - r.rate)]]
             ax.errorbar(x, 100 * r.rate, yerr=bounds, color=_COLORS[r.family], marker=".", ms=3, lw=0.6)
     ax.axhline(5, color="#888888", lw=0.8)
-    ax.set(ylim=(0, 12), ylabel="miss the truth, %", title="95% intervals, at fixed draws and at the end of a run")
+    ax.set(ylim=(0, 12), ylabel="miss the truth, %", title="95% intervals")
     ax.set_xticks(range(len(names)), names, fontsize="small")
 
 
