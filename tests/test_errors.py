@@ -1257,6 +1257,21 @@ case("a rarest event that is certain", '''
 from pgcheck.statistics.sequential import Settings
 Settings(rarest=1.0)
 ''')  # fmt: skip
+case("bounds without a zero between them", '''
+from pgcheck.statistics.sequential import Settings
+Settings(bounds=(0.0, 1.0))
+''')  # fmt: skip
+case("a draw beyond its bounds", '''
+from pgcheck.statistics.sequential import Judge, Settings
+draws = torch.ones(1024, 3)
+draws[700, 1] = 9.0
+Judge(torch.ones(3), Settings(bounds=(-4, 4))).update(draws)
+''')  # fmt: skip
+case("a law with a probability missing", '''
+import numpy as np
+from pgcheck.statistics.finite import Law
+Law.of("coin", "light", torch.tensor([[0.0], [1.0]]), np.array([0.5]))
+''')  # fmt: skip
 case("too few draws for the error rates", '''
 from pgcheck.statistics.sequential import Settings
 Settings(first=256, alpha=1e-9)
