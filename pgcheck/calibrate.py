@@ -62,7 +62,7 @@ BOUND = 0.99  # of the Clopper–Pearson bounds, each side at half the rest
 ALLOWED = 1.3  # an upper bound below this times nominal is what the calibration must reach
 SHAPES = ("along the gradient", "dense", "one coordinate", "noisiest direction")
 RATIOS = (0.1, 0.05, 0.025)  # of a planted bias to the standard deviation along it
-RUNS = 100_000
+RUNS = 32_000
 _PARTS = 4  # confirming parts of each look: twice what the settings take
 _CHUNK = 250  # looks at once
 _PILOT = 1_000  # looks that decide how many follow
@@ -353,7 +353,7 @@ class _Misses:
 
     def add(self, low: Floats, high: Floats, truth: float | Floats) -> None:
         low, high = np.atleast_1d(low), np.atleast_1d(high)
-        given, slack = np.isfinite(low), 1e-9 * np.abs(truth)
+        given, slack = np.isfinite(low), 1e-9 * np.abs(truth) + 1e-12
         self.tried += len(low)
         self.given += int(given.sum())
         self.missed += int((given & ((low > truth + slack) | (high < truth - slack))).sum())
@@ -468,9 +468,9 @@ def _stream(law: Law, what: str, seed: int) -> np.random.Generator:
 
 @one_thread()
 def _of_looks(law: Law, runs: int, seed: int) -> list[Rate]:
-    """What single looks say; those of many coordinates take four times as long, and get half."""
-    runs = runs if len(law.mean) <= _MANY else max(100, runs // 2)
+    """What single looks say; those with a bias take four times as long in many coordinates, and are half as many."""
     out = null_rates(law, runs=runs, rng=_stream(law, "null", seed))
+    runs = runs if len(law.mean) <= _MANY else max(100, runs // 2)
     out += false_passes(law, runs=2 * runs, rng=_stream(law, "planted", seed))
     out += exceeding_rates(law, runs=max(100, runs // 2), rng=_stream(law, "exceeds", seed))
     return [*out, ratio_misses(law, runs=max(20, runs // 25), rng=_stream(law, "ratio", seed))]
@@ -479,7 +479,7 @@ def _of_looks(law: Law, runs: int, seed: int) -> list[Rate]:
 @one_thread()
 def _of_whole_runs(law: Law, runs: int, seed: int) -> tuple[EndToEnd, list[Power], list[Rate]]:
     """What judges say that look until they have decided."""
-    verdict, misses = end_to_end(law, runs=max(4, runs // 500), rng=_stream(law, "verdicts", seed))
+    verdict, misses = end_to_end(law, runs=max(4, runs // 320), rng=_stream(law, "verdicts", seed))
     if law.family not in ("light", "skewed"):
         return verdict, [], misses
     power, more = powers(law, runs=max(2, runs // 2000), rng=_stream(law, "power", seed))
@@ -498,8 +498,8 @@ def calibrate(
 
     Args:
         over: the laws; None: `laws()`.
-        runs: looks of each law without a bias (of one with more than 16 coordinates, half); twice as many with one; whole runs
-            are fewer, as they take longer.
+        runs: looks of each law without a bias; twice as many with one (as many in more than 16 coordinates); whole runs are
+            fewer, as they take longer.
         workers: processes; any number gives the same figures.
         progress: called before each law.
     """

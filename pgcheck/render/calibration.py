@@ -261,7 +261,7 @@ def calibration_figure(c: Calibration) -> str:
         axes[-1].plot([], [], color=color, label=family)
     axes[-1].legend(frameon=False, fontsize="small", loc="upper left")
     left, right = bottom.subplots(1, 2)
-    _draw_misses(left, [r for r in c.rates if r.what in _MISSES and r.runs >= 20])
+    _draw_misses(left, [r for r in c.rates if r.what == "misses, fixed draws" and r.runs >= 100])
     _draw_power(right, c)
     out = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": "pgcheck"}):  # ids of the same figure are the same
@@ -290,7 +290,7 @@ def _draw_misses(ax: Axes, shown: Sequence[Rate]) -> None:
             bounds = [[100 * (r.rate - r.low)], [100 * (r.high - r.rate)]]
             ax.errorbar(x, 100 * r.rate, yerr=bounds, color=_COLORS[r.family], marker=".", ms=3, lw=0.6)
     ax.axhline(5, color="#888888", lw=0.8)
-    ax.set(ylim=(0, 12), ylabel="miss the truth, %", title="95% intervals")
+    ax.set(ylim=(0, 12), ylabel="miss the truth, %", title="95% intervals, fixed draws")
     ax.set_xticks(range(len(names)), names, fontsize="small")
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from pgcheck.statistics.certificate import GRAM, Spectrum, draws_to_certify, of_block, p_value, upper_bound
+from pgcheck.statistics.certificate import GRAM, Spectrum, draws_to_certify, of_block, p_value, stretch, upper_bound
 
 LAWS = {  # eigenvalues of Σ
     "rank one": [4.0],
@@ -104,3 +104,37 @@ def test_the_spectrum_of_many_blocks() -> None:
     assert 2.0 < spectrum.largest < 3.0
     exact = float((λ**2).sum())
     assert exact < spectrum.trace_of_square < 1.1 * exact
+
+
+@pytest.mark.parametrize("level", [0.1, 0.01, 0.001])
+def test_an_uncertain_noise_stretches_like_a_t(level: float) -> None:
+    """A variance with relative error ε is that of 2/ε² degrees of freedom."""
+    for error in (0.05, 0.1):
+        exact = stats.t.isf(level, 2 / error**2) / stats.norm.isf(level)
+        assert stretch(0.0, level, error) == pytest.approx(exact, rel=0.002)
+        assert stretch(0.0, level, error) > 1
+    assert stretch(0.05, level, 0.1) == pytest.approx(stretch(0.05, level) * stretch(0.0, level, 0.1))
+
+
+def test_the_error_of_the_noise_is_that_of_its_blocks() -> None:
+    """Of rank one: λ² is tr Σ², so that the relative error of λ is half the one of tr Σ², which is what m blocks show."""
+    squares = np.array([1.0, 1.5, 0.7, 1.2])
+    whole = Spectrum()
+    for x in squares:
+        whole = whole.with_block(math.sqrt(x), x)
+    assert whole.error == pytest.approx(stats.sem(squares) / squares.mean() / 2)
+    assert whole.trace_of_square == pytest.approx(squares.mean() + 2 * stats.sem(squares))
+    assert whole.at_least(1.08) == pytest.approx(1.08)
+    assert whole.at_least(99.0) == pytest.approx(math.sqrt(whole.trace_of_square))
+    assert whole.at_least(0.0) == whole.largest == pytest.approx(np.sqrt(squares).mean())
+
+
+def test_many_at_once_are_each_alone() -> None:
+    rng = np.random.default_rng(0)
+    U, top = rng.uniform(0, 0.02, 40), rng.uniform(0.1, 2.0, 40)
+    square = top**2 * rng.uniform(1.0, 300.0, 40)
+    square[:5], top[5:7], square[5:7] = top[:5] ** 2, 0.0, 0.0  # of rank one; without noise
+    many = p_value(U, 0.1, n=4096, largest=top, square=square)
+    each = [p_value(u, 0.1, n=4096, largest=t, square=s) for u, t, s in zip(U, top, square, strict=True)]
+    assert many == pytest.approx(each, rel=1e-12)
+    assert isinstance(each[0], float)
