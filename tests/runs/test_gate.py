@@ -27,6 +27,7 @@ from pgcheck.estimators.broken import BROKEN
 from pgcheck.estimators.lookup import FILLED_BY  # noqa: F401  (fills the registries)
 from pgcheck.registry import find_problem
 from pgcheck.render.gate import headline, message, shown, summary, why_not
+from pgcheck.render.provenance import provenance
 from pgcheck.runs.baseline import (
     EMPTY,
     WHOLE,
@@ -507,6 +508,13 @@ def test_other_draws_of_another_estimator_are_red(sample: Report) -> None:
             r" ± .* → .* ± .*, (grew|fell).*: by chance with p ≤ \S+, below 1\.7e-10 \(4,096 draws of seed 0", said
         )
         assert "next      if this is meant: ACCEPT" in message(d, "ACCEPT")
+
+
+def test_the_provenance_of_a_sample(report: Report, sample: Report) -> None:
+    """Its seed and where it was evaluated; an exact report has no seed, unless the session has."""
+    told = [json.loads(text) for text in (provenance(drawn(5), device="cuda"), provenance(report), provenance(sample))]
+    assert [x["seed"] for x in told] == [5, None, 0]
+    assert [x["device"]["kind"] for x in told] == ["cuda", "cpu", "cpu"]
 
 
 def test_another_engine_is_a_change(report: Report, sample: Report) -> None:
