@@ -140,10 +140,10 @@ def check_estimator(
         )  # fmt: skip
     named, words = report, ""
     smallest: list[Problem] = []
-    if search and report.measurements and any(c.kind in (checks or BIAS_CHECKS) for c in e.claims):
+    if search:
         asked = {"same_as": same_as, "claim": claim if isinstance(claim, str) or claim is None else Code("claim")}
         command = command_name(estimator)
-        report, smallest, words = _searched(report, e, chosen, checks=checks, rtol=rtol, command=command, asked=asked)
+        report, smallest, words = searched(report, e, chosen, checks=checks, rtol=rtol, command=command, asked=asked)
     judged = any(v.check in BIAS_CHECKS for v in report.verdicts)
     nothing = not report.verdicts or (checks is None and not judged and not report.failures)
     if report.exit_code == 0 and not nothing:
@@ -296,7 +296,7 @@ def nothing_checked(estimator: Estimator, problems: Sequence[Problem]) -> str:
     return f"{estimator.name}: nothing was checked: {why if problems else 'no problem was given'}."
 
 
-def _searched(
+def searched(
     report: Report,
     e: Estimator,
     problems: Sequence[Problem],
@@ -306,15 +306,21 @@ def _searched(
     command: str,
     asked: Mapping[str, str | None],
 ) -> tuple[Report, list[Problem], str]:
-    """The report with what a search found added to it, the counterexample, and the words for a failure message."""
+    """The report with what a search found added to it, the counterexample, and the words for a failure message; as they are
+    where it was measured on no problem, or none of its claims is checked."""
+    measured = any(m.estimator == e.name for m in report.measurements)
+    if not measured or not any(c.kind in (checks or BIAS_CHECKS) for c in e.claims):
+        return report, [], ""
     from pgcheck.search import search as hunt
 
     verdicts, not_asked, words = [], [], ""
     smallest: list[Problem] = []
     for found in hunt(e, problems, rtol=rtol):
         if found.smallest is not None:
-            smallest.append(found.smallest)
-            code = textwrap.indent(check_code(found.smallest, estimator=command, asked=asked), "    ")
+            before = sum(p.name.startswith(found.smallest.name) for p in report.problems)  # of other estimators
+            name = found.smallest.name + (f"-{before + 1}" if before else "")
+            smallest.append(replace(found.smallest, name=name))
+            code = textwrap.indent(check_code(smallest[-1], estimator=command, asked=asked), "    ")
             words = f"\n\nThe smallest of {found.problems} random problems on which it fails:\n\n{code}"
         elif found.problems:
             reason = f"no counterexample among {found.problems} random problems"

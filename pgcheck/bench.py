@@ -30,7 +30,8 @@ from pgcheck.engines.enumeration import Batches
 from pgcheck.engines.exact import accumulate, exact_moments
 from pgcheck.engines.moments import Progress
 from pgcheck.engines.monte_carlo import monte_carlo
-from pgcheck.engines.sketch import ParameterSpace, SketchSpace, sketch_moments
+from pgcheck.engines.parameters import ParameterSpace, one_by_one, policy_of
+from pgcheck.engines.sketch import SketchSpace, sketch_moments
 from pgcheck.engines.threads import one_thread
 from pgcheck.envs.language import LMTask
 from pgcheck.envs.tabular import TabularMDP
@@ -41,6 +42,7 @@ from pgcheck.policies import TinyGPT
 from pgcheck.problem import Problem
 from pgcheck.registry import find_problem
 from pgcheck.statistics.sequential import Settings
+from pgcheck.trajectories import Trajectories
 
 ROUNDS = 7
 ROWS = (3, 4, 6, 8)
@@ -49,6 +51,7 @@ MOST_TUPLES = 2_000_000
 LOOP_SAMPLES = 150  # batches a round for the loop of backward
 DRAWS = 65_536  # of a task whose contexts are listed, for the sketch
 WRITTEN = 1_024  # of one whose completions the model writes
+MAPPED = 1_024  # draws of which every parameter is estimated
 DIRECTIONS = 32
 SAMPLED = ("sampled/groups-16", "sampled/walk-50", "sampled/token-tree")
 SAMPLED_DRAWS = 8_192
@@ -397,29 +400,62 @@ def number_of(n: int) -> str:
 
 
 def sketched(problem: Problem, *, batches: int, directions: int = 32, rounds: int = ROUNDS) -> list[Ratio]:
-    """A sketch of one estimator from nothing, against the same coordinates of the same draws by a backward pass a group."""
+    """A sketch of one estimator from nothing, against a backward pass a group on as many draws; and ĝ_θ itself, by backward
+    passes mapped over the groups.
+
+    Along ∇J a draw tells both the same, so that the first ratio is one of equal information about a scale or a bias there.
+    Of tr Cov a backward pass tells more: the last line is the time to the same standard error, of the directions and the
+    draws for the sketch, of the draws alone (fewer of them) for the backward passes.
+    """
     e = as_estimator("grpo")
     space = SketchSpace.of(problem, directions=directions)
     few = max(2, min(batches, LOOP_SAMPLES))
     table, index = problem.sampler().draw(0, few)
     c = coefficients_of(e, table.batch(index, problem.group_labels))
-    exact = ParameterSpace(problem)
+    whole = ParameterSpace(problem)
+
+    def drawn(number: int) -> tuple[Tensor, Trajectories, Tensor]:
+        table, index = problem.sampler().draw(0, number)
+        return coefficients_of(e, table.batch(index, problem.group_labels)), table, index
 
     def loop() -> Tensor:
-        table, index = problem.sampler().draw(0, few)
-        c = coefficients_of(e, table.batch(index, problem.group_labels))
-        return exact.project(c, table, index) @ space.directions.T
+        c, table, index = drawn(few)
+        return torch.cat(list(one_by_one(c, table, index, policy_of(table, problem))))
 
-    here, there = space.project(c, table, index), loop()
-    _refuse_unless_equal(
-        "backward passes", (there.mean(0), float((there**2).mean())), (here.mean(0), float((here**2).mean()))
-    )
+    def mapped() -> Tensor:
+        return whole.project(*drawn(MAPPED))
+
+    each = loop()
+    for name, here, there in (
+        ("backward passes", space.project(c, table, index), each @ space.directions.T),
+        ("mapped backward passes", whole.project(c, table, index), each),
+    ):
+        _refuse_unless_equal(name, (there.mean(0), float((there**2).mean())), (here.mean(0), float((here**2).mean())))
+    (found,) = sketch_moments([e], problem, batches=batches, directions=directions)
+    x = mapped()
+    square = (x - x.mean(0)).square().sum(1)
+    enough = float(square.var()) / found.total_variance_error**2  # draws that tell tr Cov as well, without a sketch
     contenders: dict[str, tuple[Callable[[], Any], float]] = {
         "sketch engine": (lambda: sketch_moments([e], problem, batches=batches, directions=directions), batches),
         "backward passes": (loop, few),
     }
-    subject = f"{problem.name}, G = {problem.rows}, {batches:,} draws, {len(space.directions)} directions"
-    return _ratios("sketch", subject, "draws/s", in_turns(contenders, rounds=rounds))
+    size = f"{problem.name}, G = {problem.rows}, P = {x.shape[1]:,}"
+    subject = f"{size}, {batches:,} draws, {len(space.directions)} directions"
+    (of_draws,) = _ratios("sketch", subject, "draws/s", in_turns(contenders, rounds=rounds))
+    per = {name: getattr(of_draws, name) * enough / batches for name in ("ratio", "least", "largest")}
+    error = f"{100 * found.total_variance_error / found.total_variance:.2g}%"
+    of_trace = replace(
+        of_draws,
+        question="tr Cov to the same error",
+        subject=f"{subject}: {error}, as of {max(enough, 2):,.0f} draws without a sketch",
+        unit="times/s",
+        ours=of_draws.ours / batches,
+        theirs=of_draws.theirs / enough,
+        **per,
+    )
+    contenders = {"mapped backward passes": (mapped, MAPPED), "one a draw": (loop, few)}
+    rates = in_turns(contenders, rounds=rounds)
+    return [of_draws, of_trace, *_ratios("estimates in parameters", f"{size}, {MAPPED:,} draws", "draws/s", rates)]
 
 
 def tenth_in_a_sketch(problem: Problem, *, batches: int, directions: int = 32, rounds: int = ROUNDS) -> list[Ratio]:

@@ -239,6 +239,12 @@ def run(
     device: Device = None,
     workers: Workers = None,
     resume: Resume = None,
+    search: Annotated[
+        bool,
+        typer.Option(
+            "--search", help="hunt for counterexamples among random problems; the smallest is printed as code"
+        ),
+    ] = False,
 ) -> None:
     """Run a suite: every estimator on every problem, against its claims. `[tool.pgcheck]` of pyproject.toml says
     what is run; each argument takes the place of its line there."""
@@ -258,7 +264,7 @@ def run(
     sampling = replace(planned.suite.sampling, workers=workers or 1, checkpoint=resume)
     with ProgressBar() as progress:
         report = planned.run(sampling=sampling, progress=progress)
-        messages = _explained(report, planned)
+        report, messages = _searched(report, planned) if search else (report, _explained(report, planned))
     places = places_of(planned.estimators or [], Path.cwd())
     if out is not None:
         write_report(report, out, messages, places=places, device=planned.suite.device)
@@ -267,6 +273,12 @@ def run(
         _print_outcomes(outcomes, form.value, report.suite)
     else:
         _print_report(report, form, messages)
+        if search and form is Format.terminal:
+            typer.echo(
+                "".join(
+                    f"{v.estimator}, {v.check}: {v.reason}\n" for v in report.verdicts if not v.problem and v.reason
+                )
+            )
     if on_github():
         typer.echo(tell_github(outcomes, report.suite), err=True, nl=False)
     if out is not None and form is Format.terminal:
@@ -287,6 +299,24 @@ def _print_outcomes(outcomes: list[Outcome], form: str, title: str) -> None:
         "markdown": lambda: ci.step_summary(outcomes, title),
     }[form]()
     typer.echo(text, nl=False)
+
+
+def _searched(report: Report, planned: Plan) -> tuple[Report, dict[str, str]]:
+    """The report with a search for each estimator, and the failure messages; one that fails on a named problem is explained
+    by those."""
+    from pgcheck.api import explain_failure, searched
+    from pgcheck.verdicts.verdict import RTOL
+
+    messages = _explained(report, planned)
+    problems, checks = planned.resolve_problems(), planned.suite.checks
+    for e in planned.resolve_estimators():
+        command = planned.commands.get(e.name, e.name)
+        report, smallest, words = searched(report, e, problems, checks=checks, rtol=RTOL, command=command, asked={})
+        if smallest and e.name not in messages:
+            messages[e.name] = explain_failure(e, [*problems, *smallest], report, command=command)
+        if words:
+            messages[e.name] += words
+    return report, messages
 
 
 def _explained(report: Report, planned: Plan) -> dict[str, str]:

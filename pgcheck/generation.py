@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from pgcheck.envs.language import LMTask, Tokens
 from pgcheck.errors import BudgetError
+from pgcheck.memory import free_memory, in_bytes
 from pgcheck.policies.decoding import Decoding
 from pgcheck.policies.transformer import LanguageModel, LMPolicy
 from pgcheck.sampling import Stream, inverted
@@ -124,11 +125,11 @@ class WritingSampler:
     def _refuse_if_too_large(self, count: int) -> None:
         rows, T, V = count * len(self.labels), self.task.max_new_tokens, int(self.task.vocab_size)
         need = rows * T * V * 8 * 3
-        if need > MEMORY:
-            fits = max(1, count * MEMORY // need)
+        if need > (room := min(MEMORY, free_memory(self.device))):
+            fits = max(1, count * room // need)
             raise BudgetError(
                 f"{count:,} batches of {len(self.labels)} rows and {T} tokens of a vocabulary of {V:,} take up to"
-                f" {need / 2**30:.1f} GiB of logits; {MEMORY / 2**30:.0f} GiB are allowed. Draw {fits:,} at a time, or restrict"
+                f" {in_bytes(need)} of logits; {in_bytes(room)} are allowed. Draw {fits:,} at a time, or restrict"
                 " the vocabulary."
             )
 

@@ -121,7 +121,7 @@ def test_a_sketch_that_computes_something_else_is_refused(monkeypatch: pytest.Mo
     right = bench.ParameterSpace.project
     monkeypatch.setattr(bench.ParameterSpace, "project", lambda *args: right(*args) * 1.001)
     monkeypatch.setattr(bench, "LOOP_SAMPLES", 3)
-    with pytest.raises(PgcheckError, match="'backward passes' computes something else"):
+    with pytest.raises(PgcheckError, match="'mapped backward passes' computes something else"):
         bench.sketched(bench.digits_of_six(2), batches=8, directions=2, rounds=1)
     with pytest.raises(PgcheckError, match="'loop of backward' computes something else"):
         bench.model_verdicts("grpo", 2, rounds=1)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -14,24 +16,33 @@ from torch import Tensor
 from pgcheck.calibrate import (
     NOMINAL,
     SHAPES,
-    Law,
+    Calibration,
+    EndToEnd,
+    Power,
+    Rate,
     calibrate,
     clopper_pearson,
-    counted_segments,
     estimator_law,
     false_passes,
     laws,
-    look,
     null_rates,
     planted,
+    rate,
+    ratio_misses,
 )
 from pgcheck.engines.exact import exact_moments
 from pgcheck.errors import UsageError
 from pgcheck.estimators.lookup import as_estimator
 from pgcheck.registry import find_problem
+from pgcheck.render.calibration import calibration_figure, calibration_json, calibration_markdown
+from pgcheck.statistics import stacked
 from pgcheck.statistics.certificate import stretch
-from pgcheck.statistics.guarded import Floats, z_of, z_scores
+from pgcheck.statistics.finite import Law
+from pgcheck.statistics.guarded import Floats, Scores, z_of, z_scores
 from pgcheck.statistics.sequential import GRAIN, Judge, Settings
+from pgcheck.statistics.stacked import Counts, certificates, drawn_counts, look
+from pgcheck.statistics.status import Status
+from pgcheck.statistics.variance import Pairs, variance_ratio
 
 ONE_IN_1E8 = 1e-8
 
@@ -65,42 +76,83 @@ class Recorder(Judge):
         return self.confirming
 
 
+class OneLook(Judge):
+    """A judge whose certificate is looked at once, before the confirmation."""
+
+    def _certified(self) -> bool:
+        return self._looked == 0 and super()._certified()
+
+
 def rows(values: Tensor, counts: Tensor) -> Tensor:
     """Draws `[n, P]` that have these counts `[N]`."""
     return values[torch.repeat_interleave(torch.arange(len(counts)), counts.to(torch.int64))]
+
+
+def grains_of(x: Law, counts: Counts, run: int) -> list[Tensor]:
+    """The draws of one run, as a judge eats them: of each grain the Gram block first."""
+    rest = torch.cat([rows(x.values, counts.known[run]), rows(x.values, counts.scored[run])])
+    size = GRAIN - len(rows(x.values, counts.gram[0, run]))
+    first = [torch.cat([rows(x.values, g[run]), r]) for g, r in zip(counts.gram, rest.split(size), strict=True)]
+    return first + [g for part in counts.fresh[:, run] for g in rows(x.values, part).split(GRAIN)]
 
 
 @pytest.mark.parametrize("mode", ["nonzero", "exceeds"])
 @pytest.mark.parametrize(
     "name", ["Gaussian values, P = 32", "leave_one_out on dialogue", "log-normal weights, σ = 1, P = 2"]
 )
-def test_the_judge_and_the_calibration_see_the_same_look(name: str, mode: Any) -> None:
+def test_the_judge_and_the_stack_see_the_same_look(name: str, mode: Any) -> None:
     x = law(name)
     bias = planted(x, SHAPES[1], 0.3 * float(x.mean.norm()))
     mu = x.mean - bias
     settings = Settings(mode=mode)
     runs = 4
-    segments = counted_segments(x, settings, runs, np.random.default_rng(5))
+    counts = drawn_counts(x, settings, runs, np.random.default_rng(5))
     shift = settings.rtol * float(mu.norm()) if mode == "exceeds" else 0.0
-    batched = look(x, settings, segments, bias=bias, shift=shift)
-    gram, rest, confirming = segments
+    many, (certificate,) = look(x, settings, counts, bias=bias, shift=shift), certificates(x, counts, [bias])
     for r in range(runs):
         judge = Recorder(mu, settings)
-        for g in range(len(gram)):
-            judge.update(torch.cat([rows(x.values, gram[g, r]), rows(x.values, rest[g, r])]))
-            if g == len(gram) - 1:
-                v = judge.verdict()
-                U, whole = judge._statistic(), judge._whole
-        for part in confirming[:, r]:
-            for grain in rows(x.values, part).split(GRAIN):
-                judge.update(grain)
-        assert np.allclose(judge.seen, batched.evidence[r], rtol=1e-6, atol=1e-6)
-        assert np.allclose(judge.confirming, batched.confirming[r], rtol=1e-6, atol=1e-6)
-        assert pytest.approx(batched.statistic[r], rel=1e-8) == U
-        assert whole.largest == pytest.approx(batched.largest[r], rel=1e-9)
-        assert whole.trace_of_square == pytest.approx(batched.square[r], rel=1e-9)
-        assert v.tails.skewness_of_mean == pytest.approx(batched.along.skewness_of_mean[r], rel=1e-6)
-        assert v.tails.largest_share == pytest.approx(batched.along.largest_share[r], rel=1e-6)
+        grains = grains_of(x, counts, r)
+        for grain in grains[:4]:
+            judge.update(grain)
+        v, U, whole, ever = judge.verdict(), judge._statistic(), judge._whole, judge._ever
+        for grain in grains[4:]:
+            judge.update(grain)
+        assert np.allclose(judge.seen, many.evidence[r], rtol=1e-6, atol=1e-6)
+        assert np.allclose(judge.confirming, many.confirming[r], rtol=1e-6, atol=1e-6)
+        assert pytest.approx(certificate.statistic[r], rel=1e-8) == U
+        assert whole.largest == pytest.approx(certificate.spectrum.largest[r], rel=1e-9)
+        assert whole.trace_of_square == pytest.approx(certificate.spectrum.trace_of_square[r], rel=1e-9)
+        assert whole.error == pytest.approx(certificate.spectrum.error[r], rel=1e-6)
+        assert np.abs(ever.skewness_of_mean[2]) == pytest.approx(abs(certificate.loudest.skewness_of_mean[r]), rel=1e-6)
+        assert ever.largest_share[2] == pytest.approx(certificate.loudest.largest_share[r], rel=1e-6)
+        for scores in (many.along, certificate.along):
+            assert v.tails.skewness_of_mean == pytest.approx(scores.skewness_of_mean[r], rel=1e-6)
+            assert v.tails.largest_share == pytest.approx(scores.largest_share[r], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"), [("along the gradient", 0.0), ("along the gradient", 0.05), ("dense", 0.05)]
+)
+def test_the_judge_and_the_stack_give_the_same_verdicts(shape: str, size: float) -> None:
+    """One look at error rates so large that all three verdicts occur, 210 runs together."""
+    x, runs = law("leave_one_out on chain"), 70
+    settings = Settings(rtol=0.0, atol=0.06 if size else 0.02, alpha=0.01, beta=0.2, looks=1)
+    bias = planted(x, shape, max(size, 1e-12))
+    counts = drawn_counts(x, settings, runs, np.random.default_rng(6))
+    many, (certificate,) = look(x, settings, counts, bias=bias), certificates(x, counts, [bias])
+    (passed,) = certificate.passes(settings.atol, [settings.beta / 2])
+    failed = many.triggers(settings.stage_level) & (many.confirming >= z_of(settings.stage_level)).all(1)
+    expected = [
+        Status.PASS if p else Status.FAIL if f else Status.INCONCLUSIVE for p, f in zip(passed, failed, strict=True)
+    ]
+    got = []
+    for r in range(runs):
+        judge = OneLook(x.mean - bias, settings)
+        for grain in grains_of(x, counts, r):
+            judge.update(grain)
+        got.append(judge.verdict().status)
+    assert got == expected
+    assert len(set(got)) > 1
 
 
 def test_a_law_has_the_moments_of_the_exact_engine() -> None:
@@ -143,10 +195,12 @@ def test_it_runs_whole_and_says_the_same_twice() -> None:
     a, b = (calibrate(small, runs=100, seed=3) for _ in range(2))
     assert a == b
     assert {x.what for x in a.rates} == {
-        "trigger", "confirm", "certificate", "interval misses", "trigger of exceeds", "confirm of exceeds"
+        "trigger", "confirm", "certificate", "trigger of exceeds", "confirm of exceeds",
+        "misses, fixed draws", "misses, after stopping, no bias", "misses, after stopping, a bias",
     }  # fmt: skip
     assert all(x.failed == 0 for x in a.verdicts)
     assert all(x.failed == x.runs for x in a.power)
+    assert all(0.05 < x.ratio < 20 for x in a.power)
     assert null_rates(small[0], runs=100, rng=np.random.default_rng(4)) != list(a.rates[:9])
 
 
@@ -155,18 +209,44 @@ def test_too_few_runs_are_refused() -> None:
         calibrate([law("Gaussian")], runs=5)
 
 
+def test_equal_values_are_one() -> None:
+    values = torch.tensor([[1.0, 0.0], [2.0, 2.0], [1.0, 0.0]], dtype=torch.float64)
+    x = Law.of("", "", values, np.array([0.25, 0.5, 0.25]))
+    assert x.values.tolist() == [[1.0, 0.0], [2.0, 2.0]]
+    assert x.probability.tolist() == [0.5, 0.5]
+    with pytest.raises(UsageError, match="probability"):
+        Law.of("", "", values, np.array([0.5, 0.5]))
+
+
+def test_pairs_of_counts_are_those_of_the_draws() -> None:
+    rng = np.random.default_rng(8)
+    a, b = rng.exponential(size=(2, 30))
+    counts = rng.integers(0, 9, 30)
+    drawn = Pairs.of(np.repeat(a, counts), np.repeat(b, counts))
+    got = Pairs.counted(a, b, counts)
+    for name in ("n", "mean", "second", "third"):
+        assert getattr(got, name) == pytest.approx(getattr(drawn, name), rel=1e-12)
+    for r in (0.3, 1.0, 2.5):
+        assert got.difference(r) == pytest.approx(drawn.difference(r), rel=1e-9)
+    x, y = variance_ratio(got), variance_ratio(drawn)
+    assert (x.value, x.low, x.high) == pytest.approx((y.value, y.low, y.high), rel=1e-9, nan_ok=True)
+
+
+def test_a_slice_of_the_ratios() -> None:
+    x = ratio_misses(law("leave_one_out on dialogue"), runs=300, rng=np.random.default_rng(3))
+    assert x.refused == 0
+    assert stats.binom.sf(x.events - 1, x.runs, x.nominal) > ONE_IN_1E8
+
+
 def test_a_plain_t_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the guard a family of heavy weights breaks the bounds that the slice asserts."""
-    from pgcheck import calibrate as module
-    from pgcheck.statistics.guarded import Scores
-
-    assert module.z_scores is z_scores
+    assert stacked.z_scores is z_scores
 
     def plain(y: Scores) -> Floats:
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.where(y.m2 > 0, y.mean / y.error, 0.0)
 
-    monkeypatch.setattr(module, "z_scores", plain)
+    monkeypatch.setattr(stacked, "z_scores", plain)
     rates = [x for x in null_rates(law("paid once"), runs=3000, rng=np.random.default_rng(1)) if x.nominal == 0.001]
     assert any(stats.binom.sf(x.events - 1, x.runs, x.nominal) < ONE_IN_1E8 for x in rates)
 
@@ -185,3 +265,45 @@ def test_skewness_stretches_the_certificate(probability: float) -> None:
 
     assert passes(np.array([stretch(x, β) for x in a])) < 1.3 * β
     assert passes(np.ones(n - 1)) > 1.5 * β
+
+
+def report(*rates: Rate) -> Calibration:
+    """A calibration with one cell of power."""
+    cell = Power("coin", "along the gradient", 0.1, 8, 8, 8192.0, 4096.0)
+    return Calibration(3, rates, (cell,), (EndToEnd("coin", "light", 8, 7, 0, 1, 32768),))
+
+
+def test_the_report_answers_first() -> None:
+    x = law("leave_one_out on chain")
+    good = rate("trigger", x, "", 0.1, runs=10_000, events=900, refused=0.0)
+    bad = rate("trigger", replace(x, name="coin"), "", 0.1, runs=10_000, events=2_000, refused=0.25)
+    miss = rate("misses, fixed draws", x, "scale", 0.05, runs=0, events=0, refused=1.0)
+    some = rate("misses, fixed draws", x, "variance", 0.05, runs=400, events=20, refused=0.5)
+    text = calibration_markdown(report(good, bad, miss, some))
+    headline = next(line for line in text.splitlines() if line.startswith("| First stage of a FAIL"))
+    assert headline.startswith("| First stage of a FAIL | 0.1 | 0.2 [0.19, 0.21] coin |")
+    assert headline.endswith("| 1 of 2 | 1 of 2 |")
+    assert "| coin | light | 10,000 | 25.0% | **2.00 [" in text
+    assert "| leave_one_out on chain/linear-policy | – | 5.0% [" in text
+    assert ", 50% given |" in text
+    assert "| coin | 25% |" in text
+    assert (
+        "* bias along the gradient: 2 times the draws of the oracle in the median, 2 times at most (1 settings, 8 runs)"
+        in text
+    )
+    assert "`pgcheck calibrate --runs 10000 --seed 3`" in text
+
+
+def test_the_figure_is_one_svg_and_the_same_twice() -> None:
+    x = law("leave_one_out on chain")
+    rates = [
+        rate(w, x, "", τ, runs=1000, events=3, refused=0.0)
+        for w in ("trigger", "confirm", "certificate")
+        for τ in NOMINAL
+    ]
+    rates.append(rate("misses, fixed draws", x, "scale", 0.05, runs=400, events=20, refused=0.0))
+    pictures = [calibration_figure(report(*rates)) for _ in range(2)]
+    assert pictures[0] == pictures[1]
+    assert ElementTree.fromstring(pictures[0]).tag.endswith("svg")
+    data = calibration_json(report(*rates))
+    assert data["rates"][0]["rate"] == 0.003

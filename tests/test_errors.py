@@ -542,6 +542,19 @@ model, written = pgcheck.TinyGPT(3), task(max_completions=1, max_prefixes=1)
 large = pgcheck.Problem(task(max_completions=1), model)
 {code}
 ''')  # fmt: skip
+for title, where, code in (
+    (
+        "a model of which a pass does not fit",
+        "policies.transformer",
+        "pgcheck.Problem(task(), pgcheck.TinyGPT(3, width=128))",
+    ),
+    ("a tree that does not fit", "envs.language", "task(max_completions=4).tree"),
+):
+    case(title, f'''
+from unittest import mock
+with mock.patch("pgcheck.{where}.free_memory", lambda device="cpu": 2**10):
+    {code}
+''')  # fmt: skip
 case("estimates in parameters that do not fit", '''
 pgcheck.ParameterSpace(pgcheck.Problem(task(), pgcheck.TinyGPT(3, width=256)))
 ''')  # fmt: skip
@@ -1241,6 +1254,21 @@ case("a rarest event that is certain", '''
 from pgcheck.statistics.sequential import Settings
 Settings(rarest=1.0)
 ''')  # fmt: skip
+case("bounds without a zero between them", '''
+from pgcheck.statistics.sequential import Settings
+Settings(bounds=(0.0, 1.0))
+''')  # fmt: skip
+case("a draw beyond its bounds", '''
+from pgcheck.statistics.sequential import Judge, Settings
+draws = torch.ones(1024, 3)
+draws[700, 1] = 9.0
+Judge(torch.ones(3), Settings(bounds=(-4, 4))).update(draws)
+''')  # fmt: skip
+case("a law with a probability missing", '''
+import numpy as np
+from pgcheck.statistics.finite import Law
+Law.of("coin", "light", torch.tensor([[0.0], [1.0]]), np.array([0.5]))
+''')  # fmt: skip
 case("too few draws for the error rates", '''
 from pgcheck.statistics.sequential import Settings
 Settings(first=256, alpha=1e-9)
@@ -1485,6 +1513,7 @@ for _title, _text in (
     ("an older baseline", '{"schema": "pgcheck-baseline/1", "estimators": [], "entries": []}'),
     ("a baseline with a sample that is none", '''{"schema": "pgcheck-baseline/2", "estimators": [], "cases": [], "entries": [
 {"estimator": "grpo", "problem": "p", "engine": "monte_carlo", "digest": "d", "finding": "biased", "seed": 0, "batches": 4096,
+ "directions": null, "against": null,
  "rel": 1.0, "scale": 1.0, "cosine": 1.0, "off_axis": 0.0, "size": 1.0, "total_variance": 1.0,
  "first": [0.0], "scores": {}}]}'''),
     ("a baseline with a row twice", '''{"schema": "pgcheck-baseline/2", "entries": [], "cases": [], "estimators": [

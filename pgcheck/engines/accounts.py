@@ -25,11 +25,10 @@ from pgcheck.engines.moments import Moments
 from pgcheck.errors import UsageError
 from pgcheck.statistics.certificate import GRAM, Spectrum, upper_bound
 from pgcheck.statistics.guarded import Scores, interval, z_of
-from pgcheck.statistics.sequential import Interval
+from pgcheck.statistics.sequential import CONFIDENCE, Interval
 from pgcheck.statistics.two_sample import fixed_directions
 
 COVARIANCE_CELLS = 512  # P up to which Σ(x − x̄)(x − x̄)ᵀ is kept
-_LOWER = 0.0125  # each of the two lower bounds of ‖bias‖ is wrong this often at most
 _NONE = Interval(math.nan, math.nan, math.nan)
 
 
@@ -83,13 +82,14 @@ class Account:
         """Cov x, where it is kept."""
         return self.squares / (self.n - 1) if self.squares.dim() == 2 else None
 
-    def intervals(self, reference: Tensor) -> dict[str, Interval]:
-        """Everything that is said of these draws, with 95% intervals; NaN where the tails allow none."""
+    def intervals(self, reference: Tensor, *, confidence: float = CONFIDENCE) -> dict[str, Interval]:
+        """Everything that is said of these draws, with its interval; NaN where the tails allow none."""
         n, size, variance = self.n, float(reference.norm()), self.trace
-        low, high = interval(self.scores[:3])
+        low, high = interval(self.scores[:3], confidence=confidence)
+        tail = (1 - confidence) / 2
         U = float((self.mean - reference).square().sum()) - variance / n
         scale = Interval(float(self.scores.mean[0]), float(low[0]), float(high[0])) if size > 0 else _NONE
-        bias = self._bias(U, scale, size, refused=bool(self.scores.refused[1]))
+        bias = self._bias(U, scale, size, tail=tail)
         about = variance - float(self.scores.mean[2])  # what the centre is off, and n/(n−1)
         spread = Interval(variance, max(float(low[2]) + about, 0.0), float(high[2]) + about)
         mse = Interval(max(U, 0.0) + variance, max(float(low[1]), 0.0), float(high[1]))
@@ -97,7 +97,7 @@ class Account:
         aside2 = max(U - self._along(size), 0.0) if size > 0 else math.nan
         out = {"scale": scale, "bias": bias, "variance": spread, "mse": mse}
         out["rel"] = Interval(*(x / size for x in (bias.value, bias.low, bias.high))) if size > 0 else _NONE
-        out["snr"] = self._over_root(length2, spread)
+        out["snr"] = self._over_root(length2, spread, tail)
         off = math.sqrt(aside2 / length2) if length2 > 0 and size > 0 else math.nan
         out["off_axis"] = Interval(min(off, 1.0), math.nan, math.nan) if math.isfinite(off) else _NONE
         return out
@@ -107,33 +107,35 @@ class Account:
         y, n = self.scores[0], self.n
         return float(size**2 * ((y.mean - 1.0) ** 2 - y.m2 / (n * (n - 1))))
 
-    def _bias(self, U: float, scale: Interval, size: float, *, refused: bool) -> Interval:
-        """‖bias‖. From above by the certificate; from below by the better of two: |κ − 1| ‖μ‖ of a scale's interval, and U less
-        what its law allows."""
+    def _bias(self, U: float, scale: Interval, size: float, *, tail: float) -> Interval:
+        """‖bias‖. From above by the certificate; from below by the better of two, each wrong half of `tail` of the time:
+        |κ − 1| ‖μ‖ of a scale's interval, and U less what its law allows."""
         law = {"largest": self.spectrum.largest, "square": self.spectrum.trace_of_square}
         value = math.sqrt(max(U, 0.0))
-        if refused:
+        if bool(self.scores.refused[1]):
             return Interval(value, math.nan, math.nan)
-        least = math.sqrt(max(U - z_of(_LOWER) * self._noise(U), 0.0))
-        ends = interval(self.scores[:1], confidence=1 - 2 * _LOWER)
+        least = math.sqrt(max(U - z_of(tail / 2) * self._noise(U), 0.0))
+        ends = interval(self.scores[:1], confidence=1 - tail)
         if size > 0 and all(np.isfinite(ends)):
             least = max(least, size * max(float(ends[0][0]) - 1.0, 1.0 - float(ends[1][0]), 0.0))
-        return Interval(value, min(least, value), upper_bound(U, 0.025, n=self.n, **law))
+        return Interval(value, min(least, value), upper_bound(U, tail, n=self.n, **law))
 
     def _noise(self, square: float) -> float:
         """Standard deviation of an unbiased estimate of ‖b‖² = `square`."""
         law = self.spectrum
         return math.sqrt(2 * law.trace_of_square / self.n**2 + 4 * law.largest * max(square, 0.0) / self.n)
 
-    def _over_root(self, length2: float, spread: Interval) -> Interval:
+    def _over_root(self, length2: float, spread: Interval, tail: float) -> Interval:
         """‖E x‖/√(tr Cov x), of ‖E x‖² and its spread."""
         value = math.sqrt(max(length2, 0.0) / spread.value) if spread.value > 0 else math.inf
-        room = z_of(_LOWER) * self._noise(length2)
+        room = z_of(tail / 2) * self._noise(length2)
         low = math.sqrt(max(length2 - room, 0.0) / spread.high) if spread.high > 0 else math.nan
         high = math.sqrt(max(length2 + room, 0.0) / spread.low) if spread.low > 0 else math.nan
         return Interval(value, low, high)
 
-    def moments(self, reference: Tensor, *, shape: tuple[int, int], **more: object) -> Moments:
+    def moments(
+        self, reference: Tensor, *, shape: tuple[int, int], confidence: float = CONFIDENCE, **more: object
+    ) -> Moments:
         """As `Moments`, `shape` `[K, A]`."""
         covariance = self.covariance
         trace = self.trace if covariance is None else None
@@ -142,7 +144,7 @@ class Account:
             None if covariance is None else covariance.cpu(),
             self.n,
             trace=trace,
-            intervals=self.intervals(reference),
+            intervals=self.intervals(reference, confidence=confidence),
             scores=self.scores,
             **more,  # type: ignore[arg-type]
         )

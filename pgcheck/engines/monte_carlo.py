@@ -39,7 +39,7 @@ from pgcheck.estimators.from_loss import LossCoefficients
 from pgcheck.problem import Problem
 from pgcheck.sampling import Sampler, as_device
 from pgcheck.statistics.guarded import Floats
-from pgcheck.statistics.sequential import GRAIN, SHARE, Interval, Judge, Settings
+from pgcheck.statistics.sequential import CONFIDENCE, GRAIN, SHARE, Interval, Judge, Settings, confidence_after
 from pgcheck.statistics.variance import Pairs
 from pgcheck.trajectories import SideTable, Trajectories, is_count
 
@@ -468,9 +468,11 @@ class _Run:
         how = fn.lane or "loop" if isinstance(fn, LossCoefficients) else "coefficients"
         in_logits = isinstance(self.space, LogitSpace)
         shape = tuple(self.problem.logits.shape) if in_logits else (1, len(self.reference))
+        confidence = confidence_after(account.n, self.settings) if lane.judges else CONFIDENCE
         found = account.moments(
             self.reference,
             shape=shape,  # type: ignore[arg-type]
+            confidence=confidence,
             enumerated=account.n,
             lane=how,
             policy=self.problem.policy if in_logits else None,
@@ -479,7 +481,7 @@ class _Run:
             first=lane.centre,
         )
         if paired is not None:
-            found = _with_bias_of(found, paired, self.reference)
+            found = _with_bias_of(found, paired, self.reference, confidence)
         found = self.space.told(found, self.settings)
         # a sketch's variance is a guess of that of ĝ, whose error no pair of draws shows
         sketched = found.view is not None and found.view.directions is not None
@@ -561,9 +563,9 @@ class _Run:
             }
 
 
-def _with_bias_of(found: Moments, paired: Account, reference: Tensor) -> Moments:
+def _with_bias_of(found: Moments, paired: Account, reference: Tensor, confidence: float) -> Moments:
     """The moments of x, with what x − r says of the bias: its size, the scale, and what follows from them."""
-    about = paired.intervals(reference)
+    about = paired.intervals(reference, confidence=confidence)
     bias, variance = about["bias"], found.intervals["variance"]
     mse = Interval(*(b**2 + v for b, v in zip(astuple(bias), astuple(variance), strict=True)))
     kept = {name: about[name] for name in ("scale", "bias", "rel", "off_axis")}

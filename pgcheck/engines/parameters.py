@@ -122,7 +122,7 @@ def estimates_in_parameters(c: Tensor, table: Trajectories, index: Tensor, probl
     """ĝ_θ `[m, P]` of some batches after the other: at once if the model can be mapped, else each by itself."""
     policy = policy_of(table, problem)
     if not isinstance(policy, LMPolicy):
-        yield from _one_by_one(c, table, index, policy)
+        yield from one_by_one(c, table, index, policy)
         return
     P = sum(p.numel() for p in policy.parameters())
     tokens = index.shape[1] * policy.tokens.shape[1]
@@ -134,7 +134,7 @@ def estimates_in_parameters(c: Tensor, table: Trajectories, index: Tensor, probl
                 found = _mapped(weights, table, rows, policy)
             except (RuntimeError, NotImplementedError):  # it was called before, unmapped, and said nothing
                 _UNMAPPED.add(policy.model)
-        yield torch.cat(list(_one_by_one(weights, table, rows, policy))) if found is None else found
+        yield torch.cat(list(one_by_one(weights, table, rows, policy))) if found is None else found
 
 
 class _Reader(nn.Module):
@@ -177,7 +177,7 @@ def _mapped(c: Tensor, table: Trajectories, index: Tensor, policy: LMPolicy) -> 
     return torch.cat([g.flatten(1) for g in found.values()], 1).to(c.device)
 
 
-def _one_by_one(c: Tensor, table: Trajectories, index: Tensor, policy: nn.Module) -> Iterator[Tensor]:
+def one_by_one(c: Tensor, table: Trajectories, index: Tensor, policy: nn.Module) -> Iterator[Tensor]:
     """ĝ_θ `[1, P]` of one batch after the other: its C (`pgcheck.engines.coefficients`) and a backward pass."""
     for weights, rows in zip(c, index, strict=True):
         yield total_in_parameters(weights, table, rows, policy).unsqueeze(0)

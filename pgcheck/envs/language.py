@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from pgcheck.errors import BudgetError, ProblemError, in_words
+from pgcheck.memory import free_memory, in_bytes
 from pgcheck.trajectories import Paths, is_count
 
 _SAME_REWARD = 1e-6  # a network in float32 may say as much else in a batch of another size
@@ -350,6 +351,7 @@ class LMTask:
             BudgetError: too many prefixes.
             ProblemError: as `paths`.
         """
+        self._refuse_a_large_tree()
         levels, V = self.prefixes, len(self._written)
         number = {tokens: k for k, tokens in enumerate(self.contexts)}
         states = [(s, text) for level in levels for s, text, _ in level]
@@ -371,6 +373,19 @@ class LMTask:
             position=torch.tensor([len(text) for _, text in states]),
             child=child, reward=reward, begins=tuple(begins),
         )  # fmt: skip
+
+    @property
+    def tree_bytes(self) -> int:
+        """What the tree takes while it is made, about: texts of prefixes, tables over tokens, completions being scored."""
+        each = 500 + 40 * self.max_new_tokens + 52 * len(self._written)
+        return self.prefix_count * each + 250 * min(self.completions, _SCORED_AT_ONCE)
+
+    def _refuse_a_large_tree(self) -> None:
+        if self.size == "tree" and self.tree_bytes > (free := free_memory()):
+            raise BudgetError(
+                f"max_prefixes: the tree of {self.prefix_count:,} prefixes takes {in_bytes(self.tree_bytes)};"
+                f" {in_bytes(free)} are free. Shorten max_new_tokens, shrink the vocabulary, or give fewer prompts."
+            )
 
     def _finished(self, levels: Sequence[list[tuple[int, Tokens, tuple[bool, ...]]]]) -> Iterator[tuple[int, Tokens]]:
         """Completions, in the order of (prefix, last token)."""

@@ -14,12 +14,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pgcheck.errors import ProblemError, in_words
+from pgcheck.errors import BudgetError, ProblemError, in_words
+from pgcheck.memory import free_memory, in_bytes, kept_by
 from pgcheck.policies.prefixes import LEAST_TOKENS, MOST_PAIRS, Branching, branching
 from pgcheck.seeding import random_state_kept
 
@@ -86,6 +88,8 @@ class TinyGPT(nn.Module):
 
 
 _CHECKED = 256  # prefixes of each length
+_LARGE = 10**6  # weights of a model of which a pass may not fit
+PASS = 1.25  # what a pass takes at its peak, of what it keeps: gradients of activations come and go
 
 
 class LMPolicy(nn.Module):
@@ -123,7 +127,37 @@ class LMPolicy(nn.Module):
         self._place(texts, *_room(model))
         self.model = self._copied(model)
         with random_state_kept(), torch.no_grad():
+            self._fit()
             self._check(texts)
+
+    def _fit(self) -> None:
+        """So many rows at once that a forward and a backward pass of them take half of what is free.
+
+        Raises:
+            BudgetError: not even one row does.
+        """
+        n, L = self.tokens.shape
+        weights = list(self.model.parameters())
+        try:
+            one, two = self.bytes_of_pass(1), self.bytes_of_pass(2)
+        except Exception:  # `_check` says what is wrong
+            return
+        free = free_memory(weights[0].device if weights else "cpu")
+        room, each = free / 2 - one, two - one
+        if room < 0:
+            raise BudgetError(
+                f"model: a forward and a backward pass of one row of {L} tokens take {in_bytes(one)}, gradients of"
+                f" {sum(p.numel() for p in weights):,} weights included; {in_bytes(free)} are free, of which half may be taken."
+                " Take a smaller model, shorter prompts or fewer new tokens."
+            )
+        self.__dict__["rows_that_fit"] = n if each <= 0 else min(n, 1 + int(room / each))
+
+    def bytes_of_pass(self, rows: int) -> float:
+        """What a forward and a backward pass of so many rows take at their peak: what they keep, and gradients of weights."""
+        weights = list(self.model.parameters())
+        first = [min(k, len(self.tokens)) for k in (1, 2)]
+        one, two = (kept_by(partial(self._says, self.tokens[:k], self.length[:k]), besides=weights) for k in first)
+        return PASS * (one + (two - one) * (rows - 1)) + 2 * sum(p.numel() * p.element_size() for p in weights)
 
     def _copied(self, model: nn.Module) -> nn.Module:
         return copy.deepcopy(model).to(self.dtype)  # the caller's own stays as it is
@@ -138,6 +172,9 @@ class LMPolicy(nn.Module):
         policy.register_buffer("tokens", tokens)
         policy.register_buffer("length", torch.full_like(tokens[:, 0], tokens.shape[1]))
         policy.register_buffer("where", where)
+        if sum(p.numel() for p in model.parameters()) > _LARGE:
+            with random_state_kept():
+                policy._fit()
         return policy
 
     def _place(self, texts: list[tuple[int, ...]], room: int | None, why: str) -> None:
@@ -241,7 +278,7 @@ class LMPolicy(nn.Module):
     def in_parts_of(self, tokens: int) -> list[slice]:
         """The rows, so many at once that a forward pass reads about so many tokens."""
         n, L = self.tokens.shape
-        size = max(1, tokens // L)
+        size = max(1, min(tokens // L, self.__dict__.get("rows_that_fit", n)))
         return [slice(low, min(low + size, n)) for low in range(0, n, size)]
 
     def contexts_of(self, rows: slice) -> Tensor:

@@ -21,7 +21,11 @@ WHAT = {
     " round, as distinct groups a second; the rival runs each group through the model, and back.",
     "time of a verdict": "The same verdict in seconds, by class counts where groups are large; the aim is five on two cores.",
     "sketch": "The same coordinates of the same draws: the engine with everything it needs first, the rival by one backward"
-    " pass a group.",
+    " pass a group. Along ∇J a draw tells both the same.",
+    "tr Cov to the same error": "The same run, as the time to one standard error of tr Cov ĝ_θ: that of a sketch has the chance"
+    " of its directions in it, which more draws do not remove, and so takes as long as fewer draws of the rival.",
+    "estimates in parameters": "ĝ_θ of every draw, nothing left out: backward passes mapped over hundreds of groups, as sampled"
+    " verdicts take them where parameters are few, against one pass a group.",
     "sampled draws": "A sampled verdict with everything it needs, the drawing of the batches included; the rival is handed the"
     " same batches and adds up E ĝ and E ĝĝᵀ.",
     "tenth estimator": "Ten estimators in one call of an engine against nine of them; 1/ratio − 1 is what the tenth adds.",

@@ -3,106 +3,180 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import groupby
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from pgcheck.calibrate import ALLOWED, NOMINAL, Calibration, Rate
+from pgcheck.calibrate import ALLOWED, NOMINAL, SHAPES, Calibration, Rate
 from pgcheck.render.messages import number
 
-FAMILIES = ("light", "skewed", "heavy-tailed", "rare event")
-_ABOUT = {
-    "trigger": "False alarms of the first stage, no bias: any of six witnesses, at one look of 4096 draws.",
-    "confirm": "False alarms of a confirming part (2048 fresh draws), no bias: the direction that stood out most, whether or"
-    " not it triggered.",
-    "certificate": "False certificates: the bias is exactly the tolerance.",
-    "trigger of exceeds": "Mode `exceeds`, first stage: the bias is exactly the tolerance, along the gradient.",
-    "confirm of exceeds": "Mode `exceeds`, a confirming part: the bias is exactly the tolerance, along the gradient.",
-    "interval misses": "Intervals at 95% that miss the truth, among those given; at a fixed number of draws.",
+_COLORS = {"light": "#4c72b0", "skewed": "#dd8452", "heavy-tailed": "#c44e52", "rare event": "#8172b3"}
+_STAGES = {
+    "trigger": ("First stage of a FAIL", "No bias. Any of six witnesses alarms at one look of 4,096 draws."),
+    "confirm": (
+        "Confirmation of a FAIL",
+        "No bias. A confirming part, 2,048 fresh draws along the direction that stood out most, whether or not it triggered.",
+    ),
+    "certificate": ("False PASS", "The bias is exactly the tolerance, in one of four directions."),
+    "trigger of exceeds": (
+        "First stage, mode `exceeds`",
+        "The bias is exactly the tolerance, along the gradient: FAIL must prove more than that.",
+    ),
+    "confirm of exceeds": ("Confirmation, mode `exceeds`", "The same, of the confirming parts."),
+}
+_MISSES = {
+    "misses, fixed draws": (
+        "Intervals after a fixed number of draws",
+        "95% intervals after 4,096 draws (of the effect: after 4,096 confirming draws).",
+    ),
+    "misses, after stopping, no bias": (
+        "Intervals at the end of a run, no bias",
+        "Of whole runs, which end at whichever look gives a verdict.",
+    ),
+    "misses, after stopping, a bias": (
+        "Intervals at the end of a run, with a bias",
+        "The same, of runs that end in a FAIL: biases along the gradient and dense, of 10%, 5% and 2.5% of the standard"
+        " deviation along them.",
+    ),
 }
 
 
-def standing(rate: Rate) -> str:
-    """What the bounds allow to say: `above` nominal, `within` 1.3 times nominal, or neither yet (`≤ …x`)."""
-    if rate.runs == 0:
-        return "always refused"
-    if rate.low > rate.nominal:
-        return f"**above** ({number(rate.rate / rate.nominal)}x)"
-    if rate.high <= ALLOWED * rate.nominal:
-        return "within"
-    return f"≤ {rate.high / rate.nominal:.2g}x"
-
-
 def calibration_markdown(c: Calibration) -> str:
-    """Tables, one a question; families are never pooled."""
+    """The answer first, then tables, one a question; families are never pooled."""
     runs = max(r.runs for r in c.rates if r.what == "trigger")
     lines = [
-        "# pgcheck calibrate",
+        "# How often a sampled verdict is wrong",
         "",
-        "How often each stage of a sampled verdict is wrong, on laws whose truth is known: ĝ of every batch of a small problem,"
-        " and made-up ones. Brackets are Clopper–Pearson bounds at 99%. *within*: the upper bound is at most"
-        f" {ALLOWED:g} × nominal; *above*: the lower bound exceeds nominal; *≤ 2x*: the runs exclude no less than that."
-        " *refused*: share of trials in which the guard allowed no statement.",
+        "Measured on laws whose truth is known: the estimate ĝ of every batch of a small problem, and made-up ones, from light"
+        " tails to a reward that is paid once in a hundred draws. Brackets are Clopper–Pearson bounds at 99%, law by law."
+        f" `pgcheck calibrate --runs {runs} --seed {c.seed}` gives these figures again.",
         "",
-        f"`pgcheck calibrate --runs {runs} --seed {c.seed}`. A false FAIL takes a trigger and all"
-        " confirming parts, on disjoint draws; so α = 1e-6 for a whole run"
-        " is inferred from the measured stages and their independence, not observed.",
+        "![Measured over nominal rates](calibration.svg)",
         "",
-        *_worst(c.rates),
+        "**Wrong more often than promised** is a law whose lower bound is above nominal. **Shown to be within"
+        f" {ALLOWED:g}x** is one whose upper bound is at most {ALLOWED:g} times nominal; one that is neither had too few runs"
+        " to tell.",
+        "",
+        *_headline(c.rates),
+        "",
+        *_product(c.rates),
+        "",
+        *_abstention(c.rates),
+        "",
+        *_speed(c),
+        "",
     ]
-    for what, group in groupby(c.rates_by_question, key=lambda r: r.what):
-        rates = list(group)
-        table = _interval_table(rates) if what == "interval misses" else _rate_table(rates)
-        lines += [f"## {what}", "", _ABOUT[what], "", *table, ""]
-    lines += [
-        "## Whole verdicts without a bias",
-        "",
-        "Default error rates, up to 5 looks, at a tolerance that U = 0 certifies at the third.",
-        "",
-        "| law | family | runs | PASS | FAIL | INCONCLUSIVE | most draws |",
-        "|---|---|--:|--:|--:|--:|--:|",
-    ]
-    lines += [
-        f"| {v.law} | {v.family} | {v.runs} | {v.passed} | {v.failed} | {v.inconclusive} | {v.most_draws:,} |"
-        for v in c.verdicts
-    ]
-    lines += [
-        "",
-        "## Draws to a FAIL",
-        "",
-        "Against the one test at the same α (1e-6/1024) that knows the direction of the bias beforehand. The schedule ends a"
-        " confirmed FAIL at 8,192, 16,384, … draws, never earlier. A ratio below 1: a witness that weighs quiet coordinates up"
-        " beats the direction of the bias itself.",
-        "",
-        "| law | bias | ‖b‖/‖μ*‖ | FAIL | median draws | oracle | ratio |",
-        "|---|---|--:|--:|--:|--:|--:|",
-    ]
-    lines += [
-        f"| {p.law} | {p.detail} | {number(p.size)} | {p.failed} of {p.runs} | {p.median_draws:,.0f} | {p.oracle_draws:,.0f}"
-        f" | {p.median_draws / p.oracle_draws:.2g} |"
-        for p in c.power
-    ]
-    return "\n".join(lines) + "\n"
+    by_question = {what: list(group) for what, group in groupby(c.rates_by_question, key=lambda r: r.what)}
+    for what, (title, about) in _STAGES.items():
+        if what in by_question:
+            lines += [f"## {title}", "", f"{about} {_UNITS}", "", *_rate_table(by_question[what]), ""]
+    for what, (title, about) in _MISSES.items():
+        if what in by_question:
+            lines += [f"## {title}", "", f"{about} {_INTERVALS}", "", *_interval_table(by_question[what]), ""]
+    return "\n".join([*lines, *_verdicts(c), "", *_power(c)]) + "\n"
 
 
-def _worst(rates: Sequence[Rate]) -> list[str]:
-    """The largest ratio of a measured rate to nominal, for each stage and nominal rate, over families that give verdicts."""
-    lines = ["| stage | nominal | largest measured | where | lower bound |", "|---|--:|--:|---|--:|"]
-    for what in _ABOUT:
+_UNITS = (
+    f"Rates in units of nominal: 1 is what was promised. **Bold**: the lower bound is above 1. *Italic*: the upper one is above"
+    f" {ALLOWED:g}. *Refused*: share of trials in which the guard allows no statement; they count as right."
+)
+_INTERVALS = (
+    "How many of those given miss the truth (promised: 5%), in brackets the bounds, and behind it the share that is given where"
+    " that is not all; –: none is."
+)
+
+
+def _headline(rates: Sequence[Rate]) -> list[str]:
+    """One line for each promise."""
+    lines = [
+        f"| | promised | worst measured | wrong more often than promised | shown to be within {ALLOWED:g}x |",
+        "|---|--:|---|--:|--:|",
+    ]
+    for what, (title, _) in (_STAGES | _MISSES).items():
         for τ in sorted({r.nominal for r in rates if r.what == what}, reverse=True):
-            worst = max((r for r in rates if r.what == what and r.nominal == τ and r.runs), key=lambda r: r.low)
-            where = worst.law + (f", {worst.detail}" if worst.detail else "")
-            lines.append(f"| {what} | {number(τ)} | {number(worst.rate)} | {where} | {number(worst.low)} |")
-    return [*lines, ""]
+            cells = [r for r in rates if r.what == what and r.nominal == τ and r.runs]
+            if not cells:
+                continue
+            worst = max(cells, key=lambda r: (r.rate, r.low))
+            above = sum(r.low > r.nominal for r in cells)
+            within = sum(r.high <= ALLOWED * r.nominal for r in cells)
+            measured = f"{number(worst.rate)} [{worst.low:.2g}, {worst.high:.2g}] {_name(worst)}"
+            lines.append(f"| {title} | {number(τ)} | {measured} | {above} of {len(cells)} | {within} of {len(cells)} |")
+    return lines
 
 
-def _cell(rate: Rate) -> str:
-    return f"{number(rate.rate)} [{number(rate.low)}, {number(rate.high)}] {standing(rate)}"
+def _name(r: Rate) -> str:
+    return r.law + (f", {r.detail}" if r.detail else "")
+
+
+def _product(rates: Sequence[Rate]) -> list[str]:
+    """What the stages multiply to."""
+
+    def worst(what: str) -> tuple[float, float]:
+        cells = [r for r in rates if r.what == what and r.nominal == NOMINAL[-1] and r.runs]
+        return max(r.rate for r in cells), max(r.high for r in cells)
+
+    if not {"trigger", "confirm"} <= {r.what for r in rates if r.nominal == NOMINAL[-1]}:
+        return []
+    (a, a_high), (b, b_high) = worst("trigger"), worst("confirm")
+    return [
+        f"A false FAIL of one check takes a trigger and two confirming parts, on disjoint draws, each at {NOMINAL[-1]:g}:"
+        f" 1e-9 is promised. The worst measured rates multiply to {a * b * b:.1e},"
+        f" their upper bounds to {a_high * b_high**2:.1e}."
+        " So the error rate of a whole verdict is *inferred* from measured stages and their independence; it was not observed.",
+    ]
+
+
+def _abstention(rates: Sequence[Rate]) -> list[str]:
+    """Laws of which some stage says nothing most of the time."""
+    stages = [what for what in _STAGES if any(r.what == what for r in rates)]
+    share: dict[str, dict[str, float]] = {}
+    for r in rates:
+        if r.what in stages and r.nominal == NOMINAL[0]:
+            share.setdefault(r.law, {})[r.what] = min(r.refused, share.get(r.law, {}).get(r.what, 1.0))
+    some = {law: of for law, of in share.items() if max(of.values()) >= 0.01}
+    if not some:
+        return ["No stage abstains on any law."]
+    lines = [
+        "Where the tails of a law are too heavy for 4,096 draws a stage abstains; the verdict is then INCONCLUSIVE, with the"
+        " number of draws that would do. Share of trials (of the certificate: in the direction in which it abstains least):",
+        "",
+        "| law | " + " | ".join(_STAGES[what][0] for what in stages) + " |",
+        "|---|" + "--:|" * len(stages),
+    ]
+    for law, of in some.items():
+        lines.append(f"| {law} | " + " | ".join(f"{of.get(what, 0.0):.0%}" for what in stages) + " |")
+    return lines
+
+
+def _speed(c: Calibration) -> list[str]:
+    """Draws to a FAIL in two lines."""
+    lines = []
+    for shape in SHAPES[:2]:
+        ratios = sorted(p.ratio for p in c.power if p.detail == shape)
+        if ratios:
+            lines.append(
+                f"* bias {shape}: {float(np.median(ratios)):.2g} times the draws of the oracle in the median, {ratios[-1]:.2g}"
+                f" times at most ({len(ratios)} settings, {sum(p.runs for p in c.power if p.detail == shape)} runs)"
+            )
+    if not lines:
+        return []
+    return ["Draws to a FAIL, against the one test at the same α that knows the direction of the bias:", "", *lines]
+
+
+def _cell(r: Rate) -> str:
+    text = f"{r.rate / r.nominal:.2f} [{r.low / r.nominal:.2f}, {r.high / r.nominal:.2f}]"
+    if r.low > r.nominal:
+        return f"**{text}**"
+    return f"*{text}*" if r.high > ALLOWED * r.nominal else text
 
 
 def _rate_table(rates: Sequence[Rate]) -> list[str]:
@@ -117,12 +191,55 @@ def _rate_table(rates: Sequence[Rate]) -> list[str]:
 
 
 def _interval_table(rates: Sequence[Rate]) -> list[str]:
-    lines = ["| law | family | interval | given | refused | misses (5%) |", "|---|---|---|--:|--:|---|"]
-    lines += [
-        f"| {r.law} | {r.family} | {r.detail} | {r.runs:,} | {r.refused:.1%} | {_cell(r) if r.runs else '–'} |"
-        for r in rates
-    ]
+    """A row for each law, a column for each interval."""
+    names = list(dict.fromkeys(r.detail for r in rates))
+    of = {(r.law, r.detail): r for r in rates}
+    lines = ["| law | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+    for law in dict.fromkeys(r.law for r in rates):
+        cells = [_interval_cell(of.get((law, name))) for name in names]
+        lines.append(f"| {law} | " + " | ".join(cells) + " |")
     return lines
+
+
+def _interval_cell(r: Rate | None) -> str:
+    if r is None or r.runs == 0:
+        return "–"
+    text = f"{r.rate:.1%} [{100 * r.low:.1f}, {100 * r.high:.1f}]"
+    text = f"**{text}**" if r.low > r.nominal else text
+    return text + (f", {1 - r.refused:.0%} given" if r.refused > 0.005 else "")
+
+
+def _verdicts(c: Calibration) -> list[str]:
+    lines = [
+        "## Whole verdicts without a bias",
+        "",
+        "Default error rates, at a tolerance that U = 0 certifies at the third look; four looks.",
+        "",
+        "| law | family | runs | PASS | FAIL | INCONCLUSIVE | most draws |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    ]
+    return lines + [
+        f"| {v.law} | {v.family} | {v.runs} | {v.passed} | {v.failed} | {v.inconclusive} | {v.most_draws:,} |"
+        for v in c.verdicts
+    ]
+
+
+def _power(c: Calibration) -> list[str]:
+    lines = [
+        "## Draws to a FAIL",
+        "",
+        "Against the one test at the same α (1e-6/1024) that knows the direction of the bias beforehand. The schedule ends a"
+        " confirmed FAIL at 8,192, 16,384, … draws, never earlier. A ratio below 1: a witness that weighs quiet coordinates up"
+        " beats the direction of the bias itself.",
+        "",
+        "| law | bias | ‖b‖/‖μ*‖ | FAIL | median draws | oracle | ratio |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    ]
+    return lines + [
+        f"| {p.law} | {p.detail} | {number(p.size)} | {p.failed} of {p.runs} | {p.median_draws:,.0f} | {p.oracle_draws:,.0f}"
+        f" | {p.ratio:.2g} |"
+        for p in c.power
+    ]
 
 
 def calibration_json(c: Calibration) -> dict[str, Any]:
@@ -131,26 +248,64 @@ def calibration_json(c: Calibration) -> dict[str, Any]:
 
 
 def calibration_figure(c: Calibration) -> str:
-    """Measured over nominal rate of the three stages, with bounds, as SVG: one panel a stage, one color a family."""
-    stages = ("trigger", "confirm", "certificate")
-    figure = Figure(figsize=(9.0, 3.4), layout="constrained")
+    """As SVG: measured over nominal rate of the three stages; intervals that miss; draws to a FAIL."""
+    figure = Figure(figsize=(9.6, 6.6), layout="constrained")
     FigureCanvasSVG(figure)
-    axes = figure.subplots(1, len(stages), sharey=True)
-    colors = dict(zip(FAMILIES, ("#4c72b0", "#dd8452", "#c44e52", "#8172b3"), strict=True))
-    for ax, stage in zip(axes, stages, strict=True):
-        shown = [r for r in c.rates if r.what == stage and r.runs and r.refused < 1]
-        for i, r in enumerate(shown):
-            x = r.nominal * 10 ** (0.6 * (i / max(len(shown) - 1, 1) - 0.5))
-            bounds = [[(r.rate - r.low) / r.nominal], [(r.high - r.rate) / r.nominal]]
-            ax.errorbar(x, r.rate / r.nominal, yerr=bounds, color=colors[r.family], marker=".", ms=3, lw=0.7)
-        ax.axhline(1.0, color="#888888", lw=0.8)
-        ax.axhline(ALLOWED, color="#888888", lw=0.6, ls=":")
-        ax.set(xscale="log", xlabel="nominal rate", title=stage, ylim=(0, 3))
-    axes[0].set_ylabel("measured / nominal")
-    for family, color in colors.items():
+    top, bottom = figure.subfigures(2, 1, squeeze=False)[:, 0]
+    axes = top.subplots(1, 3, sharey=True)
+    for ax, what in zip(axes, ("trigger", "confirm", "certificate"), strict=True):
+        shown = [r for r in c.rates if r.what == what and r.runs and r.refused < 1 and r.detail in ("", SHAPES[3])]
+        _draw_stage(ax, shown, _STAGES[what][0] + (f", {SHAPES[3]}" if what == "certificate" else ""))
+    axes[0].set_ylabel("measured / promised")
+    for family, color in _COLORS.items():
         axes[-1].plot([], [], color=color, label=family)
-    axes[-1].legend(frameon=False, fontsize="small")
+    axes[-1].legend(frameon=False, fontsize="small", loc="upper left")
+    left, right = bottom.subplots(1, 2)
+    _draw_misses(left, [r for r in c.rates if r.what in _MISSES and r.runs >= 20])
+    _draw_power(right, c)
     out = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": "pgcheck"}):  # ids of the same figure are the same
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
     return out.getvalue()
+
+
+def _draw_stage(ax: Axes, shown: Sequence[Rate], title: str) -> None:
+    for τ in NOMINAL:
+        rates = [r for r in shown if r.nominal == τ]
+        for i, r in enumerate(rates):
+            x = τ * 10 ** (0.7 * (i / max(len(rates) - 1, 1) - 0.5))
+            bounds = [[(r.rate - r.low) / τ], [(r.high - r.rate) / τ]]
+            ax.errorbar(x, r.rate / τ, yerr=bounds, color=_COLORS[r.family], marker=".", ms=3, lw=0.7)
+    ax.axhline(1.0, color="#888888", lw=0.8)
+    ax.axhline(ALLOWED, color="#888888", lw=0.6, ls=":")
+    ax.set(xscale="log", xlabel="promised rate", title=title, ylim=(0, 2))
+
+
+def _draw_misses(ax: Axes, shown: Sequence[Rate]) -> None:
+    names = list(dict.fromkeys(r.detail for r in shown))
+    for i, name in enumerate(names):
+        rates = [r for r in shown if r.detail == name]
+        for j, r in enumerate(rates):
+            x = i + 0.7 * (j / max(len(rates) - 1, 1) - 0.5)
+            bounds = [[100 * (r.rate - r.low)], [100 * (r.high - r.rate)]]
+            ax.errorbar(x, 100 * r.rate, yerr=bounds, color=_COLORS[r.family], marker=".", ms=3, lw=0.6)
+    ax.axhline(5, color="#888888", lw=0.8)
+    ax.set(ylim=(0, 12), ylabel="miss the truth, %", title="95% intervals")
+    ax.set_xticks(range(len(names)), names, fontsize="small")
+
+
+def _draw_power(ax: Axes, c: Calibration) -> None:
+    for shape, marker in zip(SHAPES[:2], "os", strict=True):
+        points = [p for p in c.power if p.detail == shape and math.isfinite(p.median_draws)]
+        if points:
+            ax.plot(
+                [p.oracle_draws * 1.06 ** (i % 7 - 3) for i, p in enumerate(points)],
+                [p.median_draws for p in points],
+                marker, ms=4, alpha=0.7, label=shape, ls="",
+            )  # fmt: skip
+    if c.power:
+        ends = np.array([min(p.oracle_draws for p in c.power) / 2, max(p.oracle_draws for p in c.power) * 2])
+        for factor, ls in ((1, "-"), (4, ":")):
+            ax.plot(ends, factor * ends, color="#888888", lw=0.8, ls=ls, label=f"{factor}x the oracle")
+        ax.legend(frameon=False, fontsize="small")
+    ax.set(xscale="log", yscale="log", xlabel="draws of the oracle", ylabel="draws to a FAIL, median", title="Power")

@@ -36,6 +36,7 @@ GATE_RULES = {
     "changed": "The estimator's mean or covariance, or the number of a case, is not that of the baseline.",
     "unchanged": "The estimator's mean and covariance, or the number of a case, are those of the baseline.",
     "problem": "The problem is not that of the baseline.",
+    "seed": "What is seen of the estimator depends on the seed, which is not that of the baseline.",
     "claims": "The estimator's claims are not those of the baseline.",
     "checks": "Checks were asked on other problems than in the baseline.",
     "missing": "The run has an entry that the baseline has not.",

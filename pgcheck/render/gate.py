@@ -67,6 +67,10 @@ def why_not(gate: Gate) -> str:
 
 def _what(d: Difference) -> str:
     before, after = d.before, d.after
+    if d.kind == "seed" and isinstance(before, SampledEntry) and isinstance(after, SampledEntry):
+        return (
+            f"seen along directions of its seed, which is {after.seed} and was {before.seed}: nothing can be compared"
+        )
     if isinstance(before, Entry) and isinstance(after, Entry):
         other = f"the problem is another one (digest {before.digest} → {after.digest}); " if d.kind == "problem" else ""
         return other + _moved(before, after, d.test)
@@ -114,6 +118,9 @@ def _moved(before: Entry, after: Entry, test: Test | None) -> str:
         return f"the engine is another one: {before.engine} → {after.engine}"
     if before.digest != after.digest:
         return changes(before, after)
+    for name in ("directions", "against"):
+        if getattr(before, name) != getattr(after, name):
+            return f"seen in another way: {name} {getattr(before, name)} → {getattr(after, name)}"
     if test is not None and test.rejects:
         return _tested(before, after, test)
     if same_draws(before, after):
@@ -182,6 +189,9 @@ def _next(d: Difference, command: str) -> str:
         return f"pgcheck explain {d.check}" if d.check != "case" else "pgcheck run the suite, and read the case"
     if d.kind == "stale":
         return f"take '{d.check}' out of expected_failed_checks"
+    if d.kind == "seed" and isinstance(d.before, SampledEntry):
+        seed = d.before.seed
+        return f"run it with --seed {seed} (pytest: --pgcheck-seed={seed}); or, to go on with this one: {command}"
     if d.kind == "number":
         return "pgcheck explain finite"
     if d.kind == "orphaned":

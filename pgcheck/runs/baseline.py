@@ -88,6 +88,8 @@ class SampledEntry(_Measured):
     finding: Finding
     seed: int = Field(ge=0)
     batches: int = Field(ge=2)
+    directions: int | None  # random ones of this seed, along which it is seen in parameters; null: all there is
+    against: str | None  # what stands for ∇J, estimated under this seed; null: ∇J is known
     rel: float | None
     scale: float | None
     cosine: float | None
@@ -113,6 +115,13 @@ class SampledEntry(_Measured):
     def score(self, name: str) -> Score:
         """One of the scores."""
         return Score(*self.scores[name])
+
+    @property
+    def under_any_seed(self) -> tuple[str, ...]:
+        """The scores that are the same function of a draw whatever the seed."""
+        if self.directions is not None:
+            return ()
+        return SCORES if self.against is None else SCORES[2:]
 
 
 Entry = ExactEntry | SampledEntry
@@ -200,7 +209,8 @@ def entry_of(m: MeasurementRow, problem: ProblemRow) -> Entry | None:
         if m.sampled is None or m.seed is None:
             return None
         scores = {name: (x.mean, x.error, x.low, x.high) for name, x in m.sampled.scores.items()}
-        drawn: dict[str, Any] = {"seed": m.seed, "batches": m.batches, "first": m.sampled.first, "scores": scores}
+        drawn: dict[str, Any] = {"first": m.sampled.first, "scores": scores}
+        drawn |= {name: getattr(m, name) for name in ("seed", "batches", "directions", "against")}
         return SampledEntry(engine="monte_carlo", **common, **drawn)
     spread = [0.0 if nothing else x for x in m.spread]
     return ExactEntry(

@@ -11,7 +11,8 @@ Where ‖∇J‖ or ‖E ĝ‖ is below RTOL · size, a number that is divided b
 A sampled entry of the same seed is the same draws, numbered, so that it has no noise either: its first 1024 draws, and all
 numbers if there are as many draws, are compared in the same way. Otherwise each of its scores goes through a two-sample
 test (`pgcheck.statistics.two_sample`), all tests of a comparison together at `ALPHA`: an unchanged estimator is red once in
-a million comparisons at most, whatever its tails. What is a finding of chance, and not of the estimator, is not compared then.
+a million comparisons at most, whatever its tails. What is a finding of chance, and not of the estimator, is not compared
+then. Where the directions along which it is seen are drawn as well, another seed sees another thing, and is refused.
 
 Guarantee: everything in a baseline is compared. What is in the run and not in the baseline, or the other way round, a
 problem that is not the same, a claim or a check that is gone, a number that is none, a verdict against its claim: each is
@@ -46,9 +47,18 @@ ROOT_RTOL = 1e-6  # of numbers of a sample that are roots, or quotients, of what
 ExpectedFailures = Mapping[str, Mapping[str, str]]  # estimator → check → reason
 Row = Entry | EstimatorEntry | CaseEntry
 
-Kind = Literal["changed", "problem", "claims", "checks", "missing", "orphaned", "verdict", "stale", "number"]
-# "stale": a check that is expected to fail, and does not; "number": E ĝ or tr Cov ĝ is none
-CHANGES: tuple[Kind, ...] = ("changed", "problem", "claims", "checks", "missing", "orphaned")  # that an update accepts
+Kind = Literal["changed", "problem", "seed", "claims", "checks", "missing", "orphaned", "verdict", "stale", "number"]
+# "seed": what is seen depends on the seed, and that is another one; "stale": a check that is expected to fail, and does
+# not; "number": E ĝ or tr Cov ĝ is none
+CHANGES: tuple[Kind, ...] = (
+    "changed",
+    "problem",
+    "seed",
+    "claims",
+    "checks",
+    "missing",
+    "orphaned",
+)  # that an update accepts
 
 
 @dataclass(frozen=True)
@@ -201,6 +211,8 @@ def _kind(before: Entry | None, after: Entry | None, gradient_norm: float, test:
     if isinstance(before, ExactEntry) and isinstance(after, ExactEntry):
         agreed = agree(before, after, gradient_norm)
     elif isinstance(before, SampledEntry) and isinstance(after, SampledEntry):
+        if before.seed != after.seed and not after.under_any_seed:
+            return "seed"
         agreed = samples_agree(before, after, test)
     else:
         agreed = False
@@ -285,14 +297,19 @@ def two_sample_tests(
     level = level_of(sampled * len(SCORES))
     found = {}
     for key, (a, b) in pairs.items():
-        p = {x: p_value(a.score(x), b.score(x), a.batches, b.batches, nested=a.seed == b.seed) for x in SCORES}
-        worst = min(SCORES, key=lambda x: p[x])
-        found[key] = Test(worst, p[worst], level)
+        nested = a.seed == b.seed
+        shared = SCORES if nested else [x for x in a.under_any_seed if x in b.under_any_seed]
+        p = {x: p_value(a.score(x), b.score(x), a.batches, b.batches, nested=nested) for x in shared}
+        if p:
+            worst = min(p, key=lambda x: p[x])
+            found[key] = Test(worst, p[worst], level)
     return found
 
 
 def samples_agree(before: SampledEntry, after: SampledEntry, test: Test | None) -> bool:
     """Two samples of one problem: the same numbers where they are the same draws, else no sign of another law."""
+    if (before.directions, before.against) != (after.directions, after.against):
+        return False
     first = all(_near(x, y, RTOL * _largest(before, after)) for x, y in zip(before.first, after.first, strict=True))
     whole = all(_same_score(name, before, after) for name in SCORES)
     if same_draws(before, after):

@@ -12,6 +12,12 @@ n_k = first · 2^k, k < `looks`; between them nothing is decided.
   draws are pooled and the judge goes on.
 * INCONCLUSIVE: neither after all looks, or tails that no test of this n can be trusted with.
 
+Intervals hold at whichever look a run stops: what one may miss, 1 − CONFIDENCE, is spent as 1/2, 1/6, … 1/(m(m+1)) over the
+looks m = 1, 2, …
+
+Where `bounds` of every score ⟨D, v⟩, ‖v‖ = 1, are known, all of this is exact instead, without a word about tails: FAIL by
+betting on the witnesses, PASS by concentration of ‖D̄‖ (`pgcheck.statistics.bounded`), β spent as 1/(m(m+1)) at look m.
+
 With `scale=None` (E X = κ μ*, some κ > 0) everything is done across μ*, Δ = rtol · κ_low ‖μ*‖, and κ < 0 is a FAIL.
 
 Guarantee: memory O(P); sums are made per grain and merged in order, so the same draws give the same bytes, also when resumed
@@ -29,13 +35,14 @@ import torch
 from torch import Tensor
 
 from pgcheck.errors import NotFiniteError, UsageError
+from pgcheck.statistics.bounded import Wealth, bounded_bias, bounded_interval
 from pgcheck.statistics.certificate import GRAM, Spectrum, draws_to_certify, p_value, stretch, upper_bound
 from pgcheck.statistics.guarded import Floats, Scores, draws_for_tails, interval, pareto_k, z_of, z_scores
 from pgcheck.statistics.panel import TWO_SIDED, WITNESSES, Loud, directions, loud_directions, thresholds
 from pgcheck.statistics.status import Status
 
 GRAIN = 1024  # draws summed at once; every sum is a merge of these
-CONFIDENCE = 0.95  # of intervals that are printed
+CONFIDENCE = 0.95  # of intervals that are printed, all looks together
 SHARE = 1024  # one check's share of the error budget of a run is 1/1024
 LEAST_LEVEL = 1e-5  # single tests below this level were not measured
 _TAIL = 256  # largest scores kept for the tail index
@@ -43,6 +50,7 @@ _PILOT_GRAMS = 32  # Gram blocks of each doubling
 _SLACK = 32  # roundings of the draws' own dtype that may look like a bias
 _W = len(WITNESSES)
 _ASIDE, _CONFIRM = _W, _W + 1  # columns of the directions after the witnesses
+_TAILS = [0, 2]  # scores that the certificate rests on: along μ*, and along the noisiest direction
 
 Mode = Literal["nonzero", "exceeds"]
 
@@ -59,6 +67,8 @@ class Settings:
     first: int = 4096
     looks: int = 10
     rarest: float | None = None  # the least probability of an event that must not be missed
+    # lo ≤ ⟨D, v⟩ ≤ hi for every unit v, that is ‖D‖ ≤ max(−lo, hi), D = X − κ μ* (X itself if κ is open)
+    bounds: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         for name in ("rtol", "atol"):
@@ -78,6 +88,12 @@ class Settings:
             raise UsageError(f"looks: {self.looks!r}; there must be at least 1.")
         if self.rarest is not None and not 0 < self.rarest < 1:
             raise UsageError(f"rarest: {self.rarest!r}; it is a probability, between 0 and 1.")
+        if self.bounds is not None and not (
+            len(self.bounds) == 2 and all(map(math.isfinite, self.bounds)) and self.bounds[0] < 0 < self.bounds[1]
+        ):
+            raise UsageError(
+                f"bounds: {self.bounds!r}; expected (lo, hi) with lo < 0 < hi, between which all scores lie."
+            )
         least = math.ceil(20 * math.log(1 / self.alpha))
         if self.first < least:
             raise UsageError(
@@ -106,9 +122,20 @@ class Settings:
         return -(-n // unit) * unit
 
     @property
+    def bound(self) -> float:
+        """R ≥ ‖D‖; infinite if no bounds are known."""
+        return math.inf if self.bounds is None else max(-self.bounds[0], self.bounds[1])
+
+    @property
     def most_draws(self) -> int:
         """After these no verdict is to come: a trigger at the last look, confirmed."""
         return int(self.first_look * 2**self.looks)
+
+
+def confidence_after(draws: int, settings: Settings) -> float:
+    """Confidence of intervals after so many draws, so that those of whichever look a run stops at miss 5% of the time."""
+    look = 1 + max(0, math.ceil(math.log2(draws / settings.first_look)))
+    return 1 - (1 - CONFIDENCE) / (look * (look + 1))
 
 
 @dataclass(frozen=True)
@@ -122,7 +149,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Tails:
-    """Whether the scores along μ* may be trusted at this n, and why not."""
+    """Whether the scores along μ*, and along the noisiest direction, may be trusted at this n; of the first that may not."""
 
     refused: bool
     skewness_of_mean: float  # a = skewness/√n; refused at .10
@@ -187,7 +214,9 @@ class Judge:
         self._v[:, 0] = self._along
         self._loud = Loud(zero.new_zeros(P, 0), zero.new_ones(0))
         self._whole, self._across = Spectrum(), Spectrum()
-        self._ever = Scores.none(2)  # along μ*, and ‖X − centre‖²: all draws
+        self._q = Scores.none(1)  # ‖D‖²: all draws
+        self._wealth = Wealth.none(_W + TWO_SIDED)  # of the witnesses, and of the negatives of those without a sign
+        self._ever = Scores.none(3)  # along μ*, ‖X − centre‖², along the noisiest direction of the pilot: all draws
         self._block = Scores.none(_W + 1)  # of the directions in use: the draws they have not seen
         self._parts = [Scores.none(1) for _ in range(settings.stages - 1)]  # of the frozen direction
         self._tail = np.zeros(0)
@@ -212,6 +241,10 @@ class Judge:
     def spectrum(self) -> Spectrum:
         """Of the noise of D, from some of the draws."""
         return self._whole
+
+    @property
+    def _confidence(self) -> float:
+        return confidence_after(self.draws, self.settings)
 
     # -- eating
 
@@ -254,6 +287,8 @@ class Judge:
         self._add_spectrum(d, par)
         squares = d * d
         norms2 = squares.sum(1)
+        if self.settings.bounds is not None:
+            self._bet(d, par, norms2)
         self._sum += x.sum(0)
         self._total += d.sum(0)
         self._squares += squares.sum(0)
@@ -267,7 +302,8 @@ class Judge:
             y[:, 1:] -= self.settings.rtol * par.unsqueeze(1)
         scores = y.cpu().numpy()
         spread = (x - self._centre).square().sum(1).cpu().numpy()
-        self._ever = self._ever.merge(Scores.of(np.stack([scores[:, 0], spread], 1)))
+        loudest = d @ self._loud.directions[:, -1] if self._loud.kept.numel() else par
+        self._ever = self._ever.merge(Scores.of(np.stack([scores[:, 0], spread, loudest.cpu().numpy()], 1)))
         self._block = self._block.merge(Scores.of(scores[:, :_CONFIRM]))
         if self._frozen >= 0:
             part = (self.draws - 1 - self._frozen_at) * len(self._parts) // self._frozen_at
@@ -277,6 +313,26 @@ class Judge:
             self._learn()
         if self.draws == self.next_look:
             self._look()
+
+    def _bet(self, d: Tensor, par: Tensor, norms2: Tensor) -> None:
+        """On the witnesses as they are; with an open κ `d` is what lies across μ*, and `par` what does not."""
+        whole = norms2 if self.scale is not None else norms2 + par.square()
+        far = whole > (self.settings.bound * (1 + 1e-9)) ** 2
+        if bool(far.any()):
+            first = int(far.nonzero()[0, 0])
+            raise UsageError(
+                f"bounds: {self.settings.bounds}; draw {self.draws + first} of the stream lies {float(whole[first].sqrt()):.6g}"
+                " from the reference, beyond them, so that nothing is proven."
+            )
+        y = d @ self._v[:, :_W]
+        y[:, 0] = par
+        bound, shifts = self.settings.bound, self._shifts()
+        if self.scale is None and self.settings.mode == "exceeds":
+            y[:, 1:] -= self.settings.rtol * par.unsqueeze(1)
+            bound *= 1 + self.settings.rtol
+        both = np.concatenate([y.cpu().numpy(), -y[:, :TWO_SIDED].cpu().numpy()], 1)
+        self._wealth = self._wealth.after(both, np.concatenate([shifts, shifts[:TWO_SIDED]]), bound)
+        self._q = self._q.merge(Scores.of(norms2.unsqueeze(1).cpu().numpy()))
 
     def _refuse_not_finite(self, x: Tensor) -> None:
         if bool(torch.isfinite(x.sum())):
@@ -310,6 +366,9 @@ class Judge:
     # -- looking
 
     def _look(self) -> None:
+        if self.settings.bounds is not None:
+            self._look_within_bounds()
+            return
         passed = self._certified()
         if self._frozen >= 0:
             self._confirm()
@@ -326,12 +385,38 @@ class Judge:
         if self.decided:
             return
         aside = self._block[_ASIDE]
-        self._aside_low = float(interval(aside, confidence=CONFIDENCE)[0]) if aside.n > 1 else math.nan
+        self._aside_low = float(interval(aside, confidence=self._confidence)[0]) if aside.n > 1 else math.nan
         self._learn()
         self._frozen = -1
         if fired:
             self._freeze(best, 1.0 if evidence[0, best] >= evidence[1, best] else -1.0)
         self.next_look = 2 * self.draws
+
+    def _look_within_bounds(self) -> None:
+        kinds = list(range(_W + TWO_SIDED))
+        if self.scale is None:  # κ > 0 is what is claimed; in mode `exceeds` scores are shifted to one side
+            kinds = kinds[1:-1] if self.settings.mode == "exceeds" else kinds[1:]
+        self._failed = self._wealth.total(kinds) >= math.log(1 / self.settings.alpha)
+        self._passed = self._exact_bias(self._exact_level) <= self._tolerance(self._exact_level / 10)
+        self._looked += 1
+        self._shown = self._failed
+        if self._failed:
+            best = kinds[int(self._wealth.of_kind[kinds].argmax())]
+            self._last = best if best < _W else best - _W
+            self._failed = not self._passed
+        self.decided = self._passed or self._failed or self._looked >= self.settings.looks
+        if not self.decided:
+            self._learn()
+            self.next_look = 2 * self.draws
+
+    @property
+    def _exact_level(self) -> float:
+        """Of β, what the next look may spend; a tenth of it on κ where that is open."""
+        return self.settings.beta / ((self._looked + 1) * (self._looked + 2))
+
+    def _exact_bias(self, level: float) -> float:
+        level *= 0.9 if self.scale is None else 1.0
+        return bounded_bias(float(self._total.norm()) / self.draws, self._q, self.settings.bound, level)
 
     def _evidence(self) -> Floats:
         """Z-scores `[2, 6]` of “the mean is above the shift” and “… below minus the shift”, over all looks so far.
@@ -349,6 +434,8 @@ class Judge:
         C[1, TWO_SIDED:] = -np.inf  # a learned direction has a sign
         if self.scale is None:
             C[0, 0] = -np.inf  # κ > 0 is what is claimed
+            if self.settings.mode == "exceeds":  # its scores are shifted by δ κ‖μ*‖ to one side
+                C[1, 1] = -np.inf
         return C
 
     def _shifts(self) -> Floats:
@@ -367,7 +454,7 @@ class Judge:
         """Confirm this direction, learned from every draw so far, on as many fresh ones."""
         self._v[:, _CONFIRM] = sign * self._v[:, witness]
         self._frozen, self._frozen_at, self._last = witness, self.draws, witness
-        self._parts = [Scores.none(1) for _ in self._parts]
+        self._parts, self._effect = [Scores.none(1) for _ in self._parts], np.full(3, np.nan)
 
     def _confirm(self) -> None:
         """Every part of the fresh draws must reject by itself, one-sided."""
@@ -376,7 +463,7 @@ class Judge:
         together = self._parts[0]
         for part in self._parts[1:]:
             together = together.merge(part)
-        low, high = interval(together, confidence=CONFIDENCE)
+        low, high = interval(together, confidence=self._confidence)
         self._effect = np.array([float(together.mean[0]), float(low[0]), float(high[0])])
 
     def _confirming_z(self) -> list[float]:
@@ -397,9 +484,9 @@ class Judge:
         return (float(self._total @ self._total) - self._norms2) / (n * (n - 1))
 
     def _law(self, spectrum: Spectrum, level: float) -> dict[str, float]:
-        a = float(self._ever.skewness_of_mean[0])
-        law = {"n": self.draws, "largest": spectrum.largest, "square": spectrum.trace_of_square}
-        return law | {"stretch": stretch(a, level)}
+        a = float(np.abs(self._ever.skewness_of_mean[_TAILS]).max())
+        largest, square = spectrum.at_least(self._ever.m2[2] / self.draws), spectrum.trace_of_square
+        return {"n": self.draws, "largest": largest, "square": square, "stretch": stretch(a, level, spectrum.error)}
 
     def _level(self) -> float:
         """What the certificate may spend at the next look that it can pass."""
@@ -409,8 +496,14 @@ class Judge:
         """Δ; with an open κ that of the least κ, itself wrong with probability `level` at most (0: none is shown)."""
         if self.scale is not None:
             return self._allowed
-        low = float(interval(self._ever[:1], confidence=1 - level, sides=1)[0][0])
+        low = float(self._interval_along(1 - 2 * level)[0][0])
         return self.settings.rtol * max(low, 0.0) + self.settings.atol if math.isfinite(low) else 0.0
+
+    def _interval_along(self, confidence: float) -> tuple[Floats, Floats]:
+        """Of the mean of the scores along μ*."""
+        if self.settings.bounds is not None:
+            return bounded_interval(self._ever[:1], self.settings.bound, confidence=confidence)
+        return interval(self._ever[:1], confidence=confidence)
 
     def _certified(self) -> bool:
         level = self._level()
@@ -418,15 +511,19 @@ class Judge:
             level *= 0.9
         Δ = self._tolerance(self._level() * 0.1)
         law = self._law(self._whole, level)
-        if bool(self._ever.refused[0]) or self._certificate(0.0, Δ, **law) > level:
+        if bool(self._ever.refused[_TAILS].any()) or self._certificate(0.0, Δ, **law) > level:
             return False
         self._spent += 1
         return self._certificate(self._statistic(), Δ, **law) <= level
 
     def _certificate(self, U: float, Δ: float, **law: float) -> float:
-        return p_value(U, Δ, **law)  # type: ignore[arg-type]
+        return p_value(U, Δ, **law)
 
     # -- telling
+
+    def along_witness(self, x: Tensor) -> float:
+        """⟨x, v⟩ of the direction v that was last confirmed."""
+        return float(x @ self._v[:, _CONFIRM])
 
     def verdict(self) -> Judgement:
         """What is known now; INCONCLUSIVE until decided."""
@@ -437,17 +534,25 @@ class Judge:
         kappa = self._scale_interval(along)
         unit = self._target_norm(kappa.value)
         U, β = self._statistic(), self.settings.beta / 2 ** max(self._spent, 1)
-        bias, missed = math.sqrt(max(U, 0.0)), upper_bound(U, β, **self._law(self._whole, β))  # type: ignore[arg-type]
-        tails = self._tails(along)
+        if self.settings.bounds is not None:
+            m = max(self._looked, 1)
+            β = self.settings.beta / (m * (m + 1))
+            missed = self._exact_bias(β)
+        else:
+            missed = upper_bound(U, β, **self._law(self._whole, β))  # type: ignore[arg-type]
+        bias = math.sqrt(max(U, 0.0))
+        tails = self._tails()
         status = Status.PASS if self._passed else Status.FAIL if self._failed else Status.INCONCLUSIVE
         note = ""
         if status is Status.PASS:
             note = "nonzero" if self._shown else ""
-        elif status is Status.INCONCLUSIVE and tails.refused:
+        elif status is Status.INCONCLUSIVE and tails.refused and self.settings.bounds is None:
             note = "constant" if tails.constant else "tails"
         allowed = self._allowed if self.scale is not None else self._tolerance(β * 0.1)
         effect = (
-            Interval(*(float(x) / unit if unit > 0 else math.nan for x in self._effect)) if self._last >= 0 else None
+            Interval(*(float(x) / unit if unit > 0 else math.nan for x in self._effect))
+            if self._last >= 0 and self.settings.bounds is None
+            else None
         )
         return Judgement(
             status=status,
@@ -474,7 +579,7 @@ class Judge:
     def _scale_interval(self, along: Scores) -> Interval:
         if self._norm == 0:
             return Interval(*[math.nan] * 3)
-        low, high = interval(along, confidence=CONFIDENCE)
+        low, high = self._interval_along(self._confidence)
         known = 0.0 if self.scale is None else self.scale
         return Interval(*(known + float(x[0]) / self._norm for x in (along.mean, low, high)))
 
@@ -485,7 +590,7 @@ class Judge:
             mean, m2 = float(along.mean[0]), float(along.m2[0])
             U -= mean**2 - m2 / (n * (n - 1))  # ((Σy)² − Σy²)/(n(n−1)) of the scores along μ*
             spectrum = self._across
-        tail = (1 - CONFIDENCE) / 2
+        tail = (1 - self._confidence) / 2
         high = upper_bound(U, tail, **self._law(spectrum, tail))  # type: ignore[arg-type]
         low = 0.0 if self._looked == 0 else max(self._aside_low, 0.0)
 
@@ -501,24 +606,28 @@ class Judge:
 
     def _variance_interval(self) -> Interval:
         gap = (self._sum / self.draws - self._centre).square().sum().reshape(1).cpu().numpy()
-        return Interval(*(float(x[0]) for x in total_variance(self._ever[1:], gap)))
+        return Interval(*(float(x[0]) for x in total_variance(self._ever[1:2], gap, confidence=self._confidence)))
 
-    def _tails(self, along: Scores) -> Tails:
+    def _tails(self) -> Tails:
+        refused = self._ever.refused
+        of = self._ever[2:] if refused[2] and not refused[0] else self._ever[:1]
         body = self._tail[-max(5, min(_TAIL, int(3 * math.sqrt(self.draws)))) :]
         return Tails(
-            refused=bool(along.refused[0]),
-            skewness_of_mean=float(along.skewness_of_mean[0]),
-            largest_share=float(along.largest_share[0]),
+            refused=bool(of.refused[0]),
+            skewness_of_mean=float(of.skewness_of_mean[0]),
+            largest_share=float(of.largest_share[0]),
             pareto_k=pareto_k(body, cutoff=float(body[0])),
             effective_draws=self._norms**2 / self._norms2 if self._norms2 > 0 else 0.0,
-            constant=bool(along.constant[0]),
+            constant=bool(of.constant[0]),
         )
 
     def _needed(self, U: float, allowed: float, tails: Tails) -> int | None:
         """Draws at which a verdict is to be expected if the bias is what U says, rounded up to a look."""
+        if self.settings.bounds is not None:
+            return self._needed_within_bounds(allowed)
         if tails.constant:
             return None
-        n = float(draws_for_tails(self._ever[:1])[0]) if tails.refused else 0.0
+        n = float(draws_for_tails(self._ever)[_TAILS].max()) if tails.refused else 0.0
         law = {"largest": self._whole.largest, "square": self._whole.trace_of_square}
         noise = math.sqrt(2 * law["square"]) / self.draws + 2 * math.sqrt(max(U, 0.0) * law["largest"] / self.draws)
         known = U if U > 2 * noise else 0.0  # noqa: SIM300
@@ -530,8 +639,24 @@ class Judge:
             n = max(n, 2 * (z / (math.sqrt(known) - least)) ** 2 * law["largest"])
         else:
             return None
-        if not math.isfinite(n):
+        return self._look_after(n) if math.isfinite(n) else None
+
+    def _needed_within_bounds(self, allowed: float) -> int | None:
+        """The look at which D̄ as it is would pass; None: it is outside, and what is left is to wait for a FAIL."""
+        size, q, R = float(self._total.norm()) / self.draws, self._q, self.settings.bound
+        size = math.sqrt(max(size**2 - float(q.mean[0]) / self.draws, 0.0))  # less what noise makes of it
+        if size >= allowed:
             return None
+        n = self.draws
+        while n < 2**60:
+            n *= 2
+            later = Scores(n, q.mean, q.m2 * (n / q.n), q.m3, q.low, q.high)
+            noise = float(q.mean[0]) / n
+            if bounded_bias(math.sqrt(size**2 + noise), later, R, self._exact_level) <= allowed:
+                return self._look_after(n)
+        return None
+
+    def _look_after(self, n: float) -> int:
         look = self.settings.first_look
         while look < n or look <= self.draws:
             look *= 2
@@ -542,7 +667,9 @@ class Judge:
     def state(self) -> dict[str, Tensor]:
         """Everything, as tensors: a judge made `from_state` goes on to the same bytes."""
         f64 = torch.float64
-        scores = {"ever": self._ever, "block": self._block} | {f"part{i}": p for i, p in enumerate(self._parts)}
+        scores = {"ever": self._ever, "block": self._block, "q": self._q} | {
+            f"part{i}": p for i, p in enumerate(self._parts)
+        }
         out = {name: getattr(self, f"_{name}").clone() for name in _TENSORS}
         out |= {"loud": self._loud.directions.clone(), "kept": self._loud.kept.clone()}
         out |= {
@@ -550,6 +677,7 @@ class Judge:
             for name, s in scores.items()
         }
         out |= {name: torch.from_numpy(getattr(self, f"_{name}").copy()) for name in _ARRAYS}
+        out["wealth"] = torch.from_numpy(self._wealth.log.copy())
         for name in ("whole", "across"):
             s = getattr(self, f"_{name}")
             out[name] = torch.tensor([s.blocks, s.top, s.square, s.square2], dtype=f64)
@@ -569,7 +697,8 @@ class Judge:
         judge._loud = Loud(state["loud"].contiguous().clone(), state["kept"].contiguous().clone())
         for name in _ARRAYS:
             setattr(judge, f"_{name}", state[name].numpy().copy())
-        judge._ever, judge._block = _scores_from(state["ever"]), _scores_from(state["block"])
+        judge._ever, judge._block, judge._q = (_scores_from(state[name]) for name in ("ever", "block", "q"))
+        judge._wealth = Wealth(state["wealth"].numpy().copy())
         judge._parts = [_scores_from(state[f"part{i}"]) for i in range(settings.stages - 1)]
         for name in ("whole", "across"):
             blocks, *sums = state[name].tolist()
@@ -588,10 +717,10 @@ _NUMBERS = (
 )  # fmt: skip
 
 
-def total_variance(spread: Scores, gap: Floats) -> tuple[Floats, Floats, Floats]:
+def total_variance(spread: Scores, gap: Floats, *, confidence: float = CONFIDENCE) -> tuple[Floats, Floats, Floats]:
     """Tr Cov X with its interval, from scores ‖X − c‖² and gap = ‖X̄ − c‖², c a mean of few draws: E‖X − c‖² − ‖E X − c‖²."""
     value = (spread.mean - gap) * spread.n / (spread.n - 1)
-    low, high = interval(spread, confidence=CONFIDENCE)
+    low, high = interval(spread, confidence=confidence)
     shift = value - spread.mean
     return value, np.maximum(low + shift, 0.0), high + shift
 

@@ -21,7 +21,7 @@ import torch
 from scipy import optimize, special
 from torch import Tensor
 
-from pgcheck.statistics.guarded import MOST_SHARE, MOST_SKEWNESS, Floats, Scores, hall
+from pgcheck.statistics.guarded import INTERVAL_SHARE, INTERVAL_SKEWNESS, MARGIN, Floats, Scores, hall
 from pgcheck.statistics.sequential import Interval
 
 _FURTHEST = 1e6  # an end further from the ratio than this factor is 0 or ∞
@@ -50,6 +50,18 @@ class Pairs:
             np.array([(x * x * x).sum(), (x * x * y).sum(), (x * y * y).sum(), (y * y * y).sum()]),
             _extremes(rows),
         )
+
+    @staticmethod
+    def counted(a: Floats, b: Floats, counts: Floats) -> Pairs:
+        """Of values that occur so many times, all `[N]`; every one that occurs is kept as an extreme."""
+        n = int(counts.sum())
+        seen = counts > 0
+        rows, w = np.stack([a, b], 1)[seen], counts[seen]
+        mean = w @ rows / n
+        x, y = (rows - mean).T
+        second = np.array([w @ (x * x), w @ (x * y), w @ (y * y)])
+        third = np.array([w @ (x * x * x), w @ (x * x * y), w @ (x * y * y), w @ (y * y * y)])
+        return Pairs(n, mean, second, third, rows)
 
     def merge(self, other: Pairs) -> Pairs:
         """Of both samples together: Σ(x + u)(y + v)(z + w) of each, u its mean's distance from the common one."""
@@ -149,7 +161,7 @@ def variance_ratio(pairs: Pairs, *, cost: float = 1.0, confidence: float = 0.95)
             mean, error, a, _ = pairs.difference(math.exp(log_r))
             if error == 0:
                 return -t if mean == 0 else math.copysign(math.inf, side * mean)
-            T = side * mean / error
+            T = side * mean / (MARGIN * error)
             return min(T, float(hall(np.asarray(T), np.asarray(side * a)))) - t
 
         return of
@@ -171,7 +183,7 @@ def variance_ratio(pairs: Pairs, *, cost: float = 1.0, confidence: float = 0.95)
         low, high = sorted((inner, outer))
         ends.append(math.exp(optimize.brentq(f, low, high, xtol=1e-12)))
     wild = any(
-        abs(a) >= MOST_SKEWNESS or share >= MOST_SHARE
+        abs(a) >= INTERVAL_SKEWNESS or share >= INTERVAL_SHARE
         for _, _, a, share in (pairs.difference(x) for x in (ends[0], r, ends[1]) if math.isfinite(x))
     )
     if wild:

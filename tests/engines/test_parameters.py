@@ -16,7 +16,7 @@ from tests.engines.test_sketch import KINDS, problem
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_mapped_as_one_by_one(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mapped_asone_by_one(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A backward pass that is mapped over draws against one a draw; in parts; on logits; of some of the tokens."""
     task = replace(language.tool_dialogue(), actions=[0, 1, 2, 3]) if kind != "written" else language.tool_dialogue()
     p = problem(kind, task, groups=2, model=TinyGPT(5, width=8, seed=3))
@@ -25,7 +25,7 @@ def test_mapped_as_one_by_one(kind: str, monkeypatch: pytest.MonkeyPatch) -> Non
         table, index = p.sampler(seed=2).draw(0, 9)
         c = coefficients_of(e, table.batch(index, p.group_labels, logits=e.leaf == "logits"))
         policy = parameters.policy_of(table, p)
-        expected = torch.cat(list(parameters._one_by_one(c, table, index, policy)))
+        expected = torch.cat(list(parameters.one_by_one(c, table, index, policy)))
         monkeypatch.setattr(parameters, "_TOKENS_AT_ONCE", 4 * 4 * policy.tokens.shape[1])
         found = list(parameters.estimates_in_parameters(c, table, index, p))
         assert [len(x) for x in found] == [4, 4, 1]

@@ -21,7 +21,7 @@ HOW = Sampling(tolerance=0.3, beta=1e-5, draws=8192)
 
 
 def test_a_sample_never_contradicts_the_expectation():
-    """No FAIL where E ĝ = ∇J, no PASS where the bias is larger than the tolerance, likewise of some κ; both are seen."""
+    """No FAIL where E ĝ = ∇J, no PASS where the bias exceeds the tolerance, and the same of some κ; and both are seen."""
     seen: set[tuple[bool, Status]] = set()
 
     @given(strategies.problems(off_policy=False, min_group_size=2))

@@ -526,6 +526,30 @@ def test_numbers_that_are_said_to_be_of_other_draws(sample: Report) -> None:
         assert "the baseline was edited" in headline(found.differences[0])
 
 
+def test_directions_of_the_seed_are_compared_under_that_seed_alone(sample: Report) -> None:
+    """Where the directions are drawn, two seeds see two things; where ∇J is estimated, what is measured against it is."""
+
+    def seen(seed: int, **how: Any) -> Report:
+        report = sample if seed == 0 else drawn(seed)
+        return report.model_copy(update={"measurements": [m.model_copy(update=how) for m in report.measurements]})
+
+    along = {"directions": 32, "parameters": 10**6}
+    base = baseline_of(seen(0, **along))
+    assert compare(seen(0, **along), base).exit_code == 0
+    found = compare(seen(3, **along), base)
+    assert [kind for kind, _, _ in kinds(found)] == ["seed"] * 4
+    assert "run it with --seed 0" in message(found.differences[0], "ACCEPT")
+    assert found.updatable
+    beside = {"against": "leave_one_out", "parameters": 10}
+    base = baseline_of(seen(0, **beside))
+    found = compare(seen(3, **beside), base)
+    assert found.exit_code == 0
+    assert {t.score[0] for t in found.tested.values()} == {"v"}
+    found = compare(seen(3), base)
+    assert {kind for kind, _, _ in kinds(found)} == {"changed"}
+    assert "seen in another way: against leave_one_out → None" in headline(found.differences[0])
+
+
 def test_a_report_without_what_a_test_takes_has_no_number(sample: Report) -> None:
     """As written by a pgcheck that did not keep it."""
     old = with_measurement(sample, "batch_mean", "bandit/two-arm", sampled=None)

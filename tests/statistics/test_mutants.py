@@ -7,22 +7,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
-from torch import Tensor
 
 from pgcheck import calibrate
-from pgcheck.calibrate import SHAPES, Law, Looks, counted_segments, look, planted
+from pgcheck.calibrate import SHAPES, planted
 from pgcheck.statistics import sequential
 from pgcheck.statistics.certificate import p_value, upper_bound
+from pgcheck.statistics.finite import Law
 from pgcheck.statistics.guarded import Floats, Scores, z_of
 from pgcheck.statistics.panel import TWO_SIDED, WITNESSES, thresholds
 from pgcheck.statistics.sequential import GRAIN, Judge, Settings
+from pgcheck.statistics.stacked import Counts, Looks, certificates, drawn_counts, look
 from pgcheck.statistics.status import Status
 
 ONE_IN_1E8 = 1e-8
@@ -34,11 +35,11 @@ def law() -> Law:
     return next(x for x in calibrate.laws() if x.name == "leave_one_out on chain/linear-policy")
 
 
-def looks(runs: int, *, bias: Tensor | None = None, segments: Any = None) -> Looks:
-    """Many runs of one look."""
+def looks(runs: int, *, counts: Counts | None = None) -> Looks:
+    """Many runs of one look, without a bias."""
     x = law()
-    given = segments or counted_segments(x, Settings(), runs, np.random.default_rng(7))
-    return look(x, Settings(), given, bias=torch.zeros_like(x.mean) if bias is None else bias)
+    given = counts or drawn_counts(x, Settings(), runs, np.random.default_rng(7))
+    return look(x, Settings(), given, bias=torch.zeros_like(x.mean))
 
 
 def too_often(events: int, runs: int, nominal: float) -> bool:
@@ -107,15 +108,16 @@ def test_a_plug_in_certificate_is_noticed() -> None:
     x, runs = law(), 2000
     λ, square = float(torch.linalg.eigvalsh(x.covariance)[-1]), float((x.covariance**2).sum())
     Δ = upper_bound(0.0, 1e-4, n=Settings().first_look, largest=λ, square=square)
-    got = looks(runs, bias=planted(x, SHAPES[3], Δ))
+    counts = drawn_counts(x, Settings(), runs, np.random.default_rng(7), parts=0)
+    (got,) = certificates(x, counts, [planted(x, SHAPES[3], Δ)])
 
     def plug_in(U: float, Δ: float, *, n: int, largest: float, square: float) -> float:
         variance = 4 * max(U, 0.0) * largest / n + 2 * square / n**2
         return float(stats.norm.cdf((max(U, 0.0) - Δ**2) / math.sqrt(variance)))
 
     def passes(certificate: Callable[..., float]) -> int:
-        each = zip(got.statistic, got.largest, got.square, strict=True)
-        return sum(certificate(U, Δ, n=got.n, largest=top, square=s) <= 1e-3 for U, top, s in each)
+        each = zip(got.statistic, got.spectrum.largest, got.spectrum.trace_of_square, strict=True)
+        return sum(certificate(U, Δ, n=got.along.n, largest=top, square=s) <= 1e-3 for U, top, s in each)
 
     assert not too_often(passes(p_value), runs, 1.3e-3)
     assert too_often(passes(plug_in), runs, 1.3e-3)
@@ -123,11 +125,10 @@ def test_a_plug_in_certificate_is_noticed() -> None:
 
 def test_a_confirmation_on_the_draws_that_triggered_is_noticed() -> None:
     x = law()
-    gram, rest, fresh = counted_segments(x, Settings(), 1500, np.random.default_rng(7))
-    grains = gram + rest
-    reused = torch.stack([grains[:2].sum(0), grains[2:].sum(0)])
-    assert reused.shape == fresh.shape
-    honest, winning = (looks(1500, segments=(gram, rest, parts)) for parts in (fresh, reused))
+    fair = drawn_counts(x, Settings(), 1500, np.random.default_rng(7))
+    whole = fair.gram.sum(0) + fair.known + fair.scored
+    reused = replace(fair, fresh=whole.unsqueeze(0))
+    honest, winning = (looks(1500, counts=c) for c in (fair, reused))
     assert not too_often(int((honest.confirming >= z_of(0.01)).sum()), honest.confirming.size, 0.01)
     assert too_often(int((winning.confirming >= z_of(0.01)).sum()), winning.confirming.size, 0.01)
 

@@ -7,10 +7,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor
 
 from pgcheck.errors import NotFiniteError, UsageError
-from pgcheck.statistics.sequential import GRAIN, Judge, Judgement, Settings
+from pgcheck.statistics.sequential import GRAIN, Judge, Judgement, Settings, confidence_after
 from pgcheck.statistics.status import Status
 
 
@@ -173,3 +174,38 @@ def test_the_numbers_are_those_of_the_whole_sample() -> None:
     c = y - y.mean()
     assert v.tails.skewness_of_mean == pytest.approx((c**3).mean() / (c**2).mean() ** 1.5 / math.sqrt(n), rel=1e-6)
     assert v.tails.largest_share == pytest.approx((c**2).max() / (c**2).sum(), rel=1e-9)
+
+
+def ends_of_runs(ratio: float, confidence: list[float], *, runs: int, seed: int) -> tuple[int, int]:
+    """Intervals that miss, and runs that end in a FAIL, of a normal score of mean `ratio` and variance 1, by its sums alone.
+
+    Looks at 4096 · 2^k; one test at z = 3 triggers, one on as many fresh draws at z = 3 confirms.
+    """
+    rng = np.random.default_rng(seed)
+    n, total = 4096, ratio * 4096 + 64 * rng.standard_normal(runs)
+    missed = ended = 0
+    for look in range(len(confidence) - 1):
+        fresh = ratio * n + math.sqrt(n) * rng.standard_normal(len(total))
+        stops = (total >= 3 * math.sqrt(n)) & (fresh >= 3 * math.sqrt(n))
+        total = total + fresh
+        n *= 2
+        off = np.abs(total[stops] / n - ratio) * math.sqrt(n)
+        missed += int((off > stats.norm.isf((1 - confidence[look + 1]) / 2)).sum())
+        ended += int(stops.sum())
+        total = total[~stops]
+    return missed, ended
+
+
+def test_intervals_pay_for_the_looks_at_which_a_run_may_stop() -> None:
+    """A run that stops early has found too much: intervals that do not mind miss more often than they say."""
+    settings = Settings()
+    spent = [confidence_after(4096 * 2**k, settings) for k in range(8)]
+    assert sum(1 - x for x in spent) < 0.05
+    assert confidence_after(1024, settings) == spent[0] == pytest.approx(0.975)
+    assert confidence_after(4097, settings) == spent[1] == pytest.approx(1 - 0.05 / 6)
+    plain, ended = ends_of_runs(0.025, [0.95] * 8, runs=40_000, seed=0)
+    assert ended > 39_000
+    assert stats.binom.sf(plain - 1, ended, 0.05) < 1e-8
+    honest, ended = ends_of_runs(0.025, spent, runs=40_000, seed=0)
+    assert stats.binom.sf(honest - 1, ended, 0.05) > 1e-8
+    assert stats.binom.cdf(honest, ended, 0.05) < 1e-8

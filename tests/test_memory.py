@@ -1,0 +1,97 @@
+"""Memory: what is predicted against what a process of its own took at its peak; and what does not fit is refused."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import pgcheck
+from pgcheck.envs import language
+from pgcheck.errors import BudgetError
+from pgcheck.memory import free_memory, in_bytes, kept_by
+from pgcheck.policies import TinyGPT
+from pgcheck.policies.transformer import LMPolicy
+from pgcheck.problem import Problem
+
+HEAD = """
+import itertools, os, resource, torch
+torch.set_num_threads(1)
+def now(): return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+"""
+PASS = """
+from pgcheck.policies.tabular import in_parameters
+from pgcheck.policies.transformer import LMPolicy
+from pgcheck.policies import TinyGPT
+width, layers, length, rows = {size}
+texts = [(1, *t, *[2] * (length - 6)) for t in itertools.islice(itertools.product(range(5), repeat=5), rows)]
+policy = LMPolicy(TinyGPT(8, context=length, width=width, layers=layers), texts, vocab_size=8)
+LMPolicy.tokens_at_once, LMPolicy.reads_branches = rows * length, False
+predicted, x = policy.bytes_of_pass(rows), torch.ones(len(texts), 8, dtype=torch.float64)
+base = now()
+in_parameters(policy, x)
+print(predicted, peak() - base)
+"""
+TREE = """
+import pgcheck.api
+from pgcheck.envs.language import LMTask
+vocabulary, tokens, prompts = {size}
+task = LMTask([(1, i) for i in range(prompts)], vocab_size=vocabulary, eos=0, max_new_tokens=tokens,
+              reward=lambda prompt, text: float(sum(text) % 3 == 0), max_completions=1, max_prefixes=10**6)
+base = now()
+task.tree
+print(task.tree_bytes, peak() - base)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what a process took")
+@pytest.mark.parametrize(("code", "size"), [(PASS, (64, 2, 16, 600)), (PASS, (128, 3, 8, 900)), (PASS, (48, 2, 48, 300)),
+                                            (TREE, (8, 6, 2)), (TREE, (30, 4, 2)), (TREE, (3, 14, 1))])  # fmt: skip
+def test_what_is_predicted_is_taken(code: str, size: tuple[int, ...]) -> None:
+    """Within a factor of 1.5 either way."""
+    ran = subprocess.run(
+        [sys.executable, "-c", HEAD + code.format(size=size)], capture_output=True, text=True, check=True
+    )
+    predicted, taken = map(float, ran.stdout.split())
+    assert 1 / 1.5 < predicted / taken < 1.5
+
+
+def test_what_a_backward_pass_keeps() -> None:
+    """Of y = exp(x w): x, for the gradient of w, and y, which is returned as well; a view is no memory of its own."""
+    w, x = torch.ones(4, 8, dtype=torch.float64, requires_grad=True), torch.ones(3, 4, dtype=torch.float64)
+    assert kept_by(lambda: torch.exp(x.view(3, 4) @ w), besides=[w]) == x.nbytes + 2 * 3 * 8 * 8
+    assert free_memory() > 0
+    assert in_bytes(3 * 2**20) == "3 MiB"
+
+
+def test_rows_at_once_are_those_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Less memory, more passes, the same numbers; and none at all is refused, before the model is checked."""
+    task = language.sum_mod(3, max_new_tokens=4, vocab_size=6)
+    model = TinyGPT(6, context=6, width=16)
+    whole = LMPolicy(model, task.contexts, vocab_size=6)
+    assert len(whole.parts) == 1
+    need = 2 * (whole.bytes_of_pass(20) + 1)
+    monkeypatch.setattr("pgcheck.policies.transformer.free_memory", lambda device: need)
+    some = LMPolicy(model, task.contexts, vocab_size=6)
+    assert {p.stop - p.start for p in some.parts[:-1]} == {20}
+    torch.testing.assert_close(some(), whole(), rtol=0, atol=1e-13)
+    monkeypatch.setattr("pgcheck.policies.transformer.free_memory", lambda device: 2**20)
+    with pytest.raises(BudgetError, match=r"one row of 5 tokens take .* 1 MiB are free"):
+        Problem(task, TinyGPT(6, context=6, width=128))
+
+
+def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = language.sum_mod(3, max_new_tokens=6, vocab_size=8)
+    monkeypatch.setattr("pgcheck.envs.language.free_memory", lambda: 10 * 2**20)
+    with pytest.raises(BudgetError, match=r"the tree of 39,216 prefixes takes 5.* MiB; 10 MiB are free"):
+        _ = task.tree
+    monkeypatch.setattr("pgcheck.generation.free_memory", lambda device: 10**6)
+    written = Problem(
+        language.sum_mod(3, max_new_tokens=16, vocab_size=8), TinyGPT(8, context=18, width=8), group_size=4
+    )
+    with pytest.raises(BudgetError, match=r"11\.7 MiB of logits; 977 KiB are allowed\. Draw 81 at a time"):
+        written.sampler().draw(0, 1_000)
+    assert pgcheck.BudgetError is BudgetError
