@@ -452,3 +452,48 @@ def test_a_suite_of_cases_says_why_it_judges_no_other_estimator(run: Run) -> Non
     code, out, err = run("run", "notes", "--estimator", "mine.py:sound")
     assert (code, out) == (2, "")
     assert err == "pgcheck: suite 'notes' has cases only, and no problems to judge another estimator on; run core.\n"
+
+
+SAMPLED = [
+    "--engine",
+    "monte_carlo",
+    "--draws",
+    "8192",
+    "--seed",
+    "3",
+    "--rtol",
+    "0.3",
+    "--alpha",
+    "1e-4",
+    "--beta",
+    "0.01",
+]
+
+
+def test_settings_of_samples_on_the_command_line(run: Run) -> None:
+    """What is asked for is what verdicts carry; in a suite's file as well, and `--workers` changes nothing."""
+    code, out, _ = run("run", "small.toml", "--json", *SAMPLED)
+    report = json.loads(out)
+    assert code == 0
+    assert {m["seed"] for m in report["measurements"]} == {3}
+    samples = [v for v in report["verdicts"] if v.get("sample")]
+    assert samples
+    assert {(v["allowed"], v["sample"]["alpha"], v["sample"]["beta"]) for v in samples} == {(0.3, 1e-4, 0.01)}
+    assert max(v["sample"]["batches"] for v in samples) <= 8192
+    fields = {"engine": '"monte_carlo"', "draws": 8192, "seed": 3, "tolerance": 0.3, "alpha": 1e-4, "beta": 0.01}
+    Path("other.toml").write_text(SUITE + "".join(f"{name} = {x}\n" for name, x in fields.items()))
+    assert run("run", "other.toml", "--json") == (code, out, "")
+    assert run("run", "other.toml", "--json", "--workers", "2") == (code, out, "")
+
+
+def test_settings_of_samples_compared(run: Run) -> None:
+    code, out, _ = run("compare", "reinforce", "grpo", "--json", *SAMPLED, "--workers", "2", "--resume", "kept")
+    assert code == 0
+    rows = json.loads(out)
+    assert {row["batches"] for row in rows} <= {4096, 8192}
+    assert rows[1]["ratio_low"] < rows[1]["ratio"] < rows[1]["ratio_high"]
+    assert len(list(Path("kept").iterdir())) == 1
+    code, _, err = run("compare", "reinforce", "grpo", "--json", *SAMPLED, "--resume", "kept", "--beta", "0.02")
+    assert code == 2
+    assert "is of another run: its settings is" in err
+    assert run("run", "small.toml", "--workers", "0")[0] == 2

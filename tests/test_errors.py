@@ -1197,9 +1197,6 @@ pgcheck.monte_carlo([pgcheck.as_estimator("reinforce")], pgcheck.Problem(env, to
 case("a baseline that only a table gives, where there is none", '''
 pgcheck.moments("remax", "sampled/walk-50", engine="monte_carlo")
 ''')  # fmt: skip
-case("a sample judged in parameters", '''
-pgcheck.compare(["rloo"], "dialogue/two-turn", space="parameters", engine="monte_carlo")
-''')  # fmt: skip
 case("processes and a GPU", '''
 sampling = pgcheck.Sampling(workers=2, device="cuda")
 pgcheck.compare(["rloo"], "dialogue/two-turn", engine="monte_carlo", sampling=sampling)

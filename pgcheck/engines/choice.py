@@ -48,10 +48,11 @@ def moments_by(
     sampling: Sampling | None = None,
     scales: Sequence[Sequence[Scale]] | None = None,
     beside: int | None = None,
+    parameters: bool = False,
     progress: Progress | None = None,
 ) -> list[Moments]:
     """E ĝ and Cov ĝ of every estimator, all on the same batches; `sampling`, `scales` and `beside` (as of
-    `monte_carlo`) where drawn.
+    `monte_carlo`) where drawn, there in parameters if those are asked for.
 
     Raises:
         BudgetError: `exact`, and the batches are too many; or what an estimator needs cannot be sampled.
@@ -77,7 +78,9 @@ def moments_by(
         settings=how.settings,
         seed=how.seed,
         draws=how.draws,
-        space=default_space(problem, directions=how.directions, seed=how.seed, device=how.device),
+        space=default_space(
+            problem, parameters=parameters, directions=how.directions, seed=how.seed, device=how.device
+        ),
         device=how.device,
         workers=how.workers,
         checkpoint=how.file_of(problem, drawn),

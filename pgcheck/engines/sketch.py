@@ -381,15 +381,21 @@ def effective_rank(S: Tensor) -> float:
 
 
 def default_space(
-    problem: Problem, *, directions: int = DIRECTIONS, seed: int = 0, device: str = "cpu"
+    problem: Problem,
+    *,
+    parameters: bool = False,
+    directions: int = DIRECTIONS,
+    seed: int = 0,
+    device: str = "cpu",
 ) -> Space | None:
-    """Where sampled verdicts are given: None, in logits, as long as these can be listed and are few; else in parameters, as
-    long as those are few; else along directions. In parameters, beside a trusted estimator where there is one.
+    """Where sampled verdicts are given: None, in logits, as long as these can be listed and are few, and `parameters` are not
+    asked for; else in parameters, as long as those are few; else along directions. Beside a trusted estimator where there is
+    one, unless ∇J is known and parameters are asked for.
 
     Raises:
         UsageError, BudgetError: as `SketchSpace.paired`.
     """
-    if not problem.written and problem.logits.numel() <= MOST_COORDINATES:
+    if not parameters and not problem.written and problem.logits.numel() <= MOST_COORDINATES:
         return None
     few = number_of_parameters(problem) <= MOST_COORDINATES
     how: Literal["backward"] | None = "backward" if problem.written else None
@@ -399,7 +405,7 @@ def default_space(
             return ParameterSpace(problem)
         return SketchSpace.of(problem, directions=directions, seed=seed, along=u, how=how)
 
-    if not problem.written and not trusted_estimators(problem):
+    if not problem.written and (parameters or not trusted_estimators(problem)):
         return cast(Space, around(None))  # ∇J is known
     return paired(problem, around, seed=seed, device=device)
 

@@ -103,7 +103,7 @@ def measured(
     beside = _number_of(relative_to, estimators)
     found = moments_by(
         engine, estimators, problem, budget=budget, sampling=sampling, scales=[(1.0, None)] * len(estimators),
-        beside=beside, progress=progress,
+        beside=beside, parameters=space == "parameters", progress=progress,
     )  # fmt: skip
     return _lines(estimators, problem, found, space, beside)
 
@@ -199,6 +199,7 @@ def comparison(
             sampling=how,
             scales=[(1.0, None)] * len(estimators),
             beside=(beside := _number_of(reference, estimators)),
+            parameters=space == "parameters",
             progress=progress,
         )
         made.add("comparison", relative(_lines(estimators, p, found, space, beside), to=reference), {})

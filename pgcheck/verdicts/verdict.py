@@ -163,7 +163,7 @@ def measure(
     logits is unbiased in every parametrisation, so that is what claims are judged in.
     """
     if moments.batches is not None:
-        return _measure_sampled(estimator, problem, moments, space)
+        return _measure_sampled(estimator, problem, moments)
     g, m, variance = problem.gradient(), moments.mean, moments.total_variance
     split = moments.by_step is not None and space == "logits"
     if space == "parameters":
@@ -239,10 +239,8 @@ def judged(
     )
 
 
-def _measure_sampled(estimator: Estimator, problem: Problem, moments: Moments, space: Space) -> Measurement:
-    """The engine's numbers, and the finding of its judges."""
-    if space == "parameters":
-        raise UsageError('space: "parameters" of a sample; take the exact engine, or the logits.')
+def _measure_sampled(estimator: Estimator, problem: Problem, moments: Moments) -> Measurement:
+    """The engine's numbers, in the space that it drew them in, and the finding of its judges."""
     m, x, view = moments.mean, moments.intervals, moments.view
     known = problem.gradient() if view is None else view.reference
     assert known is not None

@@ -164,3 +164,22 @@ def test_wrong_sweeps(wrong: dict[str, tuple[float, ...]], message: str) -> None
 def test_unknown_reference() -> None:
     with pytest.raises(pgcheck.UnknownNameError, match="unknown estimator 'grpo'"):
         pgcheck.comparison(["reinforce"], "bandit/two-arm", relative_to="grpo")
+
+
+def test_a_sample_in_parameters() -> None:
+    """Of a transformer: every number within its interval, or a width of it, of the exact one; no longer in logits."""
+    prompts = [(1, 2), (2, 2)]
+    task = pgcheck.LMTask(
+        prompts, vocab_size=4, eos=0, max_new_tokens=3, reward=lambda _, text: float(sum(text) % 3 == 0)
+    )
+    problem = pgcheck.Problem(task, pgcheck.TinyGPT(4, width=4), group_size=4)
+    sampling = pgcheck.Sampling(seed=1, draws=4096, tolerance=0.3, alpha=1e-3)
+    names = ["leave_one_out", "grpo"]
+    exact, logits = (pgcheck.compare(names, problem, space=space) for space in ("parameters", "logits"))  # type: ignore[arg-type]
+    found = pgcheck.compare(names, problem, space="parameters", engine="monte_carlo", sampling=sampling)
+    for i in range(2):
+        for name in ("scale", "variance", "ratio"):
+            low, high = found[f"{name}_low"][i], found[f"{name}_high"][i]
+            assert low - (high - low) <= exact[name][i] <= high + (high - low), name
+        assert not found["variance_low"][i] <= logits["variance"][i] <= found["variance_high"][i]
+    assert list(found["batches"]) == [4096, 4096]
