@@ -407,9 +407,10 @@ def compare(
     """Bias and variance of several estimators on the same batches, one row each.
 
     Columns: estimator, problem, finding, rel, scale, cosine, off_axis, bias, variance (tr Cov ĝ of one batch), mse, snr,
-    batches (None: exact), cost (rollouts a batch takes), the ends NAME_low and NAME_high of scale, rel, variance, mse and
-    snr (95% of what was sampled, the value itself where it is exact), and what `pgcheck.verdicts.variance.relative` adds:
-    ratio, batches_to_match, rollouts_to_match, better, break_even, …
+    batches (None: exact), cost (rollouts a batch takes), the ends NAME_low and NAME_high of scale, rel, bias, variance, mse
+    and snr (95% of what was sampled, the value itself where it is exact), and what `pgcheck.verdicts.variance.relative` adds:
+    ratio, batches_to_match, rollouts_to_match, better, break_even, …, with ends as well; sampled ratios and crossings are
+    those of pairs of draws.
 
     Args:
         engine, sampling: as of `check_estimator`.

@@ -63,17 +63,26 @@ def gathered_rows(x: Tensor, index: Tensor) -> Tensor:
     return x.index_select(0, index.flatten()).unflatten(0, index.shape)
 
 
+def narrowed(x: Tensor) -> Tensor:
+    """`x` with size 1 in place of each dimension along which it is repeated in the same memory."""
+    return x[tuple(slice(1) if stride == 0 else slice(None) for stride in x.stride())]
+
+
 class row_by_row(cached_property[Tensor]):  # noqa: N801  (a decorator)
     """A quantity that each row has by itself, whatever else is in the batch.
 
-    In a batch gathered from a table it is computed once for the N rows of the table, and gathered like a column; one that
-    no gradient passes through is computed once for the M batches of a block.
+    In a batch gathered from a table it is computed once for the N rows of the table, and gathered like a column, or where it
+    is the same number throughout, repeated without copies (`narrowed`); one that no gradient passes through is computed once
+    for the M batches of a block.
     """
 
     def __get__(self, batch: Any, owner: Any = None) -> Any:
         if batch is not None and (source := vars(batch).get("_source")) is not None:
             name = self.func.__name__
-            vars(batch)[name] = (value := gathered_rows(getattr(source.table, name), source.rows))
+            x: Tensor = getattr(source.table, name)
+            one = source.table.repeated_number(name)
+            value = gathered_rows(x, source.rows) if one is None else one.expand(*source.rows.shape, *x.shape[1:])
+            vars(batch)[name] = value
             return value
         if batch is not None and (part := vars(batch).get("_part")) is not None and self.func.__name__ != "ratio":
             name = self.func.__name__
@@ -155,6 +164,22 @@ class Batch:
             raise AttributeError
         return self.action_logits
 
+    def repeated_number(self, name: str) -> Tensor | None:
+        """The number that a quantity of the rows is everywhere, 0-dimensional, if it is one; of a table, asked once."""
+        known: dict[str, Tensor | None] = vars(self).setdefault("_repeated", {})
+        if name not in known:
+            first = (x := getattr(self, name)).flatten()[0]
+            known[name] = first if bool((x == first).all()) else None
+        return known[name]
+
+    @property
+    def shape(self) -> torch.Size:
+        """`[..., B, T]`; nothing is gathered to know it."""
+        source: _Gathered | None = vars(self).get("_source")
+        if source is not None:
+            return torch.Size((*source.rows.shape, source.table.reward.shape[-1]))
+        return self.reward.shape
+
     @property
     def rows(self) -> int:
         """B, the number of rollouts."""
@@ -196,6 +221,11 @@ class Batch:
     def length(self) -> Tensor:
         """Number of policy positions of each row, `[..., B]`."""
         return self.mask.sum(-1)
+
+    @row_by_row
+    def inverse_length(self) -> Tensor:
+        """1 / length, and 1 for a row without a policy position, `[..., B]`."""
+        return 1.0 / self.length.clamp(min=1.0)
 
     @row_by_row
     def ratio(self) -> Tensor:

@@ -29,6 +29,7 @@ from pgcheck.engines.coefficients import coefficients_of
 from pgcheck.engines.enumeration import Batches
 from pgcheck.engines.exact import accumulate, exact_moments
 from pgcheck.engines.moments import Progress
+from pgcheck.engines.monte_carlo import monte_carlo
 from pgcheck.engines.parameters import ParameterSpace, one_by_one, policy_of
 from pgcheck.engines.sketch import SketchSpace, sketch_moments
 from pgcheck.engines.threads import one_thread
@@ -40,6 +41,7 @@ from pgcheck.estimators.lookup import as_estimator
 from pgcheck.policies import TinyGPT
 from pgcheck.problem import Problem
 from pgcheck.registry import find_problem
+from pgcheck.statistics.sequential import Settings
 from pgcheck.trajectories import Trajectories
 
 ROUNDS = 7
@@ -51,6 +53,8 @@ DRAWS = 65_536  # of a task whose contexts are listed, for the sketch
 WRITTEN = 1_024  # of one whose completions the model writes
 MAPPED = 1_024  # draws of which every parameter is estimated
 DIRECTIONS = 32
+SAMPLED = ("sampled/groups-16", "sampled/walk-50", "sampled/token-tree")
+SAMPLED_DRAWS = 8_192
 VERDICTS = (("leave_one_out", 2), ("grpo", 2), ("leave_one_out", 8), ("leave_one_out", 16))  # of a transformer
 TEN = (
     "batch_mean", "leave_one_out", "reinforce_pp", "grpo", "cispo(notes)", "batch_mean_alive", "batch_mean(reward_to_go)",
@@ -75,14 +79,15 @@ class Ratio:
 
 @dataclass(frozen=True)
 class FixedBatches:
-    """Given batches, all equally likely."""
+    """Given batches, all equally likely; of one group if not told otherwise."""
 
     index: Tensor  # [M, B]
+    groups: Tensor | None = None  # [B]
 
     @property
     def labels(self) -> Tensor:
-        """One group."""
-        return torch.zeros(self.index.shape[1], dtype=torch.int64)
+        """The group of each row, `[B]`."""
+        return torch.zeros(self.index.shape[1], dtype=torch.int64) if self.groups is None else self.groups
 
     @property
     def count(self) -> int:
@@ -465,6 +470,38 @@ def tenth_in_a_sketch(problem: Problem, *, batches: int, directions: int = 32, r
     return _ratios("tenth estimator", subject, "runs/s", in_turns(contenders, rounds=rounds))
 
 
+def sampled(problem: Problem, *, draws: int, rounds: int = ROUNDS) -> list[Ratio]:
+    """Sampled verdicts from nothing, against the coefficient engine on the same batches once they are drawn; and ten of them
+    against nine. One look, at the end, so that no estimator is done before it."""
+    settings = Settings(rtol=1e-3, first=draws, looks=1)
+    run = functools.partial(monte_carlo, problem=problem, settings=settings, draws=draws)
+    ten = [e for e in map(as_estimator, TEN) if e.fits(problem)]
+    table, index = problem.sampler().draw(0, draws)
+    batches = FixedBatches(index, problem.group_labels)
+    (m,), (sums,) = run(ten[1:2], scales=[[1.0]]), accumulate(ten[1:2], table, batches)
+    given = sums.mean.reshape(m.mean.shape), float(sums.second.trace())
+    _refuse_unless_equal(
+        "coefficient engine", given, (m.mean, m.total_variance * (draws - 1) / draws + float((m.mean**2).sum()))
+    )
+    contenders: dict[str, tuple[Callable[[], Any], float]] = {
+        "sampled verdict": (lambda: run(ten[1:2], scales=[[1.0]]), draws),
+        "coefficient engine": (lambda: accumulate(ten[1:2], table, batches), draws),
+        "ten": (lambda: run(ten, scales=[[1.0]] * len(ten)), 1),
+        "nine": (lambda: run(ten[:-1], scales=[[1.0]] * (len(ten) - 1)), 1),
+    }
+    rates = in_turns(contenders, rounds=rounds)
+    subject = (
+        f"{problem.name}, B = {problem.rows}, T = {problem.steps}, K·A = {problem.logits.numel()}, {draws:,} draws"
+    )
+    one, beside = (
+        {name: rates[name] for name in names} for names in (("sampled verdict", "coefficient engine"), ("ten", "nine"))
+    )
+    return [
+        *_ratios("sampled draws", f"{ten[1].name}, {subject}", "draws/s", one),
+        *_ratios("tenth estimator", f"{ten[-1].name} beside nine, {subject}", "runs/s", beside),
+    ]
+
+
 def has_jax() -> bool:
     """Whether the extra `bench` is installed."""
     from importlib.util import find_spec
@@ -490,6 +527,7 @@ def bench(*, rounds: int = ROUNDS, progress: Progress | None = None) -> list[Rat
     work.append(functools.partial(sketched, digits_of_six(8), batches=DRAWS, directions=DIRECTIONS, rounds=few))
     work.append(functools.partial(sketched, written, batches=WRITTEN, directions=DIRECTIONS, rounds=few))
     work.append(functools.partial(tenth_in_a_sketch, written, batches=WRITTEN, directions=DIRECTIONS, rounds=few))
+    work += [functools.partial(sampled, find_problem(name), draws=SAMPLED_DRAWS, rounds=rounds) for name in SAMPLED]
     out: list[Ratio] = []
     with one_core():
         for done, step in enumerate(work):

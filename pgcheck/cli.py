@@ -94,13 +94,29 @@ Draws = Annotated[int | None, typer.Option(min=1, help="most batches sampled on 
 Seed = Annotated[int | None, typer.Option(min=0, help="of what is sampled (default: 0)", metavar="N")]
 Tolerance = Annotated[
     float | None,
-    typer.Option(help="bias that a sampled verdict calls none, as a part of ‖∇J‖ (default: .05)", metavar="X"),
+    typer.Option(
+        "--tolerance",
+        "--rtol",
+        help="bias that a sampled verdict calls none, as a part of ‖∇J‖ (default: .05)",
+        metavar="X",
+    ),
 ]
 Alpha = Annotated[
     float | None, typer.Option(help="chance that sampling fails a correct run (default: 1e-6)", metavar="X")
 ]
 Beta = Annotated[
     float | None, typer.Option(help="chance that sampling passes one biased estimator (default: 1e-3)", metavar="X")
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(min=1, help="processes that sample; any number gives the same report (default: 1)", metavar="N"),
+]
+Resume = Annotated[
+    Path | None,
+    typer.Option(
+        help="keep there how far sampling is; the same command again goes on where it was cut off, to the same report",
+        metavar="DIR",
+    ),
 ]
 Device = Annotated[str | None, typer.Option(help="where sampled batches are evaluated: cpu, cuda", metavar="NAME")]
 
@@ -221,9 +237,13 @@ def run(
     draws: Draws = None,
     seed: Seed = None,
     device: Device = None,
+    workers: Workers = None,
+    resume: Resume = None,
 ) -> None:
     """Run a suite: every estimator on every problem, against its claims. `[tool.pgcheck]` of pyproject.toml says
     what is run; each argument takes the place of its line there."""
+    from dataclasses import replace
+
     from pgcheck.render.ci import on_github, outcomes_of_run, places_of, tell_github
     from pgcheck.render.files import write_report
     from pgcheck.render.progress import ProgressBar
@@ -235,12 +255,13 @@ def run(
     settings = {"engine": engine and engine.value, "tolerance": tolerance, "alpha": alpha, "beta": beta, "draws": draws,
                 "seed": seed, "device": device}  # fmt: skip
     planned = planned.with_settings(**{name: x for name, x in settings.items() if x is not None})
+    sampling = replace(planned.suite.sampling, workers=workers or 1, checkpoint=resume)
     with ProgressBar() as progress:
-        report = planned.run(progress=progress)
+        report = planned.run(sampling=sampling, progress=progress)
         messages = _explained(report, planned)
     places = places_of(planned.estimators or [], Path.cwd())
     if out is not None:
-        write_report(report, out, messages, places=places)
+        write_report(report, out, messages, places=places, device=planned.suite.device)
     outcomes = outcomes_of_run(report, messages, places, planned.expected)
     if form in _OF_OUTCOMES:
         _print_outcomes(outcomes, form.value, report.suite)
@@ -314,27 +335,40 @@ def gate(
         bool, typer.Option("--update", help="accept what changed: write the baseline anew, for review")
     ] = False,
     form: Annotated[GateFormat, typer.Option("--format", help="what is printed")] = GateFormat.terminal,
+    suite: Annotated[
+        str | None, typer.Option(help="what is run without a REPORT; default, that of pyproject.toml", metavar="NAME")
+    ] = None,
+    budget: Budget = None,
+    seed: Seed = None,
 ) -> None:
     """Hold a report against a baseline: whatever changed is named, and fails until it is accepted with --update."""
+    from shlex import quote
+
     from pgcheck.errors import UsageError
     from pgcheck.render import gate as words
     from pgcheck.render.ci import on_github, outcomes_of_gate, places_of, tell_github
     from pgcheck.render.files import write_all
     from pgcheck.render.progress import ProgressBar
     from pgcheck.render.provenance import read_places
+    from pgcheck.runs.baseline import EMPTY, baseline_of, read_baseline, read_report
     from pgcheck.runs.config import expected_failures, load_config, plan
-    from pgcheck.runs.gate import EMPTY, baseline_of, compare, read_baseline, read_report
+    from pgcheck.runs.gate import compare
 
     config = load_config(Path.cwd())
     path = baseline or (Path(config.baseline) if config.baseline else None)
     if path is None:
         raise UsageError("baseline: none given; name it with --baseline FILE, or in [tool.pgcheck] of pyproject.toml.")
-    shown = [*([str(report)] if report else []), *([f"--baseline {baseline}"] if baseline else [])]
+    shown = [*([quote(str(report))] if report else []), *([f"--baseline {quote(str(baseline))}"] if baseline else [])]
+    asked = {"suite": suite, "budget": budget, "seed": seed}
+    if report is not None and any(x is not None for x in asked.values()):
+        raise UsageError("gate: --suite, --budget and --seed say what is run; with a REPORT nothing is.")
+    shown += [f"--{name} {quote(str(x))}" for name, x in asked.items() if x is not None]
     command = " ".join(["pgcheck gate", *shown, "--update"])
     known = EMPTY if update and not path.exists() else read_baseline(path, command)
     messages: dict[str, str] = {}
     if report is None:
-        planned = plan(config)
+        planned = plan(config, suite=suite, budget=budget)
+        planned = planned if seed is None else planned.with_settings(seed=seed)
         with ProgressBar() as progress:
             run_of = planned.run(progress=progress)
             messages = _explained(run_of, planned)
@@ -343,7 +377,7 @@ def gate(
         run_of, expected, places = read_report(report), expected_failures(config), read_places(report)
     found = compare(run_of, known, expected=expected)
     outcomes = outcomes_of_gate(found, command, messages, places)
-    empty = not baseline_of(run_of).entries
+    empty = baseline_of(run_of).empty
     write = update and found.updatable and not empty
     if write:
         write_all({path: found.accepted().to_json()})
@@ -395,7 +429,11 @@ def compare(
     draws: Draws = None,
     seed: Seed = None,
     tolerance: Tolerance = None,
+    alpha: Alpha = None,
+    beta: Beta = None,
     device: Device = None,
+    workers: Workers = None,
+    resume: Resume = None,
 ) -> None:
     """Compare bias and variance of estimators on the same batches, exactly where that is asked for."""
     from pgcheck import api
@@ -408,7 +446,8 @@ def compare(
     if out is not None and out.suffix not in endings:
         raise UsageError(f"out: {out.name}; its ending must be one of {', '.join(endings)}.")
     swept = _sweeps(sweeps, groups, group_sizes, staleness)
-    sampled = {"draws": draws, "seed": seed, "tolerance": tolerance, "device": device}
+    sampled = {"draws": draws, "seed": seed, "tolerance": tolerance, "alpha": alpha, "beta": beta, "device": device,
+               "workers": workers, "checkpoint": resume}  # fmt: skip
     given: dict[str, Any] = {
         "relative_to": relative_to,
         "space": space.value,
@@ -513,7 +552,9 @@ def bench(
 def design(
     estimator: Annotated[str, typer.Argument(help="a name, or pkg.mod:function of your own")],
     problem: Annotated[str, typer.Option(help="a problem id", metavar="ID")] = "dialogue/two-turn",
-    rtol: Annotated[float, typer.Option(help="the bias that is tolerated, of ‖∇J‖", metavar="X")] = 0.05,
+    rtol: Annotated[
+        float, typer.Option("--rtol", "--tolerance", help="the bias that is tolerated, of ‖∇J‖", metavar="X")
+    ] = 0.05,
     alpha: Annotated[float, typer.Option(help="false FAILs of a whole run", metavar="P")] = 1e-6,
     beta: Annotated[float, typer.Option(help="false PASSes of a check", metavar="P")] = 1e-3,
     mode: Annotated[str, typer.Option(help="what FAIL proves: nonzero or exceeds", metavar="MODE")] = "nonzero",

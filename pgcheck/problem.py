@@ -23,8 +23,7 @@ from pgcheck.envs.tabular import MAX_PATHS, TabularMDP
 from pgcheck.errors import ProblemError
 from pgcheck.generation import Mismatch, mismatch
 from pgcheck.policies.given import over_contexts, table_like, writers
-from pgcheck.policies.tabular import as_policy, check_logits, in_parameters, logit_gram, logit_jacobian
-from pgcheck.policies.transformer import LMPolicy
+from pgcheck.policies.tabular import SoftmaxTable, as_policy, check_logits, in_parameters, logit_gram, logit_jacobian
 from pgcheck.sampling import Sampler, Stream, as_device
 from pgcheck.trajectories import Paths, SideTable, Trajectories, is_count
 from pgcheck.worlds.base import Policies, TruthMethod, World, as_bytes
@@ -409,10 +408,10 @@ class Problem:
         return h.hexdigest()[:16]
 
     def pinned(self, logits: Tensor) -> Tensor:
-        """Logits as the identity of the problem has them: those of a language model, whose last bits differ from
+        """Logits as the identity of the problem has them: those that a module computes, whose last bits differ from
         machine to machine, to nine decimals; to five where they are so many that one may lie between two."""
         decimals = 9 if logits.numel() <= 4096 else 5
-        return logits.round(decimals=decimals) + 0.0 if isinstance(self.policy, LMPolicy) else logits
+        return logits if isinstance(self.policy, SoftmaxTable) else logits.round(decimals=decimals) + 0.0
 
     def at(self, draw: int) -> Problem:
         """The same problem at another θ: every parameter moved by a seeded normal draw of standard deviation 1/2.

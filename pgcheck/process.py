@@ -22,8 +22,9 @@ from torch import Tensor
 
 from pgcheck.envs.tabular import TabularMDP
 from pgcheck.sampling import Stream
-from pgcheck.trajectories import Paths, Trajectories, row_logp
+from pgcheck.trajectories import Paths, Trajectories
 
+_FEW = 8  # comparisons that are faster than a search
 _MOST_RETURNS = 20_000  # (state, returns so far) that are followed to find what a rollout can return
 
 
@@ -33,7 +34,11 @@ class Laws:
 
     upto: Tensor  # [entries] row + P(outcome ≤ this | row), only outcomes of some probability
     outcome: Tensor  # [entries]
-    begins: Tensor  # [rows + 1]
+    first: Tensor  # [rows] the first entry of each
+    last: Tensor  # [rows]
+    few: (
+        list[Tensor] | None
+    )  # [rows] each: `upto` of a row's first, second, … entry, ∞ for its last; None where they are many
 
     @classmethod
     def of(cls, weight: Tensor) -> Laws:
@@ -41,14 +46,32 @@ class Laws:
         row, outcome = (weight > 0).nonzero(as_tuple=True)
         begins = torch.searchsorted(row, torch.arange(len(weight) + 1, device=weight.device))
         p = weight / weight.sum(-1, keepdim=True)
-        upto = p.cumsum(-1)[row, outcome].clamp(max=1.0)
-        return cls(row + upto, outcome, begins)
+        upto = row + p.cumsum(-1)[row, outcome].clamp(max=1.0)
+        first, last = begins[:-1].clamp(max=len(row) - 1), begins[1:] - 1
+        most = int((last - begins[:-1]).max())  # entries of a row, but one
+        few = None
+        if most <= _FEW:
+            few = [
+                torch.where(first + j < last, upto[(first + j).clamp(max=len(row) - 1)], torch.inf) for j in range(most)
+            ]
+        return cls(upto, outcome, first, last, few)
 
     def draw(self, row: Tensor, u: Tensor) -> Tensor:
-        """The outcome of each `row` `[n]` at `u` `[n]` in [0, 1)."""
-        place = torch.searchsorted(self.upto, (row + u).contiguous(), right=True)
-        # row + u is rounded, and may have become row + 1
-        return self.outcome[torch.minimum(torch.maximum(place, self.begins[row]), self.begins[row + 1] - 1)]
+        """The outcome of each `row` `[n]` at `u` `[n]` in [0, 1): its first entry with row + u below `upto`, or its last, as
+        the sum is rounded and may have become row + 1."""
+        v = row + u
+        if self.few is None:
+            entry = torch.minimum(torch.searchsorted(self.upto, v, right=True), self.last.index_select(0, row))
+        else:
+            entry = self.first.index_select(0, row)
+            for upto in self.few:
+                entry += upto.index_select(0, row) <= v
+        return self.outcome.index_select(0, entry)
+
+
+def _at(x: Tensor, index: Tensor) -> Tensor:
+    """`x.flatten()[index]`, faster."""
+    return x.flatten().index_select(0, index.flatten()).unflatten(0, index.shape)
 
 
 @dataclass(frozen=True)
@@ -225,10 +248,12 @@ class ProcessSampler:
     def _tables(self) -> dict[str, Tensor]:
         p, S = self.process, self.process.env.states
         V, _ = p.values
+        policies = p.logits, p.behavior_logits, p.ref_logits
         here = {
             "V": V, "acts": p.acts, "over": p.over, "context": p.context, "initial": p.env.initial,
             "transition": p._transition, "reward": torch.nan_to_num(p.env.full_reward).contiguous(),
-            "starts": torch.tensor(p.env.starts), "logits": p.logits, "behavior": p.behavior_logits, "ref": p.ref_logits,
+            "starts": torch.tensor(p.env.starts), "logits": p.logits,
+            "logps": torch.stack([torch.log_softmax(z, -1).flatten() for z in policies]),
             "law": p.law(p.behavior_logits), "flat": p._transition.reshape(-1, S),
         }  # fmt: skip
         return {name: x.to(self.device) for name, x in here.items()}
@@ -249,55 +274,63 @@ class ProcessSampler:
             torch.zeros(count * groups, dtype=torch.int64, device=self.device), u[:, :groups].flatten()
         )
         start = chosen.unflatten(0, (count, groups))[:, labels].flatten()
-        u = u[:, groups:].reshape(count * B, T, 2)
+        u = u[:, groups:].reshape(count * B, 2 * T).T.contiguous()
         s = x["starts"][start]
-        alive, acted, end = (
-            torch.ones_like(s, dtype=torch.bool),
-            torch.zeros_like(s, dtype=torch.bool),
-            torch.zeros_like(s),
-        )
-        states, actions, rewards, values = [], [], [], []
-        belief = torch.nn.functional.one_hot(s, env.states).to(torch.float64) if env.observation else None
+        alive = torch.ones_like(s, dtype=torch.bool)
+        steps, goes_on = [], ~x["over"]
         for t in range(T):
-            here = x["acts"][s] & alive
-            a = of_action.draw(s, u[:, t, 0])
-            s2 = of_state.draw(s * env.actions + a, u[:, t, 1])
-            V = x["V"][t, acted.long(), s]
-            if belief is not None:  # while it speaks, the environment's state is not seen
-                V = torch.where(here, V, (belief * x["V"][t, acted.long()]).sum(-1))
-                spoken = torch.where(here.unsqueeze(-1), x["flat"][s * env.actions + a], belief @ x["transition"][:, 0])
-                belief = spoken * ~(x["acts"] | x["over"])
-                belief = belief / belief.sum(-1, keepdim=True).clamp(min=1e-300)
-            states.append(torch.where(here, s, -1))
-            actions.append(torch.where(here, a, -1))
-            rewards.append(torch.where(alive, x["reward"][s, a, s2], 0.0))
-            values.append(torch.where(alive, V, 0.0))
-            end += alive
-            acted |= here
-            alive = alive & ~x["over"][s2]
+            a = of_action.draw(s, u[2 * t])
+            s2 = of_state.draw(s * env.actions + a, u[2 * t + 1])
+            steps.append((s, a, s2, alive))
+            alive = alive & goes_on.index_select(0, s2)
             s = torch.where(alive, s2, s)  # of a rollout that is over, anything
-        values.append(torch.zeros_like(values[0]))
-        state, action, reward, value = (torch.stack(c, -1) for c in (states, actions, rewards, values))
+        s, a, s2, alive = (torch.stack(column, -1) for column in zip(*steps, strict=True))  # [N, T]
+        here = _at(x["acts"], s) & alive
+        acted = here.cumsum(-1) > here.long()  # before
+        reward = torch.where(alive, _at(x["reward"], (s * env.actions + a) * env.states + s2), 0.0)
+        value = torch.zeros(len(s), T + 1, dtype=torch.float64, device=self.device)
+        value[:, :T] = torch.where(alive, self._seen_values(s, a, here, acted), 0.0)
+        state, action = torch.where(here, s, -1), torch.where(here, a, -1)
+        end = alive.sum(-1)
         table = self._table(start, state, action, reward, value, end)
         for provide in self.provide:
             table = provide(table, self.process)
         return table, torch.arange(count * B, device=self.device).unflatten(0, (count, B))
+
+    def _seen_values(self, s: Tensor, a: Tensor, here: Tensor, acted: Tensor) -> Tensor:
+        """V at every position `[N, T]`; while the environment speaks, its state is not seen."""
+        x, env, T = self._tables, self.process.env, s.shape[1]
+        V = _at(x["V"], (torch.arange(T, device=s.device) * 2 + acted) * env.states + s)
+        if not env.observation:
+            return V
+        belief = torch.nn.functional.one_hot(s[:, 0], env.states).to(torch.float64)
+        means = []
+        for t in range(T):
+            means.append((belief * x["V"][t, acted[:, t].long()]).sum(-1))
+            moved = x["flat"][s[:, t] * env.actions + a[:, t]]
+            spoken = torch.where(here[:, t].unsqueeze(-1), moved, belief @ x["transition"][:, 0])
+            belief = spoken * ~(x["acts"] | x["over"])
+            belief = belief / belief.sum(-1, keepdim=True).clamp(min=1e-300)
+        return torch.where(here, V, torch.stack(means, -1))
 
     def _table(
         self, start: Tensor, state: Tensor, action: Tensor, reward: Tensor, value: Tensor, end: Tensor
     ) -> Trajectories:
         x, env = self._tables, self.process.env
         mask = (action >= 0).to(torch.float64)
-        context = torch.where(action >= 0, x["context"][state.clamp(min=0)], -1)
+        context = torch.where(action >= 0, _at(x["context"], state.clamp(min=0)), -1)
         unknown = torch.full_like(start, torch.nan, dtype=torch.float64)
         paths = Paths.known(
             start=start, state=state, context=context, action=action, reward=reward, mask=mask,
             env_probability=unknown, start_probability=x["initial"][x["starts"]], discount=env.discount,
             discount_clock=env.discount_clock, end=end,
         )  # fmt: skip
-        logp, behavior_logp, ref_logp = (
-            row_logp(x[name], context, action, mask) for name in ("logits", "behavior", "ref")
-        )
+        cell = (context * env.actions + action).clamp(min=0)
+        logps: list[Tensor] = []
+        for i, table in enumerate(x["logps"]):
+            same = [logp for logp, other in zip(logps, x["logps"][:i], strict=True) if torch.equal(other, table)]
+            logps += same[:1] or [torch.where(action >= 0, _at(table, cell), 0.0)]
+        logp, behavior_logp, ref_logp = logps
         return Trajectories(
             paths, x["logits"], logp, behavior_logp, ref_logp, value, unknown, unknown,
             kl_coefficient=self.kl_coefficient, entropy_coefficient=self.entropy_coefficient,

@@ -11,7 +11,10 @@ Guarantee: a session that asks for nothing of this imports nothing of pgcheck bu
 
 from __future__ import annotations
 
+import os
 import secrets
+import shutil
+import tempfile
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 FIXTURE = "pgcheck_verdict"
 ASKED = ("baseline", "update", "suite", "report")  # any of these options asks for the gate
 _SESSION = pytest.StashKey["Session"]()
+_SHARED = pytest.StashKey[str]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,7 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--pgcheck-baseline", metavar="PATH", help="hold every estimator to this baseline; default, [tool.pgcheck]'s")
     add("--pgcheck-update", action="store_true", help="accept what changed: write the baseline anew, for review")
     add("--pgcheck-suite", metavar="NAME", help="judge the estimators of [tool.pgcheck] on this suite")
-    add("--pgcheck-seed", metavar="N", type=int, help="told in the provenance; exact verdicts do not depend on it")
+    add("--pgcheck-seed", metavar="N", type=int, help="the seed of what is sampled; exact verdicts do not depend on it")
     add(
         "--pgcheck-vary-seed",
         action="store_true",
@@ -49,13 +53,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers",
-        "pgcheck(estimators, *, problems, claim, checks, expected_failed_checks, budget): one item for each verdict on"
-        f" these estimators; the test takes the fixture `{FIXTURE}`",
+        "pgcheck(estimators, *, problems, claim, checks, expected_failed_checks, budget, engine, sampling): one item for each"
+        f" verdict on these estimators; the test takes the fixture `{FIXTURE}`",
     )
     if config.option.pgcheck_vary_seed:  # drawn once, before there are workers: they get this session's options
         config.option.pgcheck_seed, config.option.pgcheck_vary_seed = secrets.randbits(32), False
     if any(getattr(config.option, f"pgcheck_{name}") for name in ASKED):
         session_of(config)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """(pytest-xdist) Workers share a folder, which the first of them makes that has something to share."""
+    stash = node.config.stash
+    folder = stash.setdefault(_SHARED, os.path.join(tempfile.gettempdir(), f"pgcheck-{secrets.token_hex(16)}"))
+    node.workerinput["pgcheck"] = folder
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if _SHARED in config.stash:
+        shutil.rmtree(config.stash[_SHARED], ignore_errors=True)
 
 
 def session_of(config: pytest.Config) -> Session:

@@ -17,7 +17,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pgcheck.api import AnyProblem, as_claim, as_problems, check_estimator, explain_failure, nothing_checked
+from pgcheck.engines.choice import Engine, checked_engine
 from pgcheck.engines.exact import DEFAULT_BUDGET
+from pgcheck.engines.monte_carlo import Sampling
 from pgcheck.engines.purity import KINDS
 from pgcheck.errors import BiasError, CheckFailed, UsageError
 from pgcheck.estimators.base import Claim, Estimator, proportional, unbiased
@@ -25,9 +27,12 @@ from pgcheck.estimators.lookup import AnyEstimator, as_estimator, as_estimators,
 from pgcheck.problem import Problem
 from pgcheck.render.messages import BIAS_CHECKS
 from pgcheck.runs.report import Report, VerdictRow
-from pgcheck.runs.runner import refuse_duplicates, run, wanted_checks
+from pgcheck.runs.runner import Expectation, refuse_duplicates, run, wanted_checks
 from pgcheck.verdicts.checks import Check, find_check
 from pgcheck.verdicts.verdict import RTOL, Status
+
+Share = Callable[[str, Callable[[], Report]], Report]
+# (name of an estimator, what makes its report) → the report, made by whichever process is first
 
 ExpectedFailures = Mapping[str, str] | Callable[[Any], Mapping[str, str]]
 # {check: reason} for every estimator, or a function from an estimator, as it was given, to that
@@ -67,13 +72,15 @@ def parametrize_with_checks(
     checks: Sequence[str] | None = None,
     budget: int = DEFAULT_BUDGET,
     rtol: float = RTOL,
+    engine: Engine = "exact",
+    sampling: Sampling | None = None,
 ) -> Any:
     """A pytest decorator for tests of `(estimator, check)`: one item for each pair, with ids like `my_loss-unbiased`.
 
     Args:
         estimators: losses, `Estimator`s or names; each is handed to the test as it was given.
         expected_failed_checks: {check: reason}, or a function from an estimator to that. These items are strict xfails.
-        problems, claim, checks, budget, rtol: as of `pgcheck.check_estimator`.
+        problems, claim, checks, budget, rtol, engine, sampling: as of `pgcheck.check_estimator`.
 
     Raises:
         UsageError: (at collection) pytest is not installed; an unknown check or problem, a reason that is empty, two
@@ -87,7 +94,8 @@ def parametrize_with_checks(
         ) from None
     as_estimators(estimators)  # refuses what is no list
     names = wanted_checks(checks)
-    judge = Judge(as_problems(problems), names, None if claim is None else as_claim(claim), budget, rtol)
+    how = How(budget, rtol, checked_engine(engine), sampling)
+    judge = Judge(as_problems(problems), names, None if claim is None else as_claim(claim), how)
     made = [judge.add(given) for given in estimators]
     refuse_duplicates(made, judge.problems)
     items = []
@@ -116,13 +124,23 @@ def expected_failures(given: ExpectedFailures | None, estimator: AnyEstimator) -
     return expected
 
 
+@dataclass(frozen=True)
+class How:
+    """How expectations are had; as of `pgcheck.check_estimator`."""
+
+    budget: int = DEFAULT_BUDGET
+    rtol: float = RTOL
+    engine: Engine = "exact"
+    sampling: Sampling | None = None
+
+
 class Judge:
     """Reports of estimators on one set of problems, each made once; they go when the items go."""
 
-    def __init__(
-        self, problems: list[Problem], checks: list[str], claim: Claim | None, budget: int, rtol: float
-    ) -> None:
-        self.problems, self.checks, self.claim, self.budget, self.rtol = problems, checks, claim, budget, rtol
+    def __init__(self, problems: list[Problem], checks: list[str], claim: Claim | None, how: How) -> None:
+        self.problems, self.checks, self.claim, self.how = problems, checks, claim, how
+        self.share: Share = lambda name, make: make()
+        self.expectations: list[Expectation] = []  # of a suite
         self.commands: dict[str, str] = {}  # what the command line calls an estimator, where its code does not say
         self._made: dict[int, tuple[AnyEstimator, Estimator]] = {}  # by id; the estimator is kept, so its id is its own
         self._reports: dict[int, Report] = {}
@@ -137,9 +155,19 @@ class Judge:
     def report(self, given: AnyEstimator) -> Report:
         e = self.add(given)
         if id(given) not in self._reports:
-            made = run([e], self.problems, suite="pytest", checks=self.checks, budget=self.budget, rtol=self.rtol)
-            self._reports[id(given)] = made
+            self._reports[id(given)] = self.share(e.name, lambda: self._judged(e))
         return self._reports[id(given)]
+
+    def _judged(self, e: Estimator) -> Report:
+        how, expected = self.how, self.expected_of(e)
+        return run(
+            [e], self.problems, suite="pytest", checks=self.checks, expectations=expected, budget=how.budget, rtol=how.rtol,
+            engine=how.engine, sampling=how.sampling,
+        )  # fmt: skip
+
+    def expected_of(self, e: Estimator) -> list[Expectation]:
+        """What the suite says of an estimator, problem by problem."""
+        return [x for x in self.expectations if x.estimator == e.name]
 
     def begun(self, given: AnyEstimator) -> bool:
         """Its report is made."""
@@ -155,6 +183,11 @@ class Judge:
             command = self.commands.get(e.name) or command_name(given)
             self._messages[id(given), check] = explain_failure(e, self.problems, shown, command=command)
         return self._messages[id(given), check]
+
+
+def _against(v: VerdictRow) -> bool:
+    """It fails; that it is undecided is not what the suite says."""
+    return v.status is not Status.PASS and not v.expected
 
 
 @dataclass(frozen=True)
@@ -187,8 +220,8 @@ class EstimatorCheck:
         in_the_way = [v for v in report.failures if v.check in (*KINDS, "finite")] if claimed else []
         if self.problem and own:
             in_the_way = []  # whatever it is, it was not here
-        if any(v.status is not Status.PASS for v in own) or in_the_way:
-            failed = [v for v in of_check if v.status is not Status.PASS] or in_the_way
+        if any(_against(v) for v in own) or in_the_way:
+            failed = [v for v in of_check if _against(v)] or in_the_way
             message = self.judge.explain(estimator, name, failed)
             if failed == in_the_way:
                 message = f"{e.name}: {name} could not be judged.\n{message}"

@@ -6,10 +6,11 @@ Items of `[tool.pgcheck]` stand under the node `pgcheck`, those of a marked test
     pgcheck::grpo-row_order                        a check that looks at single batches
     pgcheck::grpo-dialogue/two-turn-unchanged      the numbers of the baseline; -missing, if it has none
     pgcheck::old-dialogue/two-turn-orphaned        an entry of the baseline that nothing asks for any more
+    pgcheck::batch-mean-is-biased-case             a case of the suite, and -unchanged, its number
 
 What there is to judge is known before anything is judged, so that `-k`, `--lf`, JUnit and pytest-xdist see it. An
-estimator's batches are enumerated once a process, when the first of its items runs. Workers of pytest-xdist send what
-they found; the controller writes.
+estimator's batches are enumerated once, when the first of its items runs: workers of pytest-xdist share what one of them
+found (`pgcheck.verdict_tasks.Shared`), and send it; the controller writes.
 
 Guarantee: report.json has the same bytes whatever the order of the tests, the number of workers and the seed. A session
 that was asked for a gate and judged nothing does not pass. A baseline is written only if every estimator was judged, and
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,20 +30,24 @@ import numpy as np
 import pytest
 
 from pgcheck.api import as_claim, as_problems
+from pgcheck.engines.choice import checked_engine
 from pgcheck.engines.exact import DEFAULT_BUDGET
+from pgcheck.engines.monte_carlo import Sampling
 from pgcheck.errors import CheckFailed, PgcheckError, UsageError
-from pgcheck.estimators.base import Estimator
-from pgcheck.estimators.lookup import AnyEstimator, as_estimators
+from pgcheck.estimators.base import Claim
+from pgcheck.estimators.lookup import AnyEstimator, all_imported, as_estimators
 from pgcheck.problem import Problem
 from pgcheck.render import gate as words
 from pgcheck.render.ci import places_of
 from pgcheck.render.files import write_all
 from pgcheck.render.provenance import provenance, provenance_path
+from pgcheck.runs.baseline import EMPTY, Baseline, ExactEntry, read_baseline
 from pgcheck.runs.config import load_config, plan
-from pgcheck.runs.gate import EMPTY, Baseline, Difference, ExactEntry, compare, read_baseline
+from pgcheck.runs.gate import Difference, Gate, compare, sampled_entries
 from pgcheck.runs.report import Report, merged
-from pgcheck.runs.runner import wanted_checks, why_not_measured
-from pgcheck.testing import EstimatorCheck, Judge, expected_failures
+from pgcheck.runs.runner import Expectation, wanted_checks
+from pgcheck.testing import EstimatorCheck, How, Judge, Share, expected_failures
+from pgcheck.verdict_tasks import FINDING, CaseTask, Shared, Task, known_rows
 from pgcheck.verdicts.checks import find_check
 from pgcheck.verdicts.verdict import RTOL, Status
 
@@ -54,53 +59,16 @@ class InconclusiveWarning(UserWarning):
     """A verdict that could not be reached, under `--pgcheck-inconclusive=warn`."""
 
 
-@dataclass(frozen=True)
-class Task:
-    """One estimator on a set of problems, as it was given."""
-
-    given: AnyEstimator
-    judge: Judge
-    expected: Mapping[str, str]
-
-    @property
-    def estimator(self) -> Estimator:
-        return self.judge.add(self.given)
-
-    @property
-    def report(self) -> Report:
-        return self.judge.report(self.given)
-
-    def measured(self) -> list[Problem]:
-        """The problems whose batches are enumerated."""
-        return [p for p in self.judge.problems if not why_not_measured(self.estimator, p)]
-
-    def questions(self) -> list[tuple[str, str]]:
-        """(problem, check) of every verdict there is to ask for; problem is "" where one item is about all of them.
-
-        What an estimator does not claim is not asked; the other checks are, and say themselves where they do not apply.
-        """
-        claims, asked = self.estimator.claims, []
-        for name in self.judge.checks:
-            of_kind = [c for c in claims if c.kind == name]
-            on = [p.name for p in self.measured() if any(c.applies(p) for c in of_kind)]
-            if name in ("unbiased", "proportional"):
-                asked += [(problem, name) for problem in on]
-            elif name != "biased" or on:
-                asked.append(("", name))
-        if not any(name in {c.kind for c in claims} for _, name in asked):  # its claim fails: no problem can decide it
-            asked += [("", c.kind) for c in claims[:1] if c.kind in self.judge.checks]
-        return asked
-
-
 @dataclass
 class Verdict:
     """What one item asks."""
 
     session: Session
-    task: Task | None  # None: nothing asks for this entry any more
-    estimator: str
+    task: Task | CaseTask | None  # None: nothing asks for this entry any more
+    of_case: bool
+    estimator: str  # or the name of a case
     problem: str
-    rule: str  # a check, or one of COMPARED
+    rule: str  # a check, "case", or one of COMPARED
     node: pytest.Item | None = None
     checked: bool = False
 
@@ -128,13 +96,25 @@ class Verdict:
         self.checked = True
         if self.rule in COMPARED or self.task is None:
             self._compare()
+        elif isinstance(self.task, CaseTask):
+            self._decide(self.task)
         else:
             self._judge(self.task)
 
-    def _record(self, measured: float | None, allowed: float | None) -> None:
+    def _record(self, measured: float | None, allowed: float | None, **more: float) -> None:
         if self.node is not None:
-            numbers = {"measured": measured, "allowed": allowed, "seed": self.session.seed, "engine": "exact"}
+            seed, engine = self.session.engine_of(self)
+            numbers = {"measured": measured, "allowed": allowed, "seed": seed, "engine": engine, **more}
             self.node.user_properties += [(name, "none" if x is None else x) for name, x in numbers.items()]
+
+    def _decide(self, task: CaseTask) -> None:
+        __tracebackhide__ = True
+        (row,) = task.report.cases
+        self._record(row.value, None)
+        if row.status is Status.INCONCLUSIVE and self.session.lenient:
+            warnings.warn(InconclusiveWarning(f"{self.id} is inconclusive: {row.reason}"), stacklevel=2)
+        elif row.status is not Status.PASS:
+            raise CheckFailed(f"{row.name} is {row.status}: {row.reason}\n  says      {row.says}", report=task.report)
 
     def _judge(self, task: Task) -> None:
         __tracebackhide__ = True
@@ -142,23 +122,30 @@ class Verdict:
         worst = max(own, key=lambda v: (v.status is not Status.PASS, v.measured or 0.0), default=None)
         if worst:
             self._record(worst.measured, worst.allowed)
-        if self.session.lenient and worst and {v.status for v in own} - {Status.PASS} == {Status.INCONCLUSIVE}:
+        against = {v.status for v in own if not v.expected} - {Status.PASS}
+        if self.session.lenient and worst and against == {Status.INCONCLUSIVE}:
             warnings.warn(InconclusiveWarning(f"{self.id} is inconclusive: {worst.reason}"), stacklevel=2)
+            return
+        if self.rule == FINDING:
+            if worst is None or worst.status is not Status.PASS:
+                raise CheckFailed(f"{self.id}: {worst.reason if worst else 'not judged'}", report=task.report)
             return
         expected = self.rule in task.expected
         EstimatorCheck(find_check(self.rule), task.judge, expected, self.problem)(task.given)
 
     def _compare(self) -> None:
         __tracebackhide__ = True
-        found = self.session.difference(self)
-        moved, allowed = _moved(found)
-        self._record(moved, allowed)
+        gate = self.session.compared(self)
+        found = next((d for d in gate.differences if d.kind not in ("verdict", "stale")), None)
+        test = found.test if found else next(iter(gate.tested.values()), None)
+        told = {} if test is None else {"p": test.p, "level": test.level}
+        self._record(*_moved(found), **told)
         if found is not None and not (found.is_change and self.session.update):
             raise CheckFailed(words.message(found, self.session.accept))
 
 
 def _moved(found: Difference | None) -> tuple[float | None, float | None]:
-    """How far E ĝ is from that of the baseline, and how far it may be."""
+    """How far an exact E ĝ is from that of the baseline, and how far it may be."""
     if found is None or not (isinstance(found.before, ExactEntry) and isinstance(found.after, ExactEntry)):
         return None, None
     a, b = found.before.vector, found.after.vector
@@ -215,23 +202,37 @@ class Session:
         if self.path is not None:
             fresh = self.update and not self.path.exists()
             self.baseline = EMPTY if fresh else read_baseline(self.path, self.accept)
-        self.tasks: list[Task] = []
-        self.own: list[Task] = []
+        self.tasks: list[Task | CaseTask] = []
+        self.own: list[Task | CaseTask] = []
+        self.share: Share = Shared(getattr(config, "workerinput", {}).get(NODE)).report
         if self.asked and (settings.estimators or option.pgcheck_suite or settings.suite):
             made = plan(settings, suite=option.pgcheck_suite)
             checks = wanted_checks(made.suite.checks)
-            judge = Judge(made.resolve_problems(), checks, None, made.suite.budget, RTOL)
+            how = How(made.suite.budget, RTOL, made.suite.engine, self._seeded(made.suite.sampling))
+            judge = self._judge(made.resolve_problems(), checks, None, how)
             judge.commands.update(made.commands)
+            judge.expectations = [Expectation(x.estimator, x.problem, x.finding) for x in made.suite.expect]
             self.own = [Task(e, judge, made.expected.get(e.name, {})) for e in made.resolve_estimators()]
+            if made.estimators is None:
+                self.own += [CaseTask(case, self.share) for case in made.suite.case]
             self._add(self.own)
         self.judged = self.deselected = 0
         self.found = _Found()
         self.said: list[str] = []
 
-    def _add(self, tasks: Sequence[Task]) -> None:
+    def _seeded(self, sampling: Sampling | None) -> Sampling | None:
+        """With the seed of this session, if it was given one."""
+        return sampling if self.seed is None else replace(sampling or Sampling(), seed=self.seed)
+
+    def _judge(self, problems: list[Problem], checks: list[str], claim: Claim | None, how: How) -> Judge:
+        judge = Judge(problems, checks, claim, how)
+        judge.share = self.share
+        return judge
+
+    def _add(self, tasks: Sequence[Task | CaseTask]) -> None:
         for task in tasks:
-            if any(t.estimator.name == task.estimator.name for t in self.tasks):
-                raise UsageError(f"estimators: '{task.estimator.name}' is given twice; give one of them another name.")
+            if any((t.of_case, t.name) == (task.of_case, task.name) for t in self.tasks):
+                raise UsageError(f"estimators: '{task.name}' is given twice; give one of them another name.")
             self.tasks.append(task)
 
     # -- collecting
@@ -244,51 +245,84 @@ class Session:
         """
         if fixture not in metafunc.fixturenames:
             raise UsageError(f"{metafunc.function.__name__} is marked pgcheck, and must take the fixture {fixture}.")
-        tasks = _marked(*mark.args, **mark.kwargs)
+        tasks = self._marked(*mark.args, **mark.kwargs)
         self._add(tasks)
-        verdicts = [v for task in tasks for v in self._verdicts(task)]
+        verdicts = [v for task in tasks for v in self.verdicts_of(task)]
         metafunc.parametrize(fixture, [pytest.param(v, id=v.id, marks=v.marks) for v in verdicts], indirect=True)
 
-    def _verdicts(self, task: Task) -> list[Verdict]:
-        name = task.estimator.name
-        found = [Verdict(self, task, name, problem, rule) for problem, rule in task.questions()]
+    def _marked(
+        self,
+        estimators: Sequence[AnyEstimator] | None = None,
+        *,
+        problems: Any = "core",
+        claim: Any = None,
+        checks: Sequence[str] | None = None,
+        expected_failed_checks: Any = None,
+        budget: int = DEFAULT_BUDGET,
+        engine: str = "exact",
+        sampling: Sampling | None = None,
+    ) -> list[Task]:
+        """The tasks of `@pytest.mark.pgcheck(…)`; arguments as of `pgcheck.testing.parametrize_with_checks`. A registry is all
+        its entries."""
+        as_estimators(estimators or [])  # refuses what is no list, or empty
+        how = How(budget, RTOL, checked_engine(engine), self._seeded(sampling))
+        made = None if claim is None else as_claim(claim)
+        judge = self._judge(as_problems(problems), wanted_checks(checks), made, how)
+        return [
+            Task(x, judge, expected_failures(expected_failed_checks, x))
+            for given in estimators or []
+            for x in (all_imported(given) if isinstance(given, str) and ":" in given else [given])
+        ]
+
+    def verdicts_of(self, task: Task | CaseTask) -> list[Verdict]:
+        """What there is to ask of a task."""
+        named = (task.of_case, task.name)
+        found = [Verdict(self, task, *named, problem, rule) for problem, rule in task.questions()]
         if self.baseline is not None:
-            known = {e.key for e in self.baseline.entries} | {(e.estimator, "") for e in self.baseline.estimators}
-            keys = [(name, problem) for problem in ("", *(p.name for p in task.measured()))]
-            found += [Verdict(self, task, *key, "unchanged" if key in known else "missing") for key in keys]
+            known = known_rows(self.baseline)
+            rows = [(*named, problem) for problem in task.rows()]
+            found += [Verdict(self, task, *key, "unchanged" if key in known else "missing") for key in rows]
         return found
 
     @pytest.hookimpl(tryfirst=True)  # before -k and -m choose among the items
     def pytest_collection_modifyitems(self, session: pytest.Session, items: list[pytest.Item]) -> None:
-        verdicts = [v for task in self.own for v in self._verdicts(task)]
+        verdicts = [v for task in self.own for v in self.verdicts_of(task)]
         if self.baseline is not None:
-            asked = {(t.estimator.name, p) for t in self.tasks for p in ("", *(x.name for x in t.measured()))}
-            known = [(e.estimator, "") for e in self.baseline.estimators] + [e.key for e in self.baseline.entries]
-            verdicts += [Verdict(self, None, *key, "orphaned") for key in sorted(set(known) - asked)]
+            asked = {(t.of_case, t.name, problem) for t in self.tasks for problem in t.rows()}
+            verdicts += [Verdict(self, None, *key, "orphaned") for key in sorted(known_rows(self.baseline) - asked)]
         if verdicts:
             node = _Node.from_parent(session, name=NODE, nodeid=NODE)
             items += [VerdictItem.from_parent(node, name=v.id, verdict=v) for v in verdicts]
 
     # -- judging
 
-    def difference(self, verdict: Verdict) -> Difference | None:
-        """How an entry differs from the baseline."""
+    def compared(self, verdict: Verdict) -> Gate:
+        """One row held against the baseline."""
         before = self.baseline or EMPTY
-        key = verdict.estimator, verdict.problem
-        rows = [e for e in before.estimators if (e.estimator, "") == key]
-        part = before.model_copy(update={"estimators": rows, "entries": [e for e in before.entries if e.key == key]})
-        report = merged([verdict.task.report] if verdict.task else [], suite="pytest")
-        if verdict.problem:
-            cells = [m for m in report.measurements if m.problem == verdict.problem]
+        report = verdict.task.report if verdict.task else merged([], suite="pytest")
+        nothing: dict[str, list[Any]] = {"estimators": [], "entries": [], "cases": []}
+        name, problem = verdict.estimator, verdict.problem
+        if verdict.of_case:
+            part = nothing | {"cases": [c for c in before.cases if c.case == name]}
+        elif problem:
+            part = nothing | {"entries": [e for e in before.entries if e.key == (name, problem)]}
+            cells = [m for m in report.measurements if m.problem == problem]
             report = report.model_copy(update={"measurements": cells, "estimators": [], "verdicts": []})
         else:
+            part = nothing | {"estimators": [e for e in before.estimators if e.estimator == name]}
             report = report.model_copy(update={"measurements": []})
-        found = compare(report, part)
-        return next((d for d in found.differences if d.kind not in ("verdict", "stale")), None)
+        return compare(report, before.model_copy(update=part), sampled=sampled_entries(before))
+
+    def engine_of(self, verdict: Verdict) -> tuple[int | None, str]:
+        """The seed and the engine of what a verdict is about; exact ones have the session's seed, if it has one."""
+        task = verdict.task
+        measured = [] if task is None or not task.begun else task.report.measurements
+        seeds = [m.seed for m in measured if m.batches is not None and verdict.problem in ("", m.problem)]
+        return (seeds[0], "monte_carlo") if seeds else (self.seed, "exact")
 
     def place_of(self, verdict: Verdict) -> tuple[str, int] | None:
         """Where the estimator's code begins."""
-        if verdict.task is None:
+        if not isinstance(verdict.task, Task):
             return None
         return places_of([verdict.task.estimator], self.config.rootpath).get(verdict.estimator)
 
@@ -321,11 +355,12 @@ class Session:
             session.exitstatus = session.exitstatus or code
 
     def _own_findings(self) -> _Found:
-        begun = [t for t in self.tasks if t.judge.begun(t.given)]
+        names = {id(t): f"case {t.name}" if t.of_case else t.name for t in self.tasks}
+        estimators = [t.estimator for t in self.tasks if isinstance(t, Task)]
         return _Found(
-            planned={t.estimator.name: dict(t.expected) for t in self.tasks},
-            reports={t.estimator.name: t.report.to_json() for t in begun},
-            places=places_of([t.estimator for t in self.tasks], self.config.rootpath),
+            planned={names[id(t)]: dict(t.expected) for t in self.tasks},
+            reports={names[id(t)]: t.report.to_json() for t in self.tasks if t.begun},
+            places=places_of(estimators, self.config.rootpath),
         )
 
     def _finish(self) -> str:
@@ -349,7 +384,7 @@ class Session:
         refused = ""
         if self.update and self.path is not None and self.baseline is not None:
             gate = compare(report, self.baseline, expected=found.planned)
-            if gate.updatable and gate.accepted().entries:
+            if gate.updatable and not gate.accepted().empty:
                 texts[self.path] = gate.accepted().to_json()
             else:
                 refused = f"not written: {self.path}: {words.why_not(gate)}"
@@ -368,8 +403,8 @@ class Session:
 class _Found:
     """What one process planned and found; plain data, for pytest-xdist."""
 
-    planned: dict[str, dict[str, str]] = field(default_factory=dict)  # estimator → checks that are expected to fail
-    reports: dict[str, str] = field(default_factory=dict)  # estimator → report.json
+    planned: dict[str, dict[str, str]] = field(default_factory=dict)  # estimator or case → checks expected to fail
+    reports: dict[str, str] = field(default_factory=dict)  # estimator or case → report.json
     places: dict[str, tuple[str, int]] = field(default_factory=dict)
     torn: list[str] = field(default_factory=list)  # estimators of which two processes found two things
 
@@ -380,20 +415,3 @@ class _Found:
         self.planned |= other.planned
         self.reports |= other.reports
         self.places |= other.places
-
-
-def _marked(
-    estimators: Sequence[AnyEstimator] | None = None,
-    *,
-    problems: Any = "core",
-    claim: Any = None,
-    checks: Sequence[str] | None = None,
-    expected_failed_checks: Any = None,
-    budget: int = DEFAULT_BUDGET,
-) -> list[Task]:
-    """The tasks of `@pytest.mark.pgcheck(…)`; arguments as of `pgcheck.testing.parametrize_with_checks`."""
-    as_estimators(estimators or [])  # refuses what is no list, or empty
-    judge = Judge(
-        as_problems(problems), wanted_checks(checks), None if claim is None else as_claim(claim), budget, RTOL
-    )
-    return [Task(given, judge, expected_failures(expected_failed_checks, given)) for given in estimators or []]

@@ -533,10 +533,11 @@ def test_no_error_at_the_probe_is_swallowed() -> None:
 
 COLUMNS = ["estimator", "problem", "finding", "rel", "scale", "cosine", "off_axis", "bias", "variance", "mse", "snr"]
 
-ENDS = [f"{name}_{end}" for name in ("rel", "scale", "variance", "mse", "snr") for end in ("low", "high")]
+ENDS = [f"{name}_{end}" for name in ("rel", "scale", "bias", "variance", "mse", "snr") for end in ("low", "high")]
 RELATIVE = [
     *(f"{name}{end}" for name in ("ratio", "batches_to_match", "rollouts_to_match") for end in ("_low", "", "_high")),
-    "better", "break_even", "better_per_rollout", "break_even_rollouts",
+    *("better", "break_even", "break_even_low", "break_even_high", "better_per_rollout"),
+    *(f"break_even_rollouts{end}" for end in ("", "_low", "_high")),
 ]  # fmt: skip
 
 

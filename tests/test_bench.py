@@ -127,6 +127,15 @@ def test_a_sketch_that_computes_something_else_is_refused(monkeypatch: pytest.Mo
         bench.model_verdicts("grpo", 2, rounds=1)
 
 
+def test_a_sample_of_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = bench.monte_carlo
+    monkeypatch.setattr(
+        bench, "monte_carlo", lambda *a, **kw: [replace(m, mean=1.001 * m.mean) for m in right(*a, **kw)]
+    )
+    with pytest.raises(PgcheckError, match="'coefficient engine' computes something else"):
+        bench.sampled(find_problem("dialogue/two-turn"), draws=2048, rounds=1)
+
+
 def test_contenders_run_in_turn() -> None:
     """a b | a b a b: once each to warm up, then round by round."""
     calls: list[str] = []
@@ -162,6 +171,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "DRAWS", 64)
     monkeypatch.setattr(bench, "WRITTEN", 16)
     monkeypatch.setattr(bench, "DIRECTIONS", 2)
+    monkeypatch.setattr(bench, "SAMPLED", ("sampled/groups-16",))
+    monkeypatch.setattr(bench, "SAMPLED_DRAWS", 2048)
 
 
 @pytest.mark.usefixtures("small")

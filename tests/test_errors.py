@@ -1199,6 +1199,21 @@ pgcheck.moments("remax", "sampled/walk-50", engine="monte_carlo")
 case("a sample judged in parameters", '''
 pgcheck.compare(["rloo"], "dialogue/two-turn", space="parameters", engine="monte_carlo")
 ''')  # fmt: skip
+case("processes and a GPU", '''
+sampling = pgcheck.Sampling(workers=2, device="cuda")
+pgcheck.compare(["rloo"], "dialogue/two-turn", engine="monte_carlo", sampling=sampling)
+''')  # fmt: skip
+case("processes where torch sees a GPU", '''
+from unittest import mock
+with mock.patch("torch.cuda.is_available", return_value=True):
+    pgcheck.check_estimator("rloo", "dialogue/two-turn", engine="monte_carlo", sampling=pgcheck.Sampling(workers=2))
+''')  # fmt: skip
+case("checkpoints where there is a file", '''
+from pathlib import Path
+Path("kept").write_text("")
+sampling = pgcheck.Sampling(checkpoint="kept")
+pgcheck.check_estimator("rloo", "dialogue/two-turn", engine="monte_carlo", sampling=sampling)
+''')  # fmt: skip
 case("a checkpoint that is none", '''
 from pathlib import Path
 from pgcheck.engines.monte_carlo import monte_carlo
@@ -1474,32 +1489,38 @@ plan(Config(), estimators=["grop"])
 case = section("The gate")
 
 case("no baseline is named", "$ pgcheck gate report.json")
+case("a report and what is to be run", "$ pgcheck gate report.json --baseline absent.json --seed 1")
 case("no baseline is there", "$ pgcheck gate report.json --baseline absent.json")
 case("no report is there", "$ pgcheck gate absent.json --baseline absent.json --update")
 case("a folder", "$ pgcheck gate report.json --baseline .")
 for _title, _text in (
     ("a baseline that is none", "[]"),
-    ("a truncated baseline", '{"schema": "pgcheck-baseline/1", "estim'),
-    ("a baseline of a newer pgcheck", '{"schema": "pgcheck-baseline/2", "estimators": [], "entries": []}'),
-    ("a baseline with a row twice", '''{"schema": "pgcheck-baseline/1", "entries": [], "estimators": [
+    ("a truncated baseline", '{"schema": "pgcheck-baseline/2", "estim'),
+    ("a baseline of a newer pgcheck", '{"schema": "pgcheck-baseline/3", "estimators": [], "entries": [], "cases": []}'),
+    ("an older baseline", '{"schema": "pgcheck-baseline/1", "estimators": [], "entries": []}'),
+    ("a baseline with a sample that is none", '''{"schema": "pgcheck-baseline/2", "estimators": [], "cases": [], "entries": [
+{"estimator": "grpo", "problem": "p", "engine": "monte_carlo", "digest": "d", "finding": "biased", "seed": 0, "batches": 4096,
+ "rel": 1.0, "scale": 1.0, "cosine": 1.0, "off_axis": 0.0, "size": 1.0, "total_variance": 1.0,
+ "first": [0.0], "scores": {}}]}'''),
+    ("a baseline with a row twice", '''{"schema": "pgcheck-baseline/2", "entries": [], "cases": [], "estimators": [
         {"estimator": "e", "claims": [], "checks": {}}, {"estimator": "e", "claims": [], "checks": {}}]}'''),
 ):  # fmt: skip
-    case(_title, f"from pathlib import Path\nfrom pgcheck.runs.gate import read_baseline\n"
+    case(_title, f"from pathlib import Path\nfrom pgcheck.runs.baseline import read_baseline\n"
                  f"Path('baseline.json').write_text('''{_text}''')\nread_baseline(Path('baseline.json'))")  # fmt: skip
 case("a baseline that is no text", '''
 from pathlib import Path
-from pgcheck.runs.gate import read_baseline
+from pgcheck.runs.baseline import read_baseline
 Path("baseline.json").write_bytes(bytes([255, 254]))
 read_baseline(Path("baseline.json"))
 ''')  # fmt: skip
 case("a report that is none", '''
 from pathlib import Path
-from pgcheck.runs.gate import read_report
+from pgcheck.runs.baseline import read_report
 Path("report.json").write_text("{}")
 read_report(Path("report.json"))
 ''')  # fmt: skip
 case("a report without one of its problems", '''
-from pgcheck.runs.gate import baseline_of
+from pgcheck.runs.baseline import baseline_of
 report = pgcheck.check_estimator("reinforce", "bandit/two-arm")
 baseline_of(report.model_copy(update={"problems": []}))
 ''')  # fmt: skip
@@ -1529,12 +1550,43 @@ marked(gate_session(), ["reinforce"], takes=())
 ''')  # fmt: skip
 case("pytest: an entry that is not in the baseline", '''
 from pathlib import Path
-from pgcheck.runs.gate import EMPTY
+from pgcheck.runs.baseline import EMPTY
 Path("baseline.json").write_text(EMPTY.to_json())
 session = gate_session(baseline="baseline.json")
 for verdict in marked(session, ["reinforce"]):
     verdict.check()
 ''')  # fmt: skip
+_SUITE = '''
+suite("""
+name = "mine"
+estimators = ["leave_one_out"]
+problems = ["bandit/two-arm"]
+checks = ["finite"]
+[[expect]]
+estimator = "leave_one_out"
+problem = "bandit/two-arm"
+finding = "FINDING"
+[[case]]
+name = "own-sample"
+says = "The own sample in the mean leaves the gradient as it is."
+source = "a blog"
+truth = "TRUTH"
+quantity = "scale"
+estimator = "batch_mean"
+problem = "bandit/two-arm"
+equals = 1
+because = "The own return cancels 1/B of the signal."
+""")
+session = gate_session(suite="mine.toml")
+for task in session.own:
+    for verdict in session.verdicts_of(task):
+        verdict.check()
+'''
+case(
+    "pytest: a case of the suite that its number contradicts",
+    _SUITE.replace("FINDING", "unbiased").replace("TRUTH", "right"),
+)
+case("pytest: another finding than the suite expects", _SUITE.replace("FINDING", "biased").replace("TRUTH", "wrong"))
 
 
 def gate_session(**options: Any) -> Any:

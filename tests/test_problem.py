@@ -179,6 +179,23 @@ def test_digest_is_stable(name: str) -> None:
     assert replace(problem, name="other/name", about="another sentence").digest == problem.digest
 
 
+def test_digest_does_not_see_the_last_bits_of_a_module() -> None:
+    """Another machine's matrix product: 1e-16 off. A table is the numbers that it was given."""
+
+    class Noisy(torch.nn.Module):
+        def __init__(self, noise: float) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.tensor([[0.3, -0.1], [0.7, 0.2], [0.0, 0.0]], dtype=torch.float64))
+            self.noise = noise
+
+        def forward(self, one_hot: torch.Tensor) -> torch.Tensor:
+            return one_hot.to(self.weight.dtype) @ self.weight + self.noise
+
+    digests = [Problem(two_state_env(**ENV), Noisy(noise)).digest for noise in (0.0, 1e-16, 1e-6)]
+    assert digests[0] == digests[1]
+    assert digests[0] != digests[2]
+
+
 def test_digest_does_not_see_how_a_number_is_written() -> None:
     """γ = 1 and γ = 1.0, a group of 4 and (4,), lists and tensors."""
     one = Problem(two_arm_paths(discount=1), [[0.0, 0.0]], group_size=4)

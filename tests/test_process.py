@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from fractions import Fraction
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from pgcheck.envs.tabular import TabularMDP
 from pgcheck.errors import BudgetError
 from pgcheck.estimators.base import registered_estimators
 from pgcheck.problem import Problem
+from pgcheck.process import Laws
 from pgcheck.registry import find_problem, registered_problems
 from pgcheck.side import ActionValues, AllActionValues, OptimalBaselines, WrongValues
 from pgcheck.worlds.long import Long
@@ -166,3 +168,19 @@ def test_a_chain_has_no_table():
         _ = chain().trajectories
     with pytest.raises(BudgetError, match="OptimalBaselines"):
         pgcheck.moments("baselined(optimal_state)", chain(), engine="monte_carlo")
+
+
+@pytest.mark.parametrize("outcomes", [1, 2, 5, 8, 9, 12])
+def test_a_law_is_inverted(outcomes: int) -> None:
+    """Against a walk along the weights in exact fractions; rows without any weight are not drawn from."""
+    generator = torch.Generator().manual_seed(outcomes)
+    weight = torch.randint(0, 4, (7, outcomes), generator=generator).to(torch.float64)
+    weight[:, 0] += 1.0
+    weight[3] = 0.0
+    drawn = [r for r in range(7) for _ in range(300) if r != 3]
+    u = torch.rand(len(drawn), generator=generator, dtype=torch.float64)
+    found = Laws.of(weight).draw(torch.tensor(drawn), u)
+    for r, x, outcome in zip(drawn, u.tolist(), found.tolist(), strict=True):
+        left = Fraction(x) * int(weight[r].sum())
+        expected = next(j for j in range(outcomes) if (left := left - int(weight[r, j])) < 0)
+        assert outcome == expected

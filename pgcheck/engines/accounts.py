@@ -1,9 +1,10 @@
 """Mergeable moments of draws, and the intervals of everything that is printed of them.
 
 Of draws x `[n, P]` with reference μ, an account keeps n, the mean, Σ(x − x̄)² of each coordinate (all of Σ(x − x̄)(x − x̄)ᵀ
-where that is small), guarded scores of three numbers of a draw, and the spectrum of its noise:
+where that is small), guarded scores of a few numbers of a draw, and the spectrum of its noise:
 
     y = ⟨x, μ⟩/‖μ‖²  (scale)      ‖x − μ‖²  (MSE of one batch)      ‖x − c‖², c any point near the mean  (variance)
+    ⟨x, v⟩, v one of eight fixed directions  (what another sample is held against, `pgcheck.statistics.two_sample`)
 
     ‖bias‖² is estimated without bias by U = ‖x̄ − μ‖² − tr Cov/n = (‖Σ D‖² − Σ ‖D‖²)/(n(n−1)),  D = x − μ
 
@@ -25,6 +26,7 @@ from pgcheck.errors import UsageError
 from pgcheck.statistics.certificate import GRAM, Spectrum, upper_bound
 from pgcheck.statistics.guarded import Scores, interval, z_of
 from pgcheck.statistics.sequential import Interval
+from pgcheck.statistics.two_sample import fixed_directions
 
 COVARIANCE_CELLS = 512  # P up to which Σ(x − x̄)(x − x̄)ᵀ is kept
 _LOWER = 0.0125  # each of the two lower bounds of ‖bias‖ is wrong this often at most
@@ -38,7 +40,7 @@ class Account:
     n: int
     mean: Tensor  # [P]
     squares: Tensor  # [P], or [P, P]
-    scores: Scores  # of y, ‖x − μ‖², ‖x − c‖²
+    scores: Scores  # of y, ‖x − μ‖², ‖x − c‖², and the eight ⟨x, v⟩
     spectrum: Spectrum
 
     @classmethod
@@ -51,6 +53,8 @@ class Account:
         size = float(reference @ reference)
         y = x @ reference / size if size > 0 else torch.zeros(len(x), dtype=x.dtype, device=x.device)
         rows = torch.stack([y, (x - reference).square().sum(1), (x - centre).square().sum(1)], 1)
+        seen = x @ torch.from_numpy(fixed_directions(x.shape[1])).to(x).T
+        rows = torch.cat([rows, seen], 1)
         squares = gap.T @ gap if x.shape[1] <= COVARIANCE_CELLS else gap.square().sum(0)
         spectrum = Spectrum().add(x[:GRAM] - reference) if gram else Spectrum()
         return cls(len(x), mean, squares, Scores.of(rows.cpu().numpy()), spectrum)
@@ -82,7 +86,7 @@ class Account:
     def intervals(self, reference: Tensor) -> dict[str, Interval]:
         """Everything that is said of these draws, with 95% intervals; NaN where the tails allow none."""
         n, size, variance = self.n, float(reference.norm()), self.trace
-        low, high = interval(self.scores)
+        low, high = interval(self.scores[:3])
         U = float((self.mean - reference).square().sum()) - variance / n
         scale = Interval(float(self.scores.mean[0]), float(low[0]), float(high[0])) if size > 0 else _NONE
         bias = self._bias(U, scale, size, refused=bool(self.scores.refused[1]))
@@ -139,6 +143,7 @@ class Account:
             self.n,
             trace=trace,
             intervals=self.intervals(reference),
+            scores=self.scores,
             **more,  # type: ignore[arg-type]
         )
 

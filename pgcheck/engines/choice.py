@@ -47,9 +47,11 @@ def moments_by(
     budget: int = DEFAULT_BUDGET,
     sampling: Sampling | None = None,
     scales: Sequence[Sequence[Scale]] | None = None,
+    beside: int | None = None,
     progress: Progress | None = None,
 ) -> list[Moments]:
-    """E ĝ and Cov ĝ of every estimator, all on the same batches; `sampling` and `scales` (as of `monte_carlo`) where drawn.
+    """E ĝ and Cov ĝ of every estimator, all on the same batches; `sampling`, `scales` and `beside` (as of
+    `monte_carlo`) where drawn.
 
     Raises:
         BudgetError: `exact`, and the batches are too many; or what an estimator needs cannot be sampled.
@@ -66,15 +68,19 @@ def moments_by(
                 with suppress(BudgetError):
                     found[i] = exact_moments([e], problem, budget=budget, progress=progress)[0]
     rest = [i for i in range(len(estimators)) if i not in found]
+    drawn = [estimators[i] for i in rest]
     sampled = monte_carlo(
-        [estimators[i] for i in rest],
+        drawn,
         problem,
         scales=None if scales is None else [scales[i] for i in rest],
+        beside=rest.index(beside) if beside in rest else None,
         settings=how.settings,
         seed=how.seed,
         draws=how.draws,
         space=default_space(problem, directions=how.directions, seed=how.seed, device=how.device),
         device=how.device,
+        workers=how.workers,
+        checkpoint=how.file_of(problem, drawn),
         progress=progress,
     )
     found |= dict(zip(rest, sampled, strict=True))

@@ -13,20 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pgcheck.batch import Batch, LogitsNotAsked, gathered_rows
+from pgcheck.batch import Batch, LogitsNotAsked, gathered_rows, narrowed
 from pgcheck.errors import EstimatorError, NotFiniteError, PgcheckError, in_words
 from pgcheck.estimators.base import Estimator
 from pgcheck.trajectories import Trajectories
 
 
 def evaluated(estimator: Estimator, batch: Batch) -> Any:
-    """Whatever the estimator returns for a batch.
+    """Whatever the estimator returns for a batch; of a composition, before its mask.
 
     Raises:
         EstimatorError: it raised something of its own.
     """
+    fn = getattr(estimator.coefficients, "unmasked", estimator.coefficients)
     try:
-        return estimator.coefficients(batch)
+        return fn(batch)
     except PgcheckError:
         raise
     except LogitsNotAsked:
@@ -34,7 +35,7 @@ def evaluated(estimator: Estimator, batch: Batch) -> Any:
             f"estimator '{estimator.name}' reads batch.logits, which is there for estimators made with leaf=\"logits\"."
         ) from None
     except Exception as error:
-        where = f"on batches [..., B, T] = {list(batch.reward.shape)}"
+        where = f"on batches [..., B, T] = {list(batch.shape)}"
         raise EstimatorError(f"estimator '{estimator.name}' raises {where}: {in_words(error)}") from error
 
 
@@ -45,11 +46,21 @@ def coefficients_of(estimator: Estimator, batch: Batch) -> Tensor:
         EstimatorError: not a tensor, wrong shape, or an exception of its own.
         NotFiniteError: NaN or infinity, showing the first such batch.
     """
+    c = unmasked_coefficients(estimator, batch)
+    return c * (batch.mask if estimator.leaf == "logp" else batch.mask.unsqueeze(-1))
+
+
+def unmasked_coefficients(estimator: Estimator, batch: Batch) -> Tensor:
+    """The same, finite everywhere, with anything where the policy did not act.
+
+    Raises:
+        EstimatorError, NotFiniteError: as `coefficients_of`.
+    """
     c = evaluated(estimator, batch)
     if not isinstance(c, Tensor):
         what = "None" if c is None else type(c).__name__
         raise EstimatorError(f"estimator '{estimator.name}' returned {what}, not a torch tensor.")
-    expected = tuple(batch.reward.shape) + ((batch.logits.shape[-1],) if estimator.leaf == "logits" else ())
+    expected = tuple(batch.shape) + ((batch.logits.shape[-1],) if estimator.leaf == "logits" else ())
     if tuple(c.shape) != expected:
         raise EstimatorError(
             f"estimator '{estimator.name}' returned coefficients of shape {list(c.shape)}, expected {list(expected)}, one for"
@@ -57,13 +68,17 @@ def coefficients_of(estimator: Estimator, batch: Batch) -> Tensor:
         )
     if c.is_complex():
         raise EstimatorError(f"estimator '{estimator.name}' returned complex coefficients; they must be real.")
-    mask = batch.mask if estimator.leaf == "logp" else batch.mask.unsqueeze(-1)
-    if bool(torch.isfinite(c.sum())):  # then every term is
-        return c * mask
-    c = torch.where(mask > 0, c, 0.0)
+    if bool(torch.isfinite(narrowed(c).sum())):  # then every term is
+        return c
+    c = torch.where((batch.mask if estimator.leaf == "logp" else batch.mask.unsqueeze(-1)) > 0, c, 0.0)
     if not bool(torch.isfinite(c).all()):
         raise NotFiniteError(_not_finite(estimator, batch, c))
     return c
+
+
+def per_row(c: Tensor) -> Tensor | None:
+    """`[..., B]` of coefficients `[..., B, T]` that are one number a row, repeated in the same memory."""
+    return c[..., 0] if c.stride(-1) == 0 else None
 
 
 def _not_finite(estimator: Estimator, batch: Batch, c: Tensor) -> str:

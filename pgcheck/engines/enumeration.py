@@ -58,6 +58,29 @@ def unrank_multisets(rank: Ints, n: int, size: int) -> Ints:
     return out
 
 
+def every_multiset(p: Floats, size: int) -> tuple[Ints, Floats]:
+    """All multisets of `size` out of n in the order of their ranks, `[C, size]`, and the multinomial probability of each under
+    `p` `[n]`.
+
+    In that order the multisets whose largest element is c are those of `size` − 1 elements of 0 … c, which come first among
+    their own, with c added; k!/Π m_j! gets the factor k / (how often c is in it by then).
+    """
+    n = len(p)
+    rows, weight, times = np.empty((1, 0), dtype=np.int64), np.ones(1), np.zeros(1)  # times: of the largest element
+    for k in range(1, size + 1):
+        prefix = [count_multisets(c + 1, k - 1) for c in range(n)]
+        before, w, run = rows, weight, times
+        rows, weight, times = np.empty((sum(prefix), k), dtype=np.int64), np.empty(sum(prefix)), np.ones(sum(prefix))
+        low = 0
+        for c, (m, smaller) in enumerate(zip(prefix, [0, *prefix], strict=False)):
+            at = slice(low, low + m)
+            rows[at, : k - 1], rows[at, k - 1] = before[:m], c
+            times[low + smaller : low + m] = run[smaller:m] + 1 if k > 1 else 1
+            weight[at] = w[:m] * (k * p[c]) / times[at]
+            low += m
+    return rows, weight
+
+
 def unrank_tuples(rank: Ints, n: int, size: int) -> Ints:
     """Tuples number `rank` `[M]` in base n, `[M, size]`."""
     out = np.empty((len(rank), size), dtype=np.int64)
@@ -113,14 +136,25 @@ class GroupOutcomes:
 
     def rows(self, number: Ints) -> tuple[Ints, Floats]:
         """Rollouts `[M, size]` and probability `[M]` of outcomes `number` `[M]`."""
-        if self.count <= _TABLE_LIMIT:
-            rows, weight = self._table
-            return rows[number], weight[number]
-        return self._make(number)
+        if self.table is None:
+            return self._make(number)
+        rows, weight = self.table
+        return rows[number], weight[number]
 
     @cached_property
-    def _table(self) -> tuple[Ints, Floats]:
-        return self._make(np.arange(self.count))
+    def table(self) -> tuple[Ints, Floats] | None:
+        """The rows and probabilities of all outcomes, if they can be kept."""
+        if self.count > _TABLE_LIMIT:
+            return None
+        if self.ordered:
+            return self._make(np.arange(self.count))
+        rows, weight = np.empty((self.count, self.size), dtype=np.int64), np.empty(self.count)
+        for s, members in enumerate(self.members):
+            at = slice(self.offsets[s], self.offsets[s + 1])
+            local, weight[at] = every_multiset(self.probability[members], self.size)
+            weight[at] *= self.start_probability[s]
+            rows[at] = members[local]
+        return rows, weight
 
     def _make(self, number: Ints) -> tuple[Ints, Floats]:
         rows = np.empty((len(number), self.size), dtype=np.int64)
@@ -174,6 +208,11 @@ class Batches:
 
     def blocks(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Blocks of (rollouts `[M, B]`, probability `[M]`), M ≤ `size`."""
+        (outcomes, groups, _), *others = self._classes
+        if len(groups) == 1 and not others and outcomes.table is not None:
+            rows, weight = map(torch.from_numpy, outcomes.table)
+            yield from zip(rows.split(size), weight.split(size), strict=True)
+            return
         for low in range(0, self.count, size):
             yield self.block(np.arange(low, min(low + size, self.count)))
 

@@ -9,7 +9,8 @@
 
 One block at a time: index rows → gather → coefficients of every estimator on the same batches → scatter to contexts and
 actions, C[k,a] = Σ_(i,t) c[i,t] 1[k_it = k, a_it = a] → moments of C by one matrix product. ĝ = L C is linear with
-L = I − π(·|k)1ᵀ in each context, so E ĝ = L E C and Cov ĝ = L Cov C Lᵀ at the end, once.
+L = I − π(·|k)1ᵀ in each context, so E ĝ = L E C and Cov ĝ = L Cov C Lᵀ at the end, once. Coefficients that are one number
+a row skip the positions (`pgcheck.engines.scores`).
 
 Guarantee: no sampling, no seed; float64 with compensated block sums, so that a true zero comes out near 1e-15. What an
 estimator declares (`couples`, no dependence on the order of rows) is verified by substitution before it is relied on.
@@ -20,16 +21,25 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from pgcheck.engines.coefficients import cells_of, coefficients_of, gradient_map, scattered, step_sums
+from pgcheck.engines.coefficients import (
+    cells_of,
+    gradient_map,
+    per_row,
+    scattered,
+    step_sums,
+    unmasked_coefficients,
+)
 from pgcheck.engines.declarations import row_order_is_free, verify_couples, verify_purity, verify_reads
 from pgcheck.engines.enumeration import Batches
 from pgcheck.engines.lumped import lump, lumped_sums
 from pgcheck.engines.moments import Moments, Progress, Sums, covariance_from
+from pgcheck.engines.scores import Draws, RowSums, Scores, compensated_add
 from pgcheck.engines.threads import one_thread
 from pgcheck.engines.traces import accumulate_traces, keeps_covariance, lumped_traces
 from pgcheck.errors import BudgetError, NotFiniteError, UsageError, names_problem
@@ -148,57 +158,108 @@ def accumulate(
     `by_start`: also Cov_s(E[x | s]), for batches of one row.
     """
     logits = estimators[0].leaf == "logits"
-    cells, starts = table.contexts * table.actions, len(table.paths.start_probability) if by_start else 1
-    per_position = (table.actions,) if logits else ()
-    first = [torch.zeros(starts, cells, dtype=torch.float64) for _ in estimators]
-    lost = [torch.zeros_like(f) for f in first]
-    second = [torch.zeros(cells, cells, dtype=torch.float64) for _ in estimators]
-    of_rollout = [torch.zeros(len(table), table.paths.steps, *per_position, dtype=torch.float64) for _ in estimators]
     block = max(64, _BLOCK_ELEMENTS // (len(batches.labels) * table.paths.steps))
+    scores = None if logits else Scores.of(table)
+    by_position = [_PositionSums(table, logits=logits, by_start=by_start) for _ in estimators]
+    by_row: dict[int, RowSums] = {}
     done, began = 0, time.monotonic()
     for index, weight in batches.blocks(block):
         batch = table.batch(index, batches.labels, logits=logits)
-        cell = cells_of(table, index, logits=logits)
-        start = table.paths.start[index[:, 0]] if by_start else None
-        sparse = not logits and _PAIR_COST * cell.shape[1] ** 2 < cells**2
-        pairs = (cell.unsqueeze(2) * cells + cell.unsqueeze(1)).flatten() if sparse else cell
+        here, draws = _Block(table, index, weight.unsqueeze(-1), logits), Draws(index, weight)
         for j, e in enumerate(estimators):
-            c = coefficients_of(e, batch).to(torch.float64)
-            x = scattered(c, cell, cells)
-            wx = x * weight.unsqueeze(-1)
-            of_start = wx.sum(0, keepdim=True) if start is None else torch.zeros_like(first[j]).index_add_(0, start, wx)
-            compensated_add(first[j], lost[j], of_start)
-            if sparse:  # x = Σ c e_cell, so that x xᵀ = Σ c c' e_cell e_cell'ᵀ
-                flat = c.flatten(1)
-                products = flat.unsqueeze(2) * (flat * weight.unsqueeze(-1)).unsqueeze(1)
-                second[j].view(-1).index_add_(0, pairs, products.flatten())
-            else:
-                second[j] += x.T @ wx
-            weighted = c * weight.reshape(-1, *[1] * (c.dim() - 1))
-            of_rollout[j].index_add_(0, index.flatten(), weighted.flatten(0, 1))
+            c = unmasked_coefficients(e, batch).to(torch.float64)
+            w = per_row(c)
+            if w is None or scores is None:
+                by_position[j].add(c * (batch.mask if not logits else batch.mask.unsqueeze(-1)), here)
+                continue
+            if j not in by_row:
+                by_row[j] = RowSums(scores, index.shape[1], batches.count)
+            by_row[j].add(w, draws)
         done += len(index)
         if progress is not None and time.monotonic() - began > 2.0:
             progress(name, done, batches.count)
-    to_gradient = gradient_map(table, logits=logits)
-    out = []
-    for j in range(len(estimators)):
-        given = (first[j] + lost[j]) @ to_gradient.T  # [starts, K·A]: P(s) E[x|s]
+    return [s.finished(batches.count, by_row.get(j)) for j, s in enumerate(by_position)]
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Some batches, and what every estimator needs of them."""
+
+    table: Trajectories
+    index: Tensor  # [M, B]
+    weight: Tensor  # [M, 1] probability
+    logits: bool
+
+    @cached_property
+    def cell(self) -> Tensor:
+        """Of each coefficient, `[M, n]`."""
+        return cells_of(self.table, self.index, logits=self.logits)
+
+    @cached_property
+    def pairs(self) -> Tensor:
+        """Of each two coefficients of a batch, the cell among (K·A)²."""
+        cells = self.table.contexts * self.table.actions
+        return (self.cell.unsqueeze(2) * cells + self.cell.unsqueeze(1)).flatten()
+
+    @cached_property
+    def start(self) -> Tensor:
+        """Of the first row, `[M]`."""
+        return self.table.paths.start[self.index[:, 0]]
+
+
+class _PositionSums:
+    """What is summed of one estimator whose coefficients differ from position to position."""
+
+    def __init__(self, table: Trajectories, *, logits: bool, by_start: bool) -> None:
+        self.table, self.logits, self.by_start = table, logits, by_start
+        cells, starts = table.contexts * table.actions, len(table.paths.start_probability) if by_start else 1
+        per_position = (table.actions,) if logits else ()
+        self.first = torch.zeros(starts, cells, dtype=torch.float64)
+        self.lost = torch.zeros_like(self.first)
+        self.second = torch.zeros(cells, cells, dtype=torch.float64)
+        self.of_rollout = torch.zeros(len(table), table.paths.steps, *per_position, dtype=torch.float64)
+
+    def add(self, c: Tensor, here: _Block) -> None:
+        """Batches with coefficients `[M, B, T]` (or `[M, B, T, A]`)."""
+        cells = len(self.second)
+        x = scattered(c, here.cell, cells)
+        wx = x * here.weight
+        self.add_first(wx.sum(0, keepdim=True) if not self.by_start else wx, here.start if self.by_start else None)
+        flat = c.flatten(1)
+        weighted = flat * here.weight
+        if not self.logits and _PAIR_COST * here.cell.shape[1] ** 2 < cells**2:
+            # x = Σ c e_cell, so that x xᵀ = Σ c c' e_cell e_cell'ᵀ
+            products = flat.unsqueeze(2) * weighted.unsqueeze(1)
+            self.second.view(-1).index_add_(0, here.pairs, products.flatten())
+        else:
+            self.second += x.T @ wx
+        self.of_rollout.index_add_(0, here.index.flatten(), weighted.view(c.shape).flatten(0, 1))
+
+    def add_first(self, x: Tensor, start: Tensor | None) -> None:
+        of_start = x if start is None else torch.zeros_like(self.first).index_add_(0, start, x)
+        compensated_add(self.first, self.lost, of_start)
+
+    def finished(self, evaluated: int, rows: RowSums | None) -> Sums:
+        """With the batches that `rows` has summed."""
+        table, cells = self.table, len(self.second)
+        to_gradient = gradient_map(table, logits=self.logits)
+        first, of_rollout, second = self.first + self.lost, self.of_rollout, to_gradient @ self.second @ to_gradient.T
+        if rows is not None:
+            spent = rows.mean_weights().unsqueeze(-1) * table.paths.mask  # [N, T]
+            of_rollout = of_rollout + spent
+            place = table.cell + (table.paths.start.unsqueeze(-1) * cells if self.by_start else 0)
+            first = first + torch.zeros_like(first).view(-1).index_add_(0, place.flatten(), spent.flatten()).view_as(
+                first
+            )
+            second = second + rows.second(table.actions)
+        given = first @ to_gradient.T  # [starts, K·A]: P(s) E[x|s]
         mean = given.sum(0)
         between = torch.zeros(cells, cells, dtype=torch.float64)
-        if by_start:
+        if self.by_start:
             some = table.paths.start_probability > 0
             q = table.paths.start_probability[some].unsqueeze(-1)
             between = (given[some] / q).T @ given[some] - torch.outer(mean, mean)
-        by_step = step_sums(of_rollout[j], table) @ to_gradient.T
-        out.append(Sums(mean, to_gradient @ second[j] @ to_gradient.T, between, batches.count, by_step))
-    return out
-
-
-def compensated_add(total: Tensor, lost: Tensor, x: Tensor) -> None:
-    """Neumaier's sum: `lost` collects what `total` rounds away."""
-    new = total + x
-    lost += torch.where(total.abs() >= x.abs(), (total - new) + x, (x - new) + total)
-    total.copy_(new)
+        return Sums(mean, second, between, evaluated, step_sums(of_rollout, table) @ to_gradient.T)
 
 
 def _assemble(estimator: Estimator, problem: Problem, parts: dict[int, Sums]) -> Moments:

@@ -15,7 +15,7 @@ Guarantee: the same moments as the enumeration of multisets, to rounding; `reads
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pgcheck.batch import Batch
-from pgcheck.engines.coefficients import cells_of, coefficients_of, gradient_map, scattered, step_sums
+from pgcheck.engines.coefficients import coefficients_of, gradient_map, scattered, step_sums
 from pgcheck.engines.enumeration import arrangements, count_multisets, unrank_multisets
 from pgcheck.engines.moments import Progress, Sums
 from pgcheck.errors import EstimatorError
@@ -91,71 +91,103 @@ def lump(estimator: Estimator, table: Trajectories, sizes: Sequence[int]) -> Lum
     return Lumps(tuple(starts), sizes[0])
 
 
+@dataclass(frozen=True)
+class OwnRows:
+    """Some count vectors m of one start, V of them. For each m and each class k in it there is a *pair*, Q of them; and for
+    each rollout n of the class an *evaluation*, the coefficients of a row with rollout n in a group that m describes. The P
+    evaluations come pair by pair, and pairs come vector by vector."""
+
+    chance: Tensor  # [V] P(m), the start included
+    vector: Tensor  # [Q] the number of m
+    times: Tensor  # [Q] m_k
+    pair: Tensor  # [P] the number of the pair
+    rollout: Tensor  # [P] n
+    inside: Tensor  # [P] P(n | k)
+    coefficients: Tensor  # [P, T], or [P, T, A]; 0 where the policy does not act
+
+    @property
+    def pair_weight(self) -> Tensor:
+        """P(m) m_k, `[Q]`."""
+        return self.chance[self.vector] * self.times
+
+    @property
+    def weight(self) -> Tensor:
+        """P(m) m_k P(n | k), `[P]`."""
+        return self.pair_weight[self.pair] * self.inside
+
+    def over_pairs(self, x: Tensor) -> Tensor:
+        """Σ_n P(n | k) x, `[Q, …]`, of `x` `[P, …]`."""
+        y = x * self.inside.unsqueeze(-1)
+        return torch.zeros(len(self.vector), x.shape[1], dtype=x.dtype).index_add_(0, self.pair, y)
+
+    def over_vectors(self, mu: Tensor) -> Tensor:
+        """Σ_k m_k μ_k, `[V, …]`, of `mu` `[Q, …]`."""
+        y = mu * self.times.unsqueeze(-1)
+        return torch.zeros(len(self.chance), mu.shape[1], dtype=mu.dtype).index_add_(0, self.vector, y)
+
+
+def own_rows(
+    estimator: Estimator, table: Trajectories, lumps: Lumps, *, numbers: int, progress: Progress | None = None
+) -> Iterator[OwnRows]:
+    """Every evaluation that there is, in blocks; `numbers` are kept of one beside its coefficients, and of a pair."""
+    logits = estimator.leaf == "logits"
+    positions = lumps.size * table.paths.steps * (table.actions if logits else 1)
+    label = torch.zeros(lumps.size, dtype=torch.int64)
+    done = 0
+    for s in lumps.starts:
+        C, G = len(s.members), lumps.size
+        size = np.array([len(m) for m in s.members])
+        low_of = np.cumsum(size) - size  # where each class begins among the rollouts
+        chance_of = table.behavior_probability.numpy()[s.rollouts]
+        law = np.add.reduceat(chance_of, low_of)
+        inside = chance_of / np.repeat(law, size)
+        total = count_multisets(C, G)
+        block = max(1, _BLOCK_ELEMENTS // (len(s.rollouts) * max(positions, numbers)))
+        for low in range(0, total, block):
+            rows = unrank_multisets(np.arange(low, min(low + block, total)), C, G)  # classes of the G rows, sorted
+            count = (rows[:, None, :] == np.arange(C)[:, None]).sum(-1)
+            vector, k = np.nonzero(count)
+            place = (np.cumsum(count, 1) - count)[vector, k]  # the own row stands where its class first occurs
+            pair = np.repeat(np.arange(len(k)), size[k])
+            number = np.arange(len(pair)) + np.repeat(low_of[k] - np.cumsum(size[k]) + size[k], size[k])
+            index = s.rollouts[low_of][rows[vector]][pair]  # representatives
+            at = np.arange(len(pair)), place[pair]
+            index[at] = s.rollouts[number]
+            batch = table.batch(torch.from_numpy(index), label, logits=logits)
+            c = coefficients_of(estimator, batch)[torch.from_numpy(at[0]), torch.from_numpy(at[1])]
+            yield OwnRows(
+                chance=torch.from_numpy(s.probability * arrangements(rows) * law[rows].prod(1)),
+                vector=torch.from_numpy(vector),
+                times=torch.from_numpy(count[vector, k].astype(float)),
+                pair=torch.from_numpy(pair),
+                rollout=torch.from_numpy(s.rollouts[number]),
+                inside=torch.from_numpy(inside[number]),
+                coefficients=c.to(torch.float64),
+            )
+            done += len(pair)
+            if progress is not None:
+                progress(f"{estimator.name}: class counts", done, lumps.evaluations)
+
+
 def lumped_sums(estimator: Estimator, table: Trajectories, lumps: Lumps, progress: Progress | None = None) -> Sums:
     """E x and E x xᵀ of one group."""
     logits = estimator.leaf == "logits"
     cells = table.contexts * table.actions
-    mean, second = torch.zeros(cells, dtype=torch.float64), torch.zeros(cells, cells, dtype=torch.float64)
-    per_position = (table.actions,) if logits else ()
-    of_rollout = torch.zeros(len(table), table.paths.steps, *per_position, dtype=torch.float64)
-    done = 0
-    for s in lumps.starts:
-        C, G = len(s.members), lumps.size
-        total = count_multisets(C, G)
-        block = max(1, _BLOCK_ELEMENTS // (len(s.rollouts) * G * table.paths.steps))
-        mass = [table.behavior_probability[torch.from_numpy(m)] for m in s.members]
-        law = np.array([float(q.sum()) for q in mass])
-        for low in range(0, total, block):
-            rows = unrank_multisets(np.arange(low, min(low + block, total)), C, G)  # classes of the G rows, sorted
-            chance = torch.from_numpy(s.probability * arrangements(rows) * law[rows].prod(1))
-            expected = torch.zeros(len(rows), cells, dtype=torch.float64)
-            spread = torch.zeros(cells, cells, dtype=torch.float64)
-            for k, members in enumerate(s.members):
-                count = (rows == k).sum(1)
-                has = count > 0
-                if not has.any():
-                    continue
-                c = own_coefficients(estimator, table, s, rows[has], k, logits)  # [m, n, T]
-                cell = cells_of(table, torch.from_numpy(members).unsqueeze(-1), logits=logits).repeat(len(c), 1)
-                x = scattered(c.flatten(0, 1).flatten(1), cell, cells).unflatten(0, c.shape[:2])  # [m, n, cells]
-                inside = mass[k] / mass[k].sum()
-                mu = (inside.unsqueeze(-1) * x).sum(1)
-                times = torch.from_numpy(count[has].astype(float))
-                at = torch.from_numpy(np.flatnonzero(has))
-                own = inside.reshape(-1, *[1] * (c.dim() - 2))
-                of_rollout[torch.from_numpy(members)] += own * torch.tensordot(chance[at] * times, c, dims=1)
-                expected[at] += times.unsqueeze(-1) * mu
-                centred = (x - mu.unsqueeze(1)) * inside.sqrt().unsqueeze(-1)
-                weighted = centred * (chance[at] * times).sqrt().reshape(-1, 1, 1)
-                flat = weighted.reshape(-1, cells)
-                spread += flat.T @ flat
-                done += len(x) * len(members)
-            mean += chance @ expected
-            second += expected.T @ (expected * chance.unsqueeze(-1)) + spread
-            if progress is not None:
-                progress(f"{estimator.name}: class counts", done, lumps.evaluations)
+    place = table.logit_cells if logits else table.cell
+    second = torch.zeros(cells, cells, dtype=torch.float64)
+    of_rollout = torch.zeros(len(table), *place.shape[1:], dtype=torch.float64)
+    for own in own_rows(estimator, table, lumps, numbers=cells, progress=progress):
+        c, weight = own.coefficients, own.weight
+        of_rollout.index_add_(0, own.rollout, c * weight.reshape(-1, *[1] * (c.dim() - 1)))
+        x = scattered(c, place[own.rollout].flatten(1), cells)
+        mu = own.over_pairs(x)
+        expected = own.over_vectors(mu)
+        centred = x - mu[own.pair]
+        second += expected.T @ (expected * own.chance.unsqueeze(-1)) + centred.T @ (centred * weight.unsqueeze(-1))
     to_gradient = gradient_map(table, logits=logits)
-    between = torch.zeros_like(second)
     by_step = step_sums(of_rollout, table) @ to_gradient.T
-    return Sums(to_gradient @ mean, to_gradient @ second @ to_gradient.T, between, lumps.evaluations, by_step)
-
-
-def own_coefficients(
-    estimator: Estimator, table: Trajectories, start: StartClasses, rows: NDArray[np.int64], k: int, logits: bool
-) -> Tensor:
-    """Coefficients `[m, n, T]` (or `[m, n, T, A]`) of a row of class k, for every rollout n of it, given the classes `rows`
-    `[m, G]`."""
-    first = np.array([members[0] for members in start.members])
-    own = start.members[k]
-    others = first[rows]  # representatives
-    place = (rows == k).argmax(1)  # the own row stands where its class first occurs
-    index = np.repeat(others[:, None, :], len(own), axis=1)
-    index[np.arange(len(rows))[:, None], np.arange(len(own)), place[:, None]] = own
-    index = index.reshape(-1, rows.shape[1])
-    batch = table.batch(torch.from_numpy(index), torch.zeros(rows.shape[1], dtype=torch.int64), logits=logits)
-    c = coefficients_of(estimator, batch)
-    at = torch.from_numpy(np.repeat(place, len(own)))
-    return c[torch.arange(len(at)), at].to(torch.float64).unflatten(0, (len(rows), len(own)))
+    between = torch.zeros_like(second)
+    return Sums(by_step.sum(0), to_gradient @ second @ to_gradient.T, between, lumps.evaluations, by_step)
 
 
 def substituted(lumps: Lumps, number: int, *, seed: int) -> tuple[Tensor, Tensor]:

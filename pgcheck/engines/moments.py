@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from pgcheck.errors import UsageError
 from pgcheck.policies.tabular import in_parameters, logit_gram, logit_jacobian
+from pgcheck.statistics.guarded import Scores
 from pgcheck.statistics.sequential import Interval, Judgement
+from pgcheck.statistics.variance import Pairs
 
 Progress = Callable[[str, int, int], None]
 # (what, batches done, batches in all): called between blocks of anything that has run for two seconds
@@ -61,6 +63,10 @@ class Moments:
     # of sampled moments, by name: scale, rel, bias, off_axis, variance, mse, snr; 95%, NaN where the tails allow none
     judgements: Mapping[float | None, Judgement] = field(default_factory=dict)
     # of sampled moments, for each κ that E ĝ = κ ∇J was judged at, None for "some κ > 0"
+    pairs: Pairs | None = None
+    # of sampled moments: ‖ĝ − E ĝ‖² beside that of the estimator it was compared to, draw by draw
+    scores: Scores | None = None  # of sampled moments: what an account keeps of each draw (`pgcheck.engines.accounts`)
+    first: Tensor | None = None  # of sampled moments: the mean of the first grain of draws, [P]
     view: View | None = None  # None: in logits
 
     @property

@@ -6,20 +6,24 @@ A draw is one whole batch (`pgcheck.sampling`). Draws are evaluated in grains of
 estimator whose judges have all decided is not evaluated any more.
 
 Guarantee: what is found of an estimator is a function of (problem, seed, settings) to the bit, whatever is judged beside it,
-however many grains are done between checkpoints, and whether it was interrupted; memory does not grow with the draws.
+however many grains are done between checkpoints, in how many processes, and whether it was interrupted; memory does not grow
+with the draws.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,12 +32,15 @@ from pgcheck.engines.coefficients import cells_of, coefficients_of, scattered
 from pgcheck.engines.declarations import verify_purity
 from pgcheck.engines.moments import Moments, Progress
 from pgcheck.engines.threads import one_thread
+from pgcheck.engines.workers import Workers, check_workers
 from pgcheck.errors import BudgetError, NotFiniteError, UsageError, names_problem
 from pgcheck.estimators.base import Estimator
 from pgcheck.estimators.from_loss import LossCoefficients
 from pgcheck.problem import Problem
 from pgcheck.sampling import Sampler, as_device
+from pgcheck.statistics.guarded import Floats
 from pgcheck.statistics.sequential import GRAIN, SHARE, Interval, Judge, Settings
+from pgcheck.statistics.variance import Pairs
 from pgcheck.trajectories import SideTable, Trajectories, is_count
 
 DEFAULT_DRAWS = 262_144  # most draws of one problem
@@ -119,6 +126,8 @@ class Sampling:
         alpha: P(some correct estimator of the run fails); each check gets 1/1024 of it, so that one more moves no other's.
         beta: P(an estimator whose bias is δ ‖∇J‖ passes), for each check.
         device: where coefficients are evaluated, as torch names it.
+        workers: processes that evaluate draws; any number gives the same bytes.
+        checkpoint: a folder that keeps how far each problem is, so that a run that was cut off goes on from there.
         directions: random ones along which estimates are seen where there are too many logits and parameters.
     """
 
@@ -128,10 +137,12 @@ class Sampling:
     alpha: float = 1e-6
     beta: float = 1e-3
     device: str = "cpu"
+    workers: int = 1
+    checkpoint: Path | str | None = None
     directions: int = 32
 
     def __post_init__(self) -> None:
-        _check_counts(seed=self.seed, draws=self.draws, directions=self.directions)
+        _check_counts(seed=self.seed, draws=self.draws, workers=self.workers, directions=self.directions)
         if not (isinstance(self.tolerance, (int, float)) and 0 < self.tolerance < 1):
             raise UsageError(
                 f"tolerance: {self.tolerance!r}; no finite sample shows that a bias is 0, so it must lie between 0 and 1. The"
@@ -147,6 +158,23 @@ class Sampling:
         """Of one check."""
         return Settings(rtol=self.tolerance, alpha=self.alpha / SHARE, beta=self.beta)
 
+    def file_of(self, problem: Problem, estimators: Sequence[Estimator]) -> Path | None:
+        """Where it is kept how far these estimators are on this problem.
+
+        Raises:
+            UsageError: `checkpoint` is no folder, and cannot be made one.
+        """
+        if self.checkpoint is None:
+            return None
+        folder = Path(self.checkpoint)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"checkpoint: {folder} cannot be a folder ({type(error).__name__}).") from None
+        names = "|".join([problem.name, *(e.name for e in estimators)])
+        key = hashlib.sha256(names.encode()).hexdigest()[:8]
+        return folder / f"{re.sub(r'[^A-Za-z0-9_.@-]+', '-', problem.name)}.{key}.checkpoint"
+
 
 @one_thread()
 @names_problem
@@ -155,12 +183,14 @@ def monte_carlo(
     problem: Problem,
     *,
     scales: Sequence[Sequence[Scale]] | None = None,
+    beside: int | None = None,
     settings: Settings | None = None,
     seed: int = 0,
     draws: int = DEFAULT_DRAWS,
     space: Space | None = None,
     device: str = "cpu",
     block: int = 16,
+    workers: int = 1,
     checkpoint: Path | None = None,
     progress: Progress | None = None,
 ) -> list[Moments]:
@@ -168,21 +198,24 @@ def monte_carlo(
 
     Args:
         scales: for each estimator the κ of claims E ĝ = κ ∇J to judge, None for "some κ > 0"; without any, all draws are used.
+        beside: number of the estimator that the others' variance is compared to, draw by draw (`Moments.pairs`).
         settings: tolerance and error rates of every judge.
         draws: most draws; rounded up to whole grains of 1024.
         space: where the verdict is given; default, logits.
         device: where coefficients are evaluated, as torch names it.
         block: grains between two checkpoints, and calls of `progress`.
+        workers: processes that evaluate grains; this one judges them.
         checkpoint: a file that is written after each block, and from which a run that was cut off goes on.
 
     Raises:
-        UsageError: `seed`, `draws` or `block` is no count; too few draws to look once; a checkpoint of another run.
+        UsageError: `seed`, `draws`, `block` or `workers` is no count; too few draws to look once; a checkpoint of another run.
         BudgetError: more coordinates than fit; the problem's `needs` cannot be sampled.
         EstimatorError: random, stateful, or of the wrong shape.
         NotFiniteError: NaN or infinity, with the draw that shows it.
     """
+    _check_counts(seed=seed, draws=draws, block=block, workers=workers)
+    check_workers(workers, device)
     settings, device = settings or Settings(), as_device(device)
-    _check_counts(seed=seed, draws=draws, block=block)
     scales = [()] * len(estimators) if scales is None else scales
     if any(scales) and draws < settings.first_look:
         raise UsageError(
@@ -199,17 +232,18 @@ def monte_carlo(
         )
     if float(where.reference.norm()) <= _ROUNDING * problem.reward_size:
         scales = [()] * len(estimators)
-    run = _Run(estimators, problem, where, seed, device, settings, scales)
+    run = _Run(estimators, problem, where, seed, device, settings, scales, beside)
     last = -(-draws // GRAIN)
     if checkpoint is not None:
         run.resume(checkpoint, draws=last * GRAIN)
-    while run.active and run.grain < last:
-        for _ in range(min(block, last - run.grain)):
-            run.step()
-        if checkpoint is not None:
-            run.save(checkpoint, draws=last * GRAIN)
-        if progress is not None:
-            _tell(run, progress, last * GRAIN)
+    with run.in_processes(workers, last):
+        while run.active and run.grain < last:
+            for _ in range(min(block, last - run.grain)):
+                run.step()
+            if checkpoint is not None:
+                run.save(checkpoint, draws=last * GRAIN)
+            if progress is not None:
+                _tell(run, progress, last * GRAIN)
     return [run.found(i) for i in range(len(estimators))]
 
 
@@ -220,6 +254,16 @@ def _check_counts(**given: Any) -> None:
             raise UsageError(f"{name}: {x!r}; it must be an integer of at least {least}.")
 
 
+@dataclass(frozen=True)
+class _Grain:
+    """What one grain of draws has to say of an estimator."""
+
+    x: Tensor  # [GRAIN, P]
+    r: Tensor | None  # an unbiased estimate of ∇J drawn beside each
+    account: Account
+    paired: Account | None
+
+
 @dataclass
 class _Lane:
     """One estimator: what is known of it."""
@@ -228,19 +272,58 @@ class _Lane:
     judges: dict[Scale, Judge]
     account: Account | None = None
     paired: Account | None = None  # of x − r + reference, where an estimate r of ∇J is drawn beside x
-    centre: Tensor | None = None
+    centre: Tensor | None = None  # the mean of the first grain
+    pairs: Pairs | None = None  # ‖x − centre‖² beside that of the estimator that it is compared to
 
-    def take(self, x: Tensor, r: Tensor | None, reference: Tensor, grain: int) -> None:
-        if self.centre is None:
-            self.centre = x.mean(0)
+    def centre_of(self, x: Tensor) -> Tensor:
+        """The mean of the first grain, which x is if there was none before."""
+        return x.mean(0) if self.centre is None else self.centre
+
+    def evaluated(self, x: Tensor, r: Tensor | None, reference: Tensor, grain: int) -> _Grain:
+        """What is to be taken of a grain with number `grain`."""
         gram = grain % max(1, 2 ** max(grain.bit_length() - 1, 0) // _GRAMS) == 0
-        new = Account.of(x, reference, centre=self.centre, gram=gram)
-        self.account = new if self.account is None else self.account.merge(new)
-        if r is not None:
-            new = Account.of(x - r + reference, reference, centre=reference, gram=gram)
-            self.paired = new if self.paired is None else self.paired.merge(new)
+        account = Account.of(x, reference, centre=self.centre_of(x), gram=gram and not (self._judged and r is None))
+        if r is None:
+            return _Grain(x, None, account, None)
+        paired = Account.of(x - r + reference, reference, centre=reference, gram=gram and not self._judged)
+        return _Grain(x, r, account, paired)
+
+    def pair(self, squares: Floats, of_other: Floats) -> None:
+        """Squared distances of the next grain, and those of the other."""
+        new = Pairs.of(squares, of_other)
+        self.pairs = new if self.pairs is None else self.pairs.merge(new)
+
+    def take(self, new: _Grain) -> None:
+        """The next grain."""
+        self.centre = self.centre_of(new.x)
+        self.account = new.account if self.account is None else self.account.merge(new.account)
+        if new.paired is not None:
+            self.paired = new.paired if self.paired is None else self.paired.merge(new.paired)
         for κ, judge in self.judges.items():
-            judge.update(x, None if κ is None else r)
+            judge.update(new.x, None if κ is None else new.r)
+
+    @property
+    def _judged(self) -> bool:
+        """κ = 1 has a judge, whose spectrum is that of X − μ, or of X − r where r stands for μ."""
+        return 1.0 in self.judges
+
+    @property
+    def accounts(self) -> tuple[Account, Account | None]:
+        """That of X, and the paired one, each with its spectrum."""
+        account, paired = self.account, self.paired
+        assert account is not None
+        if self._judged and paired is None:
+            account = replace(account, spectrum=self.judges[1.0].spectrum)
+        elif self._judged and paired is not None:
+            paired = replace(paired, spectrum=self.judges[1.0].spectrum)
+        return account, paired
+
+    @property
+    def off_centre(self) -> float:
+        """‖E x − centre‖², by which E‖x − centre‖² is more than the variance."""
+        assert self.account is not None
+        assert self.centre is not None
+        return float((self.account.mean - self.centre).square().sum())
 
     @property
     def done(self) -> bool:
@@ -258,8 +341,10 @@ class _Run:
     device: str
     settings: Settings
     scales: Sequence[Sequence[Scale]]
+    beside: int | None = None
     grain: int = 0  # the next
     lanes: list[_Lane] = field(init=False)
+    _workers: Workers[dict[int, _Grain]] | None = field(init=False)
 
     def __post_init__(self) -> None:
         self.lanes = [
@@ -270,6 +355,8 @@ class _Run:
         self._samplers: dict[tuple[SideTable, ...], Sampler] = {
             n: self.problem.sampler(seed=self.seed, needs=n, device=self.device) for n in needs
         }
+        self._stack, self._workers = ExitStack(), None
+        self._processes, self._last, self._given = 1, 0, 0
         positions = self.problem.rows * self.problem.steps
         self._rows = GRAIN
         while self._rows > 1 and self._rows * positions > _BLOCK_ELEMENTS:
@@ -285,16 +372,54 @@ class _Run:
 
     @property
     def active(self) -> list[_Lane]:
+        """Those that are not judged yet."""
         return [lane for lane in self.lanes if not lane.done]
+
+    @property
+    def _undecided(self) -> list[int]:
+        return [i for i, lane in enumerate(self.lanes) if not lane.done]
 
     def step(self) -> None:
         """One grain, for every estimator that is not judged yet."""
-        active = self.active
-        for lane, (x, r) in zip(
-            active, self._estimates([a.estimator for a in active], self.grain * GRAIN, GRAIN), strict=True
-        ):
-            lane.take(x, r, self.reference, self.grain)
+        evaluated = self._next()
+        now = self._undecided
+        if self.beside in now:
+            of_other = self._squares(self.beside, evaluated[self.beside].x)
+            for i in now:
+                if i != self.beside:
+                    self.lanes[i].pair(self._squares(i, evaluated[i].x), of_other)
+        for i in now:
+            self.lanes[i].take(evaluated[i])
         self.grain += 1
+
+    def _squares(self, i: int, x: Tensor) -> Floats:
+        """‖x − c‖² of each draw."""
+        return np.asarray((x - self.lanes[i].centre_of(x)).square().sum(1).cpu().numpy())
+
+    def _next(self) -> dict[int, _Grain]:
+        if self._workers is None:
+            if self._processes == 1 or self.grain == 0:  # the first has the centres, which workers are to know
+                return self._evaluated(self.grain, self._undecided)
+            self._workers = self._stack.enter_context(Workers(self._processes, self._evaluated))
+            self._given = self.grain
+        while self._workers.hungry and self._given < self._last:
+            self._workers.give(self._given, self._undecided)
+            self._given += 1
+        return self._workers.take()
+
+    def _evaluated(self, grain: int, numbers: Sequence[int]) -> dict[int, _Grain]:
+        """What a grain is to be taken as, by number of the estimator."""
+        found = self._estimates([self.lanes[i].estimator for i in numbers], grain * GRAIN, GRAIN)
+        return {
+            i: self.lanes[i].evaluated(x, r, self.reference, grain) for i, (x, r) in zip(numbers, found, strict=True)
+        }
+
+    @contextmanager
+    def in_processes(self, count: int, last: int) -> Iterator[None]:
+        """Within, grains before `last` are evaluated by so many processes."""
+        self._processes, self._last = count, last
+        with self._stack:
+            yield
 
     def _estimates(self, estimators: Sequence[Estimator], first: int, count: int) -> list[tuple[Tensor, Tensor | None]]:
         """ĝ of draws number first … first + count − 1 of each estimator, `[count, P]`, and what is drawn beside it."""
@@ -338,40 +463,50 @@ class _Run:
     def found(self, i: int) -> Moments:
         """What is known of an estimator."""
         lane = self.lanes[i]
-        assert lane.account is not None
+        account, paired = lane.accounts
         fn = lane.estimator.coefficients
         how = fn.lane or "loop" if isinstance(fn, LossCoefficients) else "coefficients"
         in_logits = isinstance(self.space, LogitSpace)
         shape = tuple(self.problem.logits.shape) if in_logits else (1, len(self.reference))
-        found = lane.account.moments(
+        found = account.moments(
             self.reference,
             shape=shape,  # type: ignore[arg-type]
-            enumerated=lane.account.n,
+            enumerated=account.n,
             lane=how,
             policy=self.problem.policy if in_logits else None,
             seed=self.seed,
             judgements={κ: judge.verdict() for κ, judge in lane.judges.items()},
+            first=lane.centre,
         )
-        if lane.paired is not None:
-            found = _with_bias_of(found, lane.paired, self.reference)
-        return self.space.told(found, self.settings)
+        if paired is not None:
+            found = _with_bias_of(found, paired, self.reference)
+        found = self.space.told(found, self.settings)
+        # a sketch's variance is a guess of that of ĝ, whose error no pair of draws shows
+        sketched = found.view is not None and found.view.directions is not None
+        if sketched or lane.pairs is None or self.beside is None:
+            return found
+        return replace(found, pairs=lane.pairs.plus(-lane.off_centre, -self.lanes[self.beside].off_centre))
 
     # -- checkpoints
 
-    def _identity(self, draws: int) -> dict[str, Any]:
-        """What must be the same for a run to be gone on with; the first estimates stand for the estimators themselves."""
+    @cached_property
+    def _first_estimates(self) -> str:
         h = hashlib.sha256()
         for x, _ in self._estimates(self.estimators, 0, _FIRST):
             h.update(x.cpu().numpy().tobytes())
+        return h.hexdigest()
+
+    def _identity(self, draws: int) -> dict[str, Any]:
+        """What must be the same for a run to be gone on with; the first estimates stand for the estimators themselves."""
         return {
             "format": _FORMAT,
             "version": metadata.version("pgcheck"),
             "problem": self.problem.digest,
             "seed": self.seed,
             "draws": draws,
-            "settings": repr((self.settings, [list(x) for x in self.scales])),
+            "settings": repr((self.settings, [list(x) for x in self.scales], self.beside)),
             "estimators": [e.name for e in self.estimators],
-            "first estimates": h.hexdigest(),
+            "first estimates": self._first_estimates,
         }
 
     def save(self, path: Path, *, draws: int) -> None:
@@ -381,6 +516,7 @@ class _Run:
                 "account": None if a.account is None else a.account.state(),
                 "paired": None if a.paired is None else a.paired.state(),
                 "centre": a.centre,
+                "pairs": None if a.pairs is None else a.pairs.state(),
                 "judges": [j.state() for j in a.judges.values()],
             }
             for a in self.lanes
@@ -407,13 +543,14 @@ class _Run:
         here = self._identity(draws)
         for name, x in here.items():
             if there.get(name) != x:
-                was = f", {there.get(name)!r}, not {x!r}" if name != "first estimates" else ""
+                how = "are others" if name == "first estimates" else f"is {there.get(name)!r}, not {x!r}"
                 raise UsageError(
-                    f"checkpoint: {path} is of another run: its {name} differ{was}. Delete it, or name another file."
+                    f"checkpoint: {path} is of another run: its {name} {how}. Delete it, or keep this run elsewhere."
                 )
         self.grain = kept["grain"]
         for lane, state in zip(self.lanes, kept["lanes"], strict=True):
             lane.centre = state["centre"]
+            lane.pairs = None if state["pairs"] is None else Pairs.from_state(state["pairs"])
             lane.account, lane.paired = (
                 None if state[name] is None else Account.from_state(state[name]) for name in ("account", "paired")
             )

@@ -41,7 +41,9 @@ class Impurity:
     measured: float
 
 
-_DERIVED = ("clock", "discount_weight", "episode_return", "reward_to_go", "length", "ratio", "same_group")
+_DERIVED = (
+    "clock", "discount_weight", "episode_return", "reward_to_go", "length", "inverse_length", "ratio", "same_group",
+)  # fmt: skip
 
 
 def copied(batch: Batch) -> Batch:

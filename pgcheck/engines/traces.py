@@ -17,13 +17,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pgcheck.engines.coefficients import cells_of, coefficients_of, step_sums
-from pgcheck.engines.enumeration import Batches, arrangements, count_multisets, unrank_multisets
-from pgcheck.engines.lumped import Lumps, own_coefficients
+from pgcheck.engines.enumeration import Batches
+from pgcheck.engines.lumped import Lumps, own_rows
 from pgcheck.engines.moments import Progress, Sums
 from pgcheck.errors import BudgetError
 from pgcheck.estimators.base import Estimator
@@ -139,42 +138,19 @@ def _between(of_rollout: Tensor, table: Trajectories, *, logits: bool) -> Tensor
 def lumped_traces(estimator: Estimator, table: Trajectories, lumps: Lumps, progress: Progress | None = None) -> Sums:
     """As `pgcheck.engines.lumped.lumped_sums`, with the trace for `second`."""
     logits = estimator.leaf == "logits"
-    cells, T = table.contexts * table.actions, table.paths.steps
-    of_rollout = torch.zeros(len(table), T, *([table.actions] if logits else []), dtype=torch.float64)
-    square = torch.zeros((), dtype=torch.float64)
+    cells = table.contexts * table.actions
     place = table.logit_cells if logits else table.cell
-    done = 0
-    for s in lumps.starts:
-        C, G = len(s.members), lumps.size
-        total = count_multisets(C, G)
-        block = max(1, _BLOCK_ELEMENTS // max(len(s.rollouts) * G * T * (table.actions if logits else 1), cells))
-        mass = [table.behavior_probability[torch.from_numpy(m)] for m in s.members]
-        law = np.array([float(q.sum()) for q in mass])
-        for low in range(0, total, block):
-            rows = unrank_multisets(np.arange(low, min(low + block, total)), C, G)
-            chance = torch.from_numpy(s.probability * arrangements(rows) * law[rows].prod(1))
-            expected = torch.zeros(len(rows), cells, dtype=torch.float64)
-            for k, members in enumerate(s.members):
-                count = (rows == k).sum(1)
-                has = count > 0
-                if not has.any():
-                    continue
-                c = own_coefficients(estimator, table, s, rows[has], k, logits)  # [m, n, T(, A)]
-                own = torch.from_numpy(members)
-                inside = mass[k] / mass[k].sum()
-                times = torch.from_numpy(count[has].astype(float))
-                at = torch.from_numpy(np.flatnonzero(has))
-                weighted = c * inside.reshape(1, -1, *[1] * (c.dim() - 2))
-                of_rollout[own] += torch.tensordot(chance[at] * times, weighted, dims=1)
-                mu = torch.zeros(len(at), cells, dtype=torch.float64)
-                mu.scatter_add_(1, place[own].flatten().expand(len(at), -1), weighted.flatten(1))
-                expected[at] += times.unsqueeze(-1) * mu
-                cell = table.cell[own].expand(len(at), -1, -1).flatten(0, 1)
-                sizes = squared_norms(c.flatten(0, 1), cell, table, logits=logits).reshape(len(at), -1)
-                spread = sizes @ inside - into_gradient(mu, table, logits=logits).square().sum(-1)
-                square += (chance[at] * times) @ spread
-                done += len(at) * len(members)
-            square += chance @ into_gradient(expected, table, logits=logits).square().sum(-1)
-            if progress is not None:
-                progress(f"{estimator.name}: class counts", done, lumps.evaluations)
+    of_rollout = torch.zeros(len(table), *place.shape[1:], dtype=torch.float64)
+    square = torch.zeros((), dtype=torch.float64)
+    for own in own_rows(estimator, table, lumps, numbers=cells, progress=progress):
+        c, weight = own.coefficients, own.weight
+        of_rollout.index_add_(0, own.rollout, c * weight.reshape(-1, *[1] * (c.dim() - 1)))
+        mu = torch.zeros(len(own.vector) * cells, dtype=torch.float64)
+        where = place[own.rollout].flatten(1) + own.pair.unsqueeze(-1) * cells
+        mu.index_add_(0, where.flatten(), (c.flatten(1) * own.inside.unsqueeze(-1)).flatten())
+        means = mu.unflatten(0, (-1, cells))
+        expected = into_gradient(own.over_vectors(means), table, logits=logits)
+        sizes = squared_norms(c, table.cell[own.rollout], table, logits=logits)
+        square += own.chance @ expected.square().sum(-1) + weight @ sizes
+        square -= own.pair_weight @ into_gradient(means, table, logits=logits).square().sum(-1)
     return _finished(of_rollout, square, torch.zeros_like(square), table, logits=logits, evaluated=lumps.evaluations)

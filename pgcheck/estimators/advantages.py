@@ -1,7 +1,8 @@
 """Advantages: what multiplies ∇log π_t, `Batch -> [..., B, T]` or `[..., B, 1]` (one number a row).
 
 A baseline is a number subtracted from a return; `over` says whose rows it looks at. Statistics of one number a row take
-`over="group"` or `"batch"`; all of them accept any group labels and groups of unequal size.
+`over="group"` or `"batch"`; all of them accept any group labels and groups of unequal size. A statistic over peers is
+`[..., B]`, or `[..., 1]` where all rows of each batch are known to share it.
 """
 
 from __future__ import annotations
@@ -19,9 +20,12 @@ Over = Literal["group", "batch"]
 
 
 def peers(batch: Batch, over: Over) -> Tensor:
-    """1. where row j counts for row i, itself included, `[..., B, B]`."""
-    same = batch.same_group
-    return same if over == "group" else same.new_ones(same.shape[-2:]).expand(same.shape)
+    """1. where row j counts for row i, itself included, `[..., B, B]`; `[B, B]` where all batches share it, `[1, B]` where all
+    rows do."""
+    if over == "batch":
+        return torch.ones(1, batch.rows, dtype=batch.episode_return.dtype, device=batch.group.device)
+    same = _shared(batch.same_group)
+    return same[:1] if same is not batch.same_group and bool((same == same[:1]).all()) else same
 
 
 def without_self(same: Tensor) -> Tensor:
@@ -41,7 +45,7 @@ def sum_of_peers(x: Tensor, same: Tensor) -> Tensor:
 
 
 def number_of_peers(same: Tensor) -> Tensor:
-    """Σ_j same_ij, `[..., B]` or `[B]`."""
+    """Σ_j same_ij, also without the leading dimensions where all batches share it."""
     return _shared(same).sum(-1)
 
 
@@ -51,7 +55,7 @@ def mean_of_peers(x: Tensor, same: Tensor) -> Tensor:
 
 
 def std_of_peers(x: Tensor, same: Tensor, *, ddof: int = 0) -> Tensor:
-    """Standard deviation over the peers of each row, itself included, `[..., B]`; 0 where fewer than ddof + 1 peers."""
+    """Standard deviation over the peers of each row, itself included; 0 where fewer than ddof + 1 peers."""
     spread = sum_of_peers((x - mean_of_peers(x, same)) ** 2, same)  # peers have one mean
     return (spread / (number_of_peers(same) - ddof).clamp(min=1.0)).sqrt()
 
@@ -192,22 +196,22 @@ def alive_mean_to_go(batch: Batch) -> Tensor:
 # -- normalised by a standard deviation
 
 
-def _spreads(std: Tensor, x: Tensor, same: Tensor, n: Tensor) -> Tensor:
-    """Whether the peers differ by more than rounding; where they do not, 0/0 must not become rounding/rounding."""
-    size = (sum_of_peers(x**2, same) / n).sqrt()
-    return std > 16 * torch.finfo(x.dtype).eps * size
+def _more_than_rounding(std: Tensor, square: Tensor) -> Tensor:
+    """Whether peers with the mean square `square` differ; where they do not, 0/0 must not become rounding/rounding."""
+    return std > 16 * torch.finfo(std.dtype).eps * square.sqrt()
 
 
 def standardised_return(over: Over, *, ddof: int = 0, eps: float = 1e-6) -> Advantage:
     """(R − mean) / (std + ε) over the peers; 0 where the peers all agree, whatever ε."""
 
     def advantage(batch: Batch) -> Tensor:
-        R = batch.episode_return
-        same = peers(batch, over)
-        std = std_of_peers(R, same, ddof=ddof)
-        spread = _spreads(std, R, same, number_of_peers(same))
-        scaled = (R - mean_of_peers(R, same)) / (std + eps).where(spread, torch.ones_like(std))
-        return scaled.where(spread, torch.zeros_like(scaled)).unsqueeze(-1)
+        R, same = batch.episode_return, peers(batch, over)
+        mean, n = mean_of_peers(R, same), number_of_peers(same)
+        centred = R - mean
+        square = sum_of_peers(centred * centred, same)
+        std = (square / (n - ddof).clamp(min=1.0)).sqrt()
+        spreads = _more_than_rounding(std, square / n + mean**2)
+        return (centred / torch.where(spreads, std + eps, torch.inf)).unsqueeze(-1)
 
     return advantage
 
@@ -319,7 +323,8 @@ def anchor_state_advantage(
         if std:
             spread = ((flat_to_go.unsqueeze(-2) - mean.unsqueeze(-1)) ** 2 * counted).sum(-1) / n
             spread = spread.sqrt()
-            adv = torch.where(_spreads(spread, flat_to_go, counted, n), adv / (spread + eps), torch.zeros_like(adv))
+            square = sum_of_peers(flat_to_go**2, counted) / n
+            adv = torch.where(_more_than_rounding(spread, square), adv / (spread + eps), torch.zeros_like(adv))
         adv = torch.where(shared, adv, flat_to_go if alone == "no baseline" else torch.zeros_like(adv))
         return batch.discount_weight * adv.unflatten(-1, (B, T))
 

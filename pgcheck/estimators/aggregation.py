@@ -14,12 +14,12 @@ Aggregation = Callable[[Batch], Tensor]
 
 def mean_of_rows(batch: Batch) -> Tensor:
     """Sum over positions, mean over rows: 1/B."""
-    return torch.full_like(batch.mask, 1.0 / batch.rows)
+    return torch.tensor(1.0 / batch.rows, dtype=torch.float64)
 
 
 def sequence_mean(batch: Batch) -> Tensor:
     """Mean over the positions of each row, then over rows: 1 / (B |o_i|)."""
-    return 1.0 / (batch.rows * batch.length.clamp(min=1.0)).unsqueeze(-1)
+    return (batch.inverse_length / batch.rows).unsqueeze(-1)
 
 
 def constant_length(length: int) -> Aggregation:

@@ -8,10 +8,11 @@ lanes, tried in this order, with the same numbers:
   refuses to be compared: if it only reaches a log, nothing is lost; if it reaches the loss, the lane is abandoned;
 * `vmap, by branch`: for losses that `x.item()` or a branch on data steers. Every branch gets its answer in advance, and the
   batches for which it is another one are evaluated again with that: once for each path that some batch takes;
-* `loop`: batch by batch, slower.
+* `loop`: batch by batch, slower. Of a large block some batches are watched: which numbers they turn into Python's
+  (`float(x)`, `x.tolist()`, `x[mask]`). Where several see the same numbers, all batches that see them go together.
 
 Guarantee: a vectorised lane is used only after it reproduced the loop on the first batches of the block, and a path through
-its branches only after it did so on a batch that takes it.
+its branches, or with the same numbers, only after it did so on a batch that takes it.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ Loss = Callable[[Batch], Any]
 _VERIFIED_BATCHES = 4
 _BY_BRANCH = "vmap, by branch"
 _LANES = ("vmap", "vmap, logged items", _BY_BRANCH, "loop")
+_WATCHED = 16  # batches at once
+_MANY = 512  # of which it pays to watch some
 _MOST_BRANCHES = 64  # on one path; a loop that waits for data could else wait for ever
 
 
@@ -154,6 +157,56 @@ class _Branches(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+_READ = (
+    Tensor.item,
+    Tensor.__float__,
+    Tensor.__int__,
+    Tensor.__bool__,
+    Tensor.__index__,
+    Tensor.tolist,
+    Tensor.nonzero,
+)
+_INDEXED = (Tensor.__getitem__, Tensor.__setitem__)
+
+
+class _Watch(TorchFunctionMode):
+    """Notes every tensor that becomes a number, a list or the mask of an index, in `seen`; with `given`, the values that a
+    batch has seen, these are what it becomes."""
+
+    def __init__(self, given: list[Tensor] | None = None) -> None:
+        super().__init__()
+        self.given = given
+        self.seen: list[Tensor] = []
+
+    def known(self, x: Tensor) -> Tensor:
+        self.seen.append(x.detach())
+        if self.given is None:
+            return self.seen[-1]
+        if len(self.seen) > min(len(self.given), _MOST_BRANCHES):
+            raise _ItemSteersTheLossError
+        return self.given[len(self.seen) - 1]
+
+    def values(self) -> Tensor:
+        """All that was seen, `[n]`."""
+        none = torch.zeros(0, dtype=torch.float64)
+        return torch.cat([none, *(x.reshape(-1).to(torch.float64) for x in self.seen)])
+
+    def _places(self, index: Any) -> tuple[Any, ...]:
+        """Masks in an index as whole numbers."""
+        out: list[Any] = []
+        for i in index if isinstance(index, tuple) else (index,):
+            is_mask = isinstance(i, Tensor) and i.dtype == torch.bool and i.dim() > 0
+            out += self.known(i).nonzero(as_tuple=True) if is_mask else [i]
+        return tuple(out)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _READ:
+            args = (self.known(args[0]), *args[1:])
+        elif func in _INDEXED:
+            args = (args[0], self._places(args[1]), *args[2:])
+        return func(*args, **(kwargs or {}))
+
+
 class LossCoefficients:
     """c = −∂loss/∂leaf of a loss; `lane` says how the last block was evaluated."""
 
@@ -162,6 +215,7 @@ class LossCoefficients:
         self.lane: str | None = None
         self._own_labels = False  # whether vmap gets labels for every batch, though they are all the same
         self._paths: set[tuple[torch.Size, tuple[bool, ...]]] = set()  # on which the lane by branch was compared
+        self._together = True  # whether batches that see the same numbers can go together
 
     def __call__(self, batch: Batch) -> Tensor:
         leading = batch.reward.shape[:-2]
@@ -196,7 +250,7 @@ class LossCoefficients:
         if self.lane is None:
             self.lane = self._choose(batch)
         if self.lane == "loop":
-            return self._loop(batch)
+            return self._loop_together(batch)
         try:
             return self._vmap(batch, self.lane)
         except EstimatorError:
@@ -317,6 +371,62 @@ class LossCoefficients:
             named["group"], dims["group"] = batch.group[0], None
         run = torch.func.vmap(lambda x: fn(batch.with_tensors(x)), in_dims=(dims,), randomness="error")
         return leaf, lambda: run(named)
+
+    def _loop_together(self, batch: Batch) -> Tensor:
+        """As `_loop`, faster where many batches see the same numbers."""
+        M = batch.reward.shape[0]
+        if self._together and M >= _MANY:
+            out = torch.zeros_like(batch.logp if self.leaf == "logp" else batch.logits)
+            try:
+                left = self._same_numbers(batch, out)
+            except Exception:  # the loop says what is wrong with the loss, if anything
+                self._together = False
+            else:
+                if len(left):
+                    out[left] = self._loop(batch.map(lambda x: x[left]))
+                return out
+        return self._loop(batch)
+
+    def _same_numbers(self, batch: Batch, out: Tensor) -> Tensor:
+        """Fills `out` for some batches; those that are left."""
+        left = torch.arange(len(out))
+        while len(left) > _WATCHED:
+            picked = torch.linspace(0, len(left) - 1, _WATCHED).round().long()
+            watched: dict[tuple[Any, ...], list[tuple[int, _Watch]]] = {}
+            for m in left[picked].tolist():
+                with _Watch() as watch:
+                    out[m] = self._loop(batch.map(lambda x, m=m: x[m : m + 1]))[0]  # type: ignore[misc]
+                key = (*(x.shape for x in watch.seen), *watch.values().tolist())
+                watched.setdefault(key, []).append((m, watch))
+            rest = torch.ones(len(left), dtype=torch.bool)
+            rest[picked] = False
+            left = left[rest]
+            common = [several[0] for several in watched.values() if len(several) > 1]
+            if not common:
+                break
+            for m, watch in common:
+                members = torch.cat([torch.tensor([m]), left])
+                c, right = self._with_numbers(batch.map(lambda x, rows=members: x[rows]), watch)  # type: ignore[misc]
+                if not (bool(right[0]) and torch.allclose(c[0], out[m], rtol=1e-10, atol=1e-14, equal_nan=True)):
+                    raise _ItemSteersTheLossError
+                out[members[right]] = c[right]
+                left = left[~right[1:]]
+        return left
+
+    def _with_numbers(self, batch: Batch, watched: _Watch) -> tuple[Tensor, Tensor]:
+        """c of every batch as if it saw the numbers that one has seen; and which do, `[M]`."""
+        watch = _Watch(watched.seen)
+
+        def one(alone: Batch) -> tuple[Tensor, Tensor]:
+            watch.seen.clear()
+            return self._value_of(alone), watch.values()
+
+        leaf, run = self._vectorised(batch, one)
+        with warnings.catch_warnings(), watch:
+            warnings.simplefilter("ignore")
+            losses, values = run()
+        c = self._gradient(losses, leaf)
+        return c, (values == watched.values()).all(-1)
 
     def _loop(self, batch: Batch) -> Tensor:
         key = "logp" if self.leaf == "logp" else "action_logits"

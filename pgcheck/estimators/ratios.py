@@ -1,4 +1,5 @@
-"""Ratios: how a coefficient is corrected for data from another policy, `(Batch, advantage) -> [..., B, T] or [..., B, 1]`.
+"""Ratios: how a coefficient is corrected for data from another policy, `(Batch, advantage) -> [..., B, T]`, or what
+broadcasts to it: `[..., B, 1]`, one number.
 
 All of them multiply the coefficient, so none carries a gradient: what a paper writes as sg(·) is already done.
 """
@@ -10,19 +11,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pgcheck.batch import Batch
+from pgcheck.batch import Batch, narrowed
 
 Ratio = Callable[[Batch, Tensor], Tensor]
 
 
 def none(batch: Batch, adv: Tensor) -> Tensor:
     """1."""
-    return torch.ones_like(batch.mask)
+    return torch.ones((), dtype=torch.float64)
 
 
 def token_ratio(batch: Batch, adv: Tensor) -> Tensor:
-    """r_t = π(a_t | k_t) / π_old(a_t | k_t)."""
-    return batch.ratio
+    """r_t = π(a_t | k_t) / π_old(a_t | k_t); on-policy one number, 1."""
+    return narrowed(batch.ratio)
 
 
 def trajectory_weight(batch: Batch) -> Tensor:
@@ -95,5 +96,8 @@ def sequence_clip(*, low: float, high: float) -> Ratio:
 
 def _silenced_outside(r: Tensor, adv: Tensor, *, low: float, high: float) -> Tensor:
     """r, but 0 where it has left [1 − low, 1 + high] on the side the advantage pushes to."""
-    clipped = torch.where(adv >= 0, r > 1.0 + high, r < 1.0 - low)
-    return torch.where(clipped, torch.zeros_like(r), r)
+    above, below = r > 1.0 + high, r < 1.0 - low
+    if r.numel() == 1 and not bool(above | below):  # on-policy
+        return r
+    up = adv >= 0
+    return torch.where((above & up) | (below & ~up), 0.0, r)

@@ -26,6 +26,8 @@ WHAT = {
     " of its directions in it, which more draws do not remove, and so takes as long as fewer draws of the rival.",
     "estimates in parameters": "ĝ_θ of every draw, nothing left out: backward passes mapped over hundreds of groups, as sampled"
     " verdicts take them where parameters are few, against one pass a group.",
+    "sampled draws": "A sampled verdict with everything it needs, the drawing of the batches included; the rival is handed the"
+    " same batches and adds up E ĝ and E ĝĝᵀ.",
     "tenth estimator": "Ten estimators in one call of an engine against nine of them; 1/ratio − 1 is what the tenth adds.",
 }
 

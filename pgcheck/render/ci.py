@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -22,7 +23,8 @@ from pgcheck.estimators.base import Estimator
 from pgcheck.estimators.lookup import source_of
 from pgcheck.render.gate import headline, message, subject
 from pgcheck.render.messages import first_sentence, number
-from pgcheck.runs.gate import Difference, ExactEntry, ExpectedFailures, Gate, against_claims
+from pgcheck.runs.baseline import CaseEntry, Entry, SampledEntry
+from pgcheck.runs.gate import Difference, ExpectedFailures, Gate, Test, against_claims
 from pgcheck.runs.report import Report
 from pgcheck.verdicts.checks import registered_checks
 from pgcheck.verdicts.verdict import Status
@@ -31,8 +33,8 @@ Place = tuple[str, int]  # file, relative to the working directory where it lies
 State = Literal["passed", "failed", "inconclusive"]
 
 GATE_RULES = {
-    "changed": "The estimator's exact mean or variance is not that of the baseline.",
-    "unchanged": "The estimator's exact mean and variance are those of the baseline.",
+    "changed": "The estimator's mean or covariance, or the number of a case, is not that of the baseline.",
+    "unchanged": "The estimator's mean and covariance, or the number of a case, are those of the baseline.",
     "problem": "The problem is not that of the baseline.",
     "claims": "The estimator's claims are not those of the baseline.",
     "checks": "Checks were asked on other problems than in the baseline.",
@@ -74,18 +76,29 @@ def places_of(estimators: Sequence[Estimator], root: Path) -> dict[str, Place]:
     return found
 
 
+def engines_of(report: Report) -> defaultdict[tuple[str, str], dict[str, str]]:
+    """Engine and seed of each (estimator, problem); under problem "", sampled if one of its problems is."""
+    found: defaultdict[tuple[str, str], dict[str, str]] = defaultdict(lambda: {"engine": "exact"})
+    for m in report.measurements:
+        if m.batches is not None:
+            for problem in (m.problem, ""):
+                found[m.estimator, problem] = {"engine": "monte_carlo", "seed": str(m.seed)}
+    return found
+
+
 def outcomes_of_run(
     report: Report, messages: Mapping[str, str], places: Mapping[str, Place], expected: ExpectedFailures
 ) -> list[Outcome]:
     """Every verdict and case of a report."""
     wrong = {(d.estimator, d.problem, d.check) for d in against_claims(report, expected)}
+    engines = engines_of(report)
     out = []
     for v in report.verdicts:
         bad = (v.estimator, v.problem, v.check) in wrong
         state: State = "passed" if not bad else "failed" if v.status is Status.FAIL else "inconclusive"
         name = f"{v.estimator}-{v.problem}" if v.problem else v.estimator
         line = f"{v.estimator}: {v.check} is {v.status}" + (f" on {v.problem}" if v.problem else "")
-        numbers = {"measured": number(v.measured), "allowed": number(v.allowed), "engine": "exact"}
+        numbers = {"measured": number(v.measured), "allowed": number(v.allowed), **engines[v.estimator, v.problem]}
         text = messages.get(v.estimator, line) if bad else ""
         out.append(Outcome(name, v.check, state, line, text, places.get(v.estimator), numbers))
     for c in report.cases:
@@ -100,11 +113,13 @@ def outcomes_of_gate(
     gate: Gate, command: str, messages: Mapping[str, str], places: Mapping[str, Place]
 ) -> list[Outcome]:
     """Every entry that agrees, and every difference."""
-    out = [
-        Outcome(f"{x.estimator}-{x.problem}", "unchanged", "passed", properties={"engine": x.engine})
-        for x in gate.same
-        if isinstance(x, ExactEntry)
-    ]
+    out = []
+    for x in gate.same:
+        if isinstance(x, CaseEntry):
+            out.append(Outcome(x.case, "unchanged", "passed"))
+        elif isinstance(x, Entry):
+            found = _drawn(x) | _of_test(gate.tested.get(x.key))
+            out.append(Outcome(f"{x.estimator}-{x.problem}", "unchanged", "passed", properties=found))
     out += [_of_difference(d, command, messages, places) for d in gate.differences]
     return out or [Outcome("gate", "nothing_checked", "failed", "nothing was compared", "nothing was compared")]
 
@@ -114,15 +129,27 @@ def _of_difference(d: Difference, command: str, messages: Mapping[str, str], pla
     rule = d.check if d.kind == "verdict" else d.kind
     state: State = "inconclusive" if undecided else "failed"
     text = message(d, command, messages)
-    return Outcome(subject(d), rule, state, headline(d), text, places.get(d.estimator), {"engine": "exact"})
+    entry = d.after or d.before
+    found = (_drawn(entry) if isinstance(entry, Entry) else {}) | _of_test(d.test)
+    return Outcome(subject(d), rule, state, headline(d), text, places.get(d.estimator), found)
+
+
+def _drawn(entry: Entry) -> dict[str, str]:
+    if not isinstance(entry, SampledEntry):
+        return {"engine": entry.engine}
+    return {"engine": entry.engine, "seed": str(entry.seed), "batches": str(entry.batches)}
+
+
+def _of_test(test: Test | None) -> dict[str, str]:
+    return {} if test is None else {"p": f"{test.p:.3g}", "level": f"{test.level:.3g}"}
 
 
 def junit(outcomes: Sequence[Outcome], suite: str) -> str:
     """JUnit XML: a test case each; an inconclusive one is a failure of type `inconclusive`."""
     bad = [o for o in outcomes if o.state != "passed"]
-    counts = {"tests": str(len(outcomes)), "failures": str(len(bad)), "errors": "0", "skipped": "0"}
+    counts = {"tests": str(len(outcomes)), "failures": str(len(bad)), "errors": "0"}
     root = ET.Element("testsuites", {"name": "pgcheck", **counts})
-    of_suite = ET.SubElement(root, "testsuite", {"name": _xml(suite), **counts})
+    of_suite = ET.SubElement(root, "testsuite", {"name": _xml(suite), **counts, "skipped": "0"})
     for o in outcomes:
         at = {"file": _xml(o.place[0]), "line": str(o.place[1])} if o.place else {}
         case = ET.SubElement(of_suite, "testcase", {"classname": "pgcheck", "name": _xml(o.name), **at})

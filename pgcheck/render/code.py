@@ -1,7 +1,7 @@
 """A problem as code that makes it again.
 
 Guarantee: `eval` of what `problem_code` returns, with `pgcheck` at hand, is a problem of the same digest: every number is
-written so that it reads back to the last bit; those of a language model are pinned to nine decimals first.
+written so that it reads back to the last bit; those that a module computes are pinned to nine decimals first.
 """
 
 from __future__ import annotations

@@ -214,21 +214,36 @@ def _words(x: float) -> str:
 def _with_words(table: pd.DataFrame) -> pd.DataFrame:
     rows = table.to_dict("records")
     return table.assign(
-        when=[when(r["better"], r["break_even"], "batches") for r in rows],
+        when=[when(r["better"], r["break_even"], "batches", ends=_ends(r, "break_even")) for r in rows],
         when_rollouts=[
-            when(r["better_per_rollout"], r["break_even_rollouts"], "rollouts", least=r["cost"]) for r in rows
+            when(
+                r["better_per_rollout"],
+                r["break_even_rollouts"],
+                "rollouts",
+                least=r["cost"],
+                ends=_ends(r, "break_even_rollouts"),
+            )
+            for r in rows
         ],
     )
 
 
-def when(better: str, even: float, unit: str, *, least: float = 1.0) -> str:
-    """When the MSE is the lower one; a break-even below `least` is before the first batch."""
+def _ends(row: Mapping[Any, Any], name: str) -> tuple[float, float]:
+    return float(row.get(f"{name}_low", math.nan)), float(row.get(f"{name}_high", math.nan))
+
+
+def when(
+    better: str, even: float, unit: str, *, least: float = 1.0, ends: tuple[float, float] = (math.nan, math.nan)
+) -> str:
+    """When the MSE is the lower one, with the interval of a sample; a break-even below `least` is before the first batch."""
     if better == "same":
         return "equal"
+    low, high = (f"{x:,.3g}".replace("inf", "∞") for x in ends)
+    at = f"{even:,.3g}" + (f" [{low}, {high}]" if ends[0] < ends[1] else "") + f" {unit}"
     if better == "below":
-        return f"below {even:,.3g} {unit}" if even > least else "never"
+        return f"below {at}" if even > least else "never"
     if better == "above":
-        return f"above {even:,.3g} {unit}" if even >= least else "always"
+        return f"above {at}" if even >= least else "always"
     return better
 
 

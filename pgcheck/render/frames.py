@@ -97,6 +97,9 @@ def steps(report: Report) -> pd.DataFrame:
     )
 
 
+_FOR_THE_GATE = {"spread", "sampled"}  # of a measurement
+
+
 def _flat(rows: Sequence[BaseModel]) -> pd.DataFrame:
     return pd.DataFrame([_row(r) for r in rows])
 
@@ -104,7 +107,7 @@ def _flat(rows: Sequence[BaseModel]) -> pd.DataFrame:
 def _row(row: BaseModel) -> dict[str, Any]:
     """Its plain fields; short lists and mappings are joined, lists of lists and of rows left out."""
     out: dict[str, Any] = {}
-    for name, value in row.model_dump(mode="json").items():
+    for name, value in row.model_dump(mode="json", exclude=_FOR_THE_GATE).items():
         if isinstance(value, dict):
             out[name] = "; ".join(f"{key}={x}" for key, x in value.items())
         elif not isinstance(value, list):

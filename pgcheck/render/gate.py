@@ -8,7 +8,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from pgcheck.render.messages import number
-from pgcheck.runs.gate import Difference, EstimatorEntry, ExactEntry, Gate
+from pgcheck.runs.baseline import CaseEntry, Entry, EstimatorEntry, ExactEntry, SampledEntry
+from pgcheck.runs.gate import Difference, Gate, Test, same_draws
+from pgcheck.statistics.two_sample import ALPHA
 from pgcheck.verdicts.verdict import Status
 
 _VISIBLE = 1e-4  # relative; smaller changes of a number do not show in its four digits
@@ -43,10 +45,15 @@ def shown(gate: Gate) -> list[Difference]:
 
 def summary(gate: Gate) -> str:
     """How many entries agree and how many do not."""
-    entries = sum(isinstance(x, ExactEntry) for x in gate.same)
     if gate.exit_code == 5:
         return "nothing was compared: the report and the baseline are empty"
+    entries = sum(isinstance(x, Entry) for x in gate.same)
+    cases = sum(isinstance(x, CaseEntry) for x in gate.same)
     found = f"{entries} entries as in the baseline"
+    if gate.tested:
+        found += f" ({len(gate.tested)} of them by two-sample tests, together at {ALPHA:g})"
+    if cases:
+        found = f"{cases} cases as in the baseline" if not entries else f"{found}, and {cases} cases"
     return f"{found}, {len(gate.differences)} differences" if gate.differences else found
 
 
@@ -60,10 +67,15 @@ def why_not(gate: Gate) -> str:
 
 def _what(d: Difference) -> str:
     before, after = d.before, d.after
-    if d.kind == "changed" and isinstance(before, ExactEntry) and isinstance(after, ExactEntry):
-        return changes(before, after)
-    if d.kind == "problem" and isinstance(before, ExactEntry) and isinstance(after, ExactEntry):
-        return f"the problem is another one (digest {before.digest} → {after.digest}); " + changes(before, after)
+    if isinstance(before, Entry) and isinstance(after, Entry):
+        other = f"the problem is another one (digest {before.digest} → {after.digest}); " if d.kind == "problem" else ""
+        return other + _moved(before, after, d.test)
+    if d.kind == "changed" and isinstance(before, CaseEntry) and isinstance(after, CaseEntry):
+        return "; ".join(
+            f"{name} {_told(a)} → {_told(b)}"
+            for name in CaseEntry.model_fields
+            if (a := getattr(before, name)) != (b := getattr(after, name))
+        )
     if d.kind in ("claims", "checks") and isinstance(before, EstimatorEntry) and isinstance(after, EstimatorEntry):
         said = [f"the claims changed: {_listed(before.claims)} → {_listed(after.claims)}"] if d.kind == "claims" else []
         names = sorted({*before.checks, *after.checks})
@@ -89,7 +101,42 @@ def _listed(claims: list[str]) -> str:
     return ", ".join(claims) or "none"
 
 
-def changes(before: ExactEntry, after: ExactEntry) -> str:
+def _told(x: object) -> str:
+    if isinstance(x, float):
+        return number(x)
+    return ", ".join(f"{k}={v}" for k, v in x.items()) if isinstance(x, dict) else str(x)
+
+
+def _moved(before: Entry, after: Entry, test: Test | None) -> str:
+    if isinstance(before, ExactEntry) and isinstance(after, ExactEntry):
+        return changes(before, after)
+    if not (isinstance(before, SampledEntry) and isinstance(after, SampledEntry)):
+        return f"the engine is another one: {before.engine} → {after.engine}"
+    if before.digest != after.digest:
+        return changes(before, after)
+    if test is not None and test.rejects:
+        return _tested(before, after, test)
+    if same_draws(before, after):
+        return f"{changes(before, after)}; on the same {after.batches:,} draws of seed {after.seed}"
+    if before.seed == after.seed and before.first != after.first:
+        return f"{changes(before, after)}; the first of the same draws of seed {after.seed} differ already"
+    was, now = (f"{x.batches:,} draws of seed {x.seed}" for x in (before, after))
+    return f"the same numbers are said to be of {was} and of {now}: the baseline was edited"
+
+
+def _tested(before: SampledEntry, after: SampledEntry, test: Test) -> str:
+    """“scale 0.75 → 1, rose; by chance with p = 1e-30 at most, allowed 2e-11”, and what else moved."""
+    a, b = before.score(test.score), after.score(test.score)
+    name = {"mse": "MSE of one batch", "scale": "scale"}.get(test.score, f"E ĝ along the fixed direction {test.score}")
+    way = ("grew" if b.mean > a.mean else "fell") + (f" ×{number(b.mean / a.mean)}" if test.score == "mse" else "")
+    return (
+        f"{name} {number(a.mean)} ± {number(a.error)} → {number(b.mean)} ± {number(b.error)}, {way}: by chance with"
+        f" p ≤ {test.p:.1e}, below {test.level:.1e} ({before.batches:,} draws of seed {before.seed}, {after.batches:,} of"
+        f" seed {after.seed})"
+    )
+
+
+def changes(before: Entry, after: Entry) -> str:
     """“scale 0.75 → 1, now unbiased (was proportional); variance 0.1 → 0.13, grew ×1.3”."""
     said = []
     for name in ("scale", "rel", "off_axis", "cosine"):
@@ -107,10 +154,22 @@ def changes(before: ExactEntry, after: ExactEntry) -> str:
         said.append(f"variance {number(old)} → {number(new)}, {way}{times}")
     if said:
         return ", ".join(said)
+    if isinstance(before, SampledEntry) or isinstance(after, SampledEntry):
+        return f"a number of the draws moved, too little for these digits; {after.finding} as before"
     a, b = before.vector, after.vector
     moved = float(np.linalg.norm(a - b)) if a.shape == b.shape else math.inf
     part = moved / after.size if after.size > 0 else moved
-    return f"E ĝ moved by {number(part)} of its size, variance by {number(abs(new - old))}; {after.finding} as before"
+    spread = _of_spread(before, after)
+    return f"E ĝ moved by {number(part)} of its size, variance by {number(abs(new - old))}{spread}; {after.finding} as before"
+
+
+def _of_spread(before: ExactEntry, after: ExactEntry) -> str:
+    """What moved in Cov ĝ beside its trace."""
+    if before.spread is None or after.spread is None:
+        return "" if before.spread == after.spread else ", Cov ĝ is kept on one side only"
+    moved = max((abs(x - y) for x, y in zip(before.spread, after.spread, strict=True)), default=0.0)
+    along = f", variance along a fixed direction by {number(moved)}"
+    return along if moved > 1e-9 * after.size**2 else ""
 
 
 def _short(x: float | None) -> str:

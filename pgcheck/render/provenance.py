@@ -23,15 +23,26 @@ def provenance_path(report: Path) -> Path:
     return report.with_name(f"{report.stem}.provenance.json")
 
 
-def provenance(report: Report, *, seed: int | None = None, places: Mapping[str, tuple[str, int]] | None = None) -> str:
-    """JSON of what produced the report; the gate reads `places`, for its annotations, and nothing else."""
+def provenance(
+    report: Report,
+    *,
+    seed: int | None = None,
+    places: Mapping[str, tuple[str, int]] | None = None,
+    device: str = "cpu",
+) -> str:
+    """JSON of what produced the report; the gate reads `places`, for its annotations, and nothing else.
+
+    `seed`: default, that of what was sampled; `device`: where that was evaluated.
+    """
     text = report.to_json()
+    if seed is None:
+        seed = next((m.seed for m in report.measurements if m.seed is not None), None)
     made: dict[str, Any] = {
         "schema": "pgcheck-provenance/1",
         "report": {"sha256": hashlib.sha256(text.encode()).hexdigest(), "suite": report.suite},
         "seed": seed,  # of sampled verdicts; exact ones have none
         "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
-        "device": {"kind": "cpu", "machine": platform.machine(), "system": platform.system()},
+        "device": {"kind": device, "machine": platform.machine(), "system": platform.system()},
         "threads": torch.get_num_threads(),
         "problems": {p.name: p.digest for p in report.problems},
         "places": {name: {"file": file, "line": line} for name, (file, line) in (places or {}).items()},

@@ -29,7 +29,17 @@ from pgcheck.problem import Problem
 from pgcheck.runs.report import EstimatorRow, ProblemRow, estimator_row, problem_row
 from pgcheck.trajectories import is_count
 from pgcheck.verdicts.quantities import find_quantity
-from pgcheck.verdicts.variance import approximations, blocks, relative, row_of, sources, step_covariance, step_rows
+from pgcheck.verdicts.variance import (
+    approximations,
+    blocks,
+    cost,
+    paired,
+    relative,
+    row_of,
+    sources,
+    step_covariance,
+    step_rows,
+)  # fmt: skip
 from pgcheck.verdicts.verdict import Space, measure
 
 
@@ -81,23 +91,37 @@ def measured(
     estimators: Sequence[Estimator],
     problem: Problem,
     *,
+    relative_to: str | None = None,
     space: Space = "logits",
     budget: int = DEFAULT_BUDGET,
     engine: Engine = "exact",
     sampling: Sampling | None = None,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
-    """The lines of `pgcheck.compare` of these estimators on one problem, all on the same batches."""
+    """The lines of `pgcheck.compare` of these estimators on one problem, all on the same batches; what is drawn, beside the
+    draws of `relative_to` (default: the first)."""
+    beside = _number_of(relative_to, estimators)
     found = moments_by(
         engine, estimators, problem, budget=budget, sampling=sampling, scales=[(1.0, None)] * len(estimators),
-        progress=progress,
+        beside=beside, progress=progress,
     )  # fmt: skip
-    return _lines(estimators, problem, found, space)
+    return _lines(estimators, problem, found, space, beside)
 
 
-def _lines(estimators: Sequence[Estimator], problem: Problem, found: Sequence[Moments], space: Space) -> pd.DataFrame:
-    pairs = zip(estimators, found, strict=True)
-    return pd.DataFrame([row_of(e, problem, measure(e, problem, m, space=space)) for e, m in pairs])
+def _number_of(name: str | None, estimators: Sequence[Estimator]) -> int | None:
+    return next((i for i, e in enumerate(estimators) if name in (None, e.name)), None)
+
+
+def _lines(
+    estimators: Sequence[Estimator], problem: Problem, found: Sequence[Moments], space: Space, beside: int | None
+) -> pd.DataFrame:
+    rows = []
+    for e, m in zip(estimators, found, strict=True):
+        row = row_of(e, problem, measure(e, problem, m, space=space))
+        if m.pairs is not None and beside is not None:
+            row |= paired(m.pairs, cost=row["cost"], base_cost=cost(estimators[beside], problem))
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def compared(
@@ -113,6 +137,7 @@ def compared(
 ) -> pd.DataFrame:
     """The table of `pgcheck.compare`."""
     how: dict[str, Any] = {"space": space, "budget": budget, "engine": engine, "sampling": sampling}
+    how["relative_to"] = relative_to
     rows = [measured(estimators, p, **how, progress=progress) for p in problems]
     return relative(pd.concat(rows, ignore_index=True), to=relative_to) if rows else pd.DataFrame()
 
@@ -173,19 +198,21 @@ def comparison(
             budget=budget,
             sampling=how,
             scales=[(1.0, None)] * len(estimators),
+            beside=(beside := _number_of(reference, estimators)),
             progress=progress,
         )
-        made.add("comparison", relative(_lines(estimators, p, found, space), to=reference), {})
+        made.add("comparison", relative(_lines(estimators, p, found, space, beside), to=reference), {})
         for i, (e, m) in enumerate(zip(estimators, found, strict=True)):
             if progress is not None:
                 progress(f"{p.name}: by step, source and block", i, len(estimators))
             _blocks(made, e, p, m)
             _splits(made, e, p)
-        short = replace(how, draws=min(how.draws, sweeps.draws))
+        short = replace(how, draws=min(how.draws, sweeps.draws), checkpoint=None)
         for name, moved, q in _points(p, sweeps):
             if progress is not None:
                 progress(f"{p.name}: {name}", 0, 1)
-            at = partial(measured, problem=q, space=space, budget=sweeps.budget, engine=engine, sampling=short)
+            how_there: dict[str, Any] = {"budget": sweeps.budget, "engine": engine, "sampling": short}
+            at = partial(measured, problem=q, space=space, relative_to=reference, **how_there)
             lines = _point(made, at, estimators, p, q, _point_name(name, moved))
             if len(lines):
                 made.add(name, _relative_if_there(lines, reference), moved)

@@ -6,6 +6,7 @@
     thetas = 2                                      # optional: each problem at this many θ; default, the suite's
     checks = ["unbiased", "finite"]                 # optional: default, all
     budget = 5000000                                # optional: most batches for one estimator on one problem
+    engine = "auto"                                 # optional, as of a suite: engine, draws, seed, tolerance, alpha, beta
     baseline = "tests/pgcheck.json"                 # optional: what `pgcheck gate` and the pytest plugin compare with
     estimators = [                                  # default: the suite's own
       "my_rl.losses:rloo",                          # claims what it declares; a plain loss claims to be unbiased
@@ -27,7 +28,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from pgcheck.engines.choice import Engine
 from pgcheck.engines.moments import Progress
+from pgcheck.engines.monte_carlo import Sampling
 from pgcheck.errors import UsageError, nearest
 from pgcheck.estimators.base import ClaimKind, Couples, Estimator, biased, find_estimator, proportional, unbiased
 from pgcheck.estimators.lookup import as_estimators
@@ -98,6 +101,12 @@ class Config(BaseModel):
     thetas: int | None = Field(default=None, ge=1, le=8)
     checks: list[str] | None = Field(default=None, min_length=1)
     budget: int | None = Field(default=None, ge=1)
+    engine: Engine | None = None
+    draws: int | None = Field(default=None, ge=1)
+    seed: int | None = Field(default=None, ge=0)
+    tolerance: float | None = Field(default=None, gt=0, lt=1)
+    alpha: float | None = Field(default=None, gt=0, lt=0.5)
+    beta: float | None = Field(default=None, gt=0, lt=0.5)
     baseline: str | None = Field(default=None, min_length=1)
     estimators: list[EstimatorConfig] | None = Field(default=None, min_length=1)
 
@@ -158,9 +167,9 @@ class Plan:
         """The plan with other fields of the suite (`engine`, `tolerance`, `draws`, …)."""
         return replace(self, suite=self.suite.model_copy(update=settings))
 
-    def run(self, *, progress: Progress | None = None) -> Report:
-        """Run it."""
-        return self.suite.run(estimators=self.estimators, progress=progress)
+    def run(self, *, sampling: Sampling | None = None, progress: Progress | None = None) -> Report:
+        """Run it, with other settings of its sampling if given."""
+        return self.suite.run(estimators=self.estimators, sampling=sampling, progress=progress)
 
 
 def plan(
@@ -180,8 +189,9 @@ def plan(
     if suite is None and config.problems is not None:
         problems_matching(config.problems)
         changes |= {"problems": config.problems, "own_problems": None, "expect": [], "case": []}
-    if config.thetas is not None:
-        changes["thetas"] = config.thetas
+    for name in ("thetas", "engine", "draws", "seed", "tolerance", "alpha", "beta"):
+        if (x := getattr(config, name)) is not None:
+            changes[name] = x
     if config.checks is not None and loaded.checks is None:
         changes["checks"] = [find_check(name).name for name in config.checks]
     if budget or config.budget:

@@ -1,13 +1,17 @@
 """The gate: a report against a baseline that was reviewed and committed; whatever changed is seen and named.
 
-Exact numbers have no noise, so there is no percentage to tune: E ĝ and tr Cov ĝ are compared at `RTOL` of what they are
-sums of, and every number that follows from them at the tolerance that follows from that.
+Exact numbers have no noise, so there is no percentage to tune: E ĝ and Cov ĝ are compared at `RTOL` of what they are sums
+of, and every number that follows from them at the tolerance that follows from that.
 
-    E ĝ, its sketch    RTOL · size          rel, scale          RTOL · size / ‖∇J‖
-    tr Cov ĝ           RTOL · size²         cosine, off_axis    RTOL · size / ‖E ĝ‖        size = max(‖∇J‖, √E‖ĝ‖²)
+    E ĝ, its sketch         RTOL · size          rel, scale          RTOL · size / ‖∇J‖
+    tr Cov ĝ, its spread    RTOL · size²         cosine, off_axis    RTOL · size / ‖E ĝ‖        size = max(‖∇J‖, √E‖ĝ‖²)
 
-Where ‖∇J‖ or ‖E ĝ‖ is below RTOL · size, a number that is divided by it is rounding, and null. The sketch is E ĝ seen
-from eight fixed directions: a short digest that a last bit does not turn into another one, as it does a hash.
+Where ‖∇J‖ or ‖E ĝ‖ is below RTOL · size, a number that is divided by it is rounding, and null.
+
+A sampled entry of the same seed is the same draws, numbered, so that it has no noise either: its first 1024 draws, and all
+numbers if there are as many draws, are compared in the same way. Otherwise each of its scores goes through a two-sample
+test (`pgcheck.statistics.two_sample`), all tests of a comparison together at `ALPHA`: an unchanged estimator is red once in
+a million comparisons at most, whatever its tails. What is a finding of chance, and not of the estimator, is not compared then.
 
 Guarantee: everything in a baseline is compared. What is in the run and not in the baseline, or the other way round, a
 problem that is not the same, a claim or a check that is gone, a number that is none, a verdict against its claim: each is
@@ -16,100 +20,31 @@ a difference, and none passes. A baseline is never made from a run that fails fo
 
 from __future__ import annotations
 
-import json
-import math
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pgcheck.errors import UsageError
-from pgcheck.runs.report import SCHEMA as REPORT_SCHEMA
-from pgcheck.runs.report import EstimatorRow, MeasurementRow, ProblemRow, Report, VerdictRow
-from pgcheck.verdicts.verdict import RTOL, Finding, Status
+from pgcheck.runs.baseline import (
+    SCHEMA,
+    SCORES,
+    Baseline,
+    CaseEntry,
+    Entry,
+    EstimatorEntry,
+    ExactEntry,
+    SampledEntry,
+    baseline_of,
+)
+from pgcheck.runs.report import Report, VerdictRow
+from pgcheck.statistics.two_sample import level_of, p_value
+from pgcheck.verdicts.verdict import RTOL, Status
 
-SCHEMA: Literal["pgcheck-baseline/1"] = "pgcheck-baseline/1"
-WHOLE = 64  # E ĝ of at most so many numbers is kept as it is, else its sketch
-DIRECTIONS = 8
+ROOT_RTOL = 1e-6  # of numbers of a sample that are roots, or quotients, of what is noise
 
 ExpectedFailures = Mapping[str, Mapping[str, str]]  # estimator → check → reason
-
-
-class _Row(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class ExactEntry(_Row):
-    """One estimator on one problem, by enumeration. An entry of another engine is another row with another tag."""
-
-    estimator: str
-    problem: str
-    engine: Literal["exact"]
-    digest: str  # of the problem
-    finding: Finding
-    rel: float | None
-    scale: float | None
-    cosine: float | None
-    off_axis: float | None
-    size: float
-    total_variance: float
-    mean: list[list[float]] | None  # E ĝ, [K, A], if it has no more than WHOLE numbers
-    sketch: list[float] | None  # else ⟨E ĝ, v_j⟩, [DIRECTIONS]
-
-    @model_validator(mode="after")
-    def _is_one_vector(self) -> ExactEntry:
-        if (self.mean is None) == (self.sketch is None):
-            raise ValueError("mean or sketch: one of them is null, and the other is not")
-        if self.mean is not None and (not self.mean or len({len(row) for row in self.mean}) > 1):
-            raise ValueError("mean: its rows are not of one length")
-        return self
-
-    @property
-    def key(self) -> tuple[str, str]:
-        """What tells it from other entries."""
-        return self.estimator, self.problem
-
-    @property
-    def vector(self) -> np.ndarray:
-        """E ĝ, or its sketch."""
-        return np.array(self.sketch if self.mean is None else self.mean, dtype=float)
-
-
-class EstimatorEntry(_Row):
-    """What an estimator claims, and on how many problems each check was asked of it."""
-
-    estimator: str
-    claims: list[str]
-    checks: dict[str, int]
-
-
-class Baseline(_Row):
-    """A baseline file."""
-
-    schema_: Literal["pgcheck-baseline/1"] = Field(alias="schema")
-    estimators: list[EstimatorEntry]
-    entries: list[ExactEntry]
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, populate_by_name=True, title="baseline"
-    )
-
-    def to_json(self) -> str:
-        """The document as text: sorted, a row a line, every float as its shortest exact decimal."""
-        tables = {"estimators": sorted(self.estimators, key=lambda e: e.estimator)}
-        rows: dict[str, list[Any]] = {**tables, "entries": sorted(self.entries, key=lambda e: e.key)}
-        parts = [f' "schema": {json.dumps(self.schema_)}']
-        for name, table in rows.items():
-            lines = ",\n  ".join(json.dumps(row.model_dump(mode="json"), ensure_ascii=False) for row in table)
-            parts.append(f' "{name}": [\n  {lines}\n ]' if table else f' "{name}": []')
-        return "{\n" + ",\n".join(parts) + "\n}\n"
-
-
-EMPTY = Baseline(schema=SCHEMA, estimators=[], entries=[])
+Row = Entry | EstimatorEntry | CaseEntry
 
 Kind = Literal["changed", "problem", "claims", "checks", "missing", "orphaned", "verdict", "stale", "number"]
 # "stale": a check that is expected to fail, and does not; "number": E ĝ or tr Cov ĝ is none
@@ -117,17 +52,32 @@ CHANGES: tuple[Kind, ...] = ("changed", "problem", "claims", "checks", "missing"
 
 
 @dataclass(frozen=True)
+class Test:
+    """The score of two samples that says most against their being of one law."""
+
+    score: str  # one of `SCORES`
+    p: float
+    level: float
+
+    @property
+    def rejects(self) -> bool:
+        """It is not chance."""
+        return self.p <= self.level
+
+
+@dataclass(frozen=True)
 class Difference:
-    """One reason not to pass. `problem` is "" for what is said of an estimator as a whole."""
+    """One reason not to pass. `problem` is "" for what is said of an estimator as a whole, or of a case."""
 
     kind: Kind
-    estimator: str
+    estimator: str  # or the name of a case
     problem: str
-    before: ExactEntry | EstimatorEntry | None = None
-    after: ExactEntry | EstimatorEntry | None = None
+    before: Row | None = None
+    after: Row | None = None
     verdict: VerdictRow | None = None
     check: str = ""
     reason: str = ""
+    test: Test | None = None  # of two samples with different draws
 
     @property
     def is_change(self) -> bool:
@@ -137,15 +87,18 @@ class Difference:
 
 @dataclass(frozen=True)
 class Gate:
-    """What a comparison found; `same` are the rows of the baseline that agree with the run."""
+    """What a comparison found; `same` are the rows of the baseline that agree with the run, `tested` those of them that a
+    two-sample test was needed for."""
 
-    same: list[ExactEntry | EstimatorEntry]
+    same: list[Row]
     differences: list[Difference]
+    tested: Mapping[tuple[str, str], Test]
 
     @property
     def exit_code(self) -> int:
         """0: nothing differs; 1: something does; 5: there was nothing to compare."""
-        return 1 if self.differences else 0 if any(isinstance(x, ExactEntry) for x in self.same) else 5
+        compared = any(not isinstance(x, EstimatorEntry) for x in self.same)
+        return 1 if self.differences else 0 if compared else 5
 
     @property
     def updatable(self) -> bool:
@@ -164,167 +117,36 @@ class Gate:
         return Baseline(
             schema=SCHEMA,
             estimators=[x for x in rows if isinstance(x, EstimatorEntry)],
-            entries=[x for x in rows if isinstance(x, ExactEntry)],
+            entries=[x for x in rows if isinstance(x, Entry)],
+            cases=[x for x in rows if isinstance(x, CaseEntry)],
         )
 
 
-# -- from a report to a baseline
-
-
-def directions(size: int) -> np.ndarray:
-    """The fixed directions of the sketch, `[DIRECTIONS, size]`, scaled so that ‖sketch‖² is ‖E ĝ‖² on average.
-
-    `RandomState` gives the same numbers with every numpy (NEP 19).
-    """
-    bound = math.sqrt(3.0 / DIRECTIONS)
-    return np.random.RandomState(1992).uniform(-bound, bound, (DIRECTIONS, size))
-
-
-def entry_of(m: MeasurementRow, problem: ProblemRow) -> ExactEntry | None:
-    """The entry of a measurement; None if E ĝ or tr Cov ĝ is no number."""
-    mean = np.array(m.expected, dtype=float)
-    if m.size is None or m.total_variance is None or m.bias is None or not np.isfinite(mean).all():
-        return None
-    floor, length = RTOL * m.size, float(np.linalg.norm(mean))
-    if m.size > 0 and (problem.gradient_norm or 0.0) <= floor:
-        m = m.model_copy(update={"rel": None, "scale": None, "cosine": None, "off_axis": None})
-    if length <= floor:
-        m = m.model_copy(update={"cosine": None, "off_axis": None})
-    return ExactEntry(
-        estimator=m.estimator,
-        problem=m.problem,
-        engine="exact",
-        digest=problem.digest,
-        finding=m.finding,
-        **{name: getattr(m, name) for name in ("rel", "scale", "cosine", "off_axis", "size", "total_variance")},
-        mean=m.expected if mean.size <= WHOLE else None,
-        sketch=(directions(mean.size) @ mean.ravel()).tolist() if mean.size > WHOLE else None,
-    )
-
-
-def claims_in_words(row: EstimatorRow) -> list[str]:
-    """“proportional × 0.75 (on-policy, γ = 1)” of every claim."""
-    words = []
-    for c in row.claims:
-        scale = "" if c.scale is None else f" × {c.scale:g}"
-        words.append(f"{c.kind}{scale}" + (f" ({', '.join(c.conditions)})" if c.conditions else ""))
-    return words
-
-
-def baseline_of(report: Report) -> Baseline:
-    """Everything of a report that a later run is held against; measurements that are no numbers are left out.
-
-    Raises:
-        UsageError: rows that cannot be told apart, or a measurement of a problem that is not in the report.
-    """
-    problems = {p.name: p for p in report.problems}
-    _refuse_twice("report", "problem", (p.name for p in report.problems))
-    _refuse_twice("report", "estimator", (e.name for e in report.estimators))
-    _refuse_twice("report", "measurement", (f"{m.estimator}, {m.problem}" for m in report.measurements))
-    stray = next((m for m in report.measurements if m.problem not in problems), None)
-    if stray is not None:
-        raise UsageError(
-            f"report: '{stray.problem}' is measured, but it is not among the problems; run the suite anew."
-        )
-    asked: dict[str, Counter[str]] = {e.name: Counter() for e in report.estimators}
-    for v in report.verdicts:
-        asked.setdefault(v.estimator, Counter())[v.check] += 1
-    made = [entry_of(m, problems[m.problem]) for m in report.measurements]
-    return Baseline(
-        schema=SCHEMA,
-        estimators=[
-            EstimatorEntry(estimator=e.name, claims=claims_in_words(e), checks=dict(sorted(asked[e.name].items())))
-            for e in report.estimators
-        ],
-        entries=[entry for entry in made if entry is not None],
-    )
-
-
-def _refuse_twice(where: str, what: str, names: Iterable[str]) -> None:
-    twice = [name for name, n in Counter(names).items() if n > 1]
-    if twice:
-        raise UsageError(f"{where}: {what} '{twice[0]}' is there twice; it does not come from one run of pgcheck.")
-
-
-# -- reading
-
-
-def read_report(path: Path) -> Report:
-    """A report.json.
-
-    Raises:
-        UsageError: it is not there, not JSON, or of another schema.
-    """
-    try:
-        return Report.model_validate_json(_text(path, "report", "pgcheck run SUITE --out DIR"))
-    except ValidationError as error:
-        raise UsageError(f"report: {path}: {_fault(error, path, REPORT_SCHEMA)} Run the suite anew.") from None
-
-
-def read_baseline(path: Path, command: str = "pgcheck gate --update") -> Baseline:
-    """A baseline file; `command` writes it.
-
-    Raises:
-        UsageError: it is not there, not JSON, of another schema, or has a row twice.
-    """
-    text = _text(path, "baseline", command)
-    try:
-        found = Baseline.model_validate_json(text)
-    except ValidationError as error:
-        fault = _fault(error, path, SCHEMA)
-        raise UsageError(f"baseline: {path}: {fault} To write it anew, delete it and run: {command}") from None
-    _refuse_twice(f"baseline: {path}", "entry", (f"{e.estimator}, {e.problem}" for e in found.entries))
-    _refuse_twice(f"baseline: {path}", "estimator", (e.estimator for e in found.estimators))
-    return found
-
-
-def _text(path: Path, what: str, command: str) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UsageError(f"{what}: {path} is not there; to write it, run: {command}") from None
-    except UnicodeDecodeError:
-        raise UsageError(f"{what}: {path}: not a text file in UTF-8.") from None
-    except OSError as error:
-        raise UsageError(f"{what}: cannot read {path}: {error.strerror}.") from None
-
-
-def _fault(error: ValidationError, path: Path, schema: str) -> str:
-    """The first fault in words; another schema says more than what follows from it."""
-    faults = error.errors(include_url=False)
-    first = min(faults, key=lambda e: (e["loc"][-1:] != ("schema",), e["loc"][-1:] != ("engine",)))
-    field = ".".join(str(x + 1 if isinstance(x, int) else x) for x in first["loc"])
-    if first["loc"][-1:] in (("schema",), ("engine",)) and first["type"] != "missing":
-        known = schema if field == "schema" else "exact"
-        return f"its {first['loc'][-1]} is {first['input']!r}, and this pgcheck reads {known!r}: update pgcheck."
-    return f"{field + ': ' if field else ''}{first['msg'].rstrip('.')}."
-
-
-# -- comparing
-
-
-def compare(report: Report, baseline: Baseline, *, expected: ExpectedFailures | None = None) -> Gate:
+def compare(
+    report: Report, baseline: Baseline, *, expected: ExpectedFailures | None = None, sampled: int | None = None
+) -> Gate:
     """Hold a report against a baseline.
 
     Args:
         expected: checks that are expected to fail, with reasons; one that does not fail is a difference.
+        sampled: the sampled entries that share `ALPHA`; default, those of this baseline.
 
     Raises:
         UsageError: the report does not come from one run.
     """
     now = baseline_of(report)
-    same: list[ExactEntry | EstimatorEntry] = []
+    same: list[Row] = []
     differences = list(against_claims(report, expected or {}))
-    entries = {e.key: e for e in now.entries}
+    entries, before_entries = ({e.key: e for e in b.entries} for b in (now, baseline))
     norms = {p.name: p.gradient_norm or 0.0 for p in report.problems}
     numberless = {(m.estimator, m.problem) for m in report.measurements} - set(entries)
     differences += [Difference("number", *key) for key in sorted(numberless)]
-    before_entries = {e.key: e for e in baseline.entries}
+    tested = two_sample_tests(before_entries, entries, sampled_entries(baseline) if sampled is None else sampled)
     for key in sorted({*entries, *before_entries} - numberless):
         before, after = before_entries.get(key), entries.get(key)
-        kind = _kind(before, after, norms.get(key[1], 0.0))
+        kind = _kind(before, after, norms.get(key[1], 0.0), tested.get(key))
         if kind is not None:
-            differences.append(Difference(kind, *key, before=before, after=after))
+            differences.append(Difference(kind, *key, before=before, after=after, test=tested.get(key)))
         elif before is not None:
             same.append(before)
     before_rows, rows = ({e.estimator: e for e in b.estimators} for b in (baseline, now))
@@ -335,7 +157,16 @@ def compare(report: Report, baseline: Baseline, *, expected: ExpectedFailures | 
             differences.append(Difference(kind, name, "", before=old, after=new))
         elif old is not None:
             same.append(old)
-    return Gate(same, differences)
+    before_cases, cases = ({c.case: c for c in b.cases} for b in (baseline, now))
+    undecided = {c.name for c in report.cases} - set(cases)  # a verdict says so
+    for name in sorted({*cases, *before_cases} - undecided):
+        was, is_now = before_cases.get(name), cases.get(name)
+        kind = _kind_of_case(was, is_now)
+        if kind is not None:
+            differences.append(Difference(kind, name, "", before=was, after=is_now))
+        elif was is not None:
+            same.append(was)
+    return Gate(same, differences, {key: t for key, t in tested.items() if not t.rejects})
 
 
 def against_claims(report: Report, expected: ExpectedFailures) -> Iterator[Difference]:
@@ -360,14 +191,20 @@ def exit_code(report: Report, expected: ExpectedFailures) -> int:
     return 1 if any(True for _ in against_claims(report, expected)) else 0
 
 
-def _kind(before: ExactEntry | None, after: ExactEntry | None, gradient_norm: float) -> Kind | None:
+def _kind(before: Entry | None, after: Entry | None, gradient_norm: float, test: Test | None) -> Kind | None:
     if before is None:
         return "missing"
     if after is None:
         return "orphaned"
     if before.digest != after.digest:
         return "problem"
-    return None if agree(before, after, gradient_norm) else "changed"
+    if isinstance(before, ExactEntry) and isinstance(after, ExactEntry):
+        agreed = agree(before, after, gradient_norm)
+    elif isinstance(before, SampledEntry) and isinstance(after, SampledEntry):
+        agreed = samples_agree(before, after, test)
+    else:
+        agreed = False
+    return None if agreed else "changed"
 
 
 def _kind_of_estimator(before: EstimatorEntry | None, after: EstimatorEntry | None) -> Kind | None:
@@ -376,6 +213,17 @@ def _kind_of_estimator(before: EstimatorEntry | None, after: EstimatorEntry | No
     if before.claims != after.claims:
         return "claims"
     return "checks" if before.checks != after.checks else None
+
+
+def _kind_of_case(before: CaseEntry | None, after: CaseEntry | None) -> Kind | None:
+    if before is None or after is None:
+        return "missing" if before is None else "orphaned"
+    room = RTOL * max(1.0, abs(after.value))
+    near = before.model_copy(update={"value": after.value}) == after and abs(before.value - after.value) <= room
+    return None if near else "changed"
+
+
+# -- exact entries
 
 
 def agree(before: ExactEntry, after: ExactEntry, gradient_norm: float) -> bool:
@@ -391,6 +239,8 @@ def agree(before: ExactEntry, after: ExactEntry, gradient_norm: float) -> bool:
         and bool((abs(a - b) <= of_mean).all())
         and _near(before.size, after.size, of_mean)
         and _near(before.total_variance, after.total_variance, RTOL * size**2)
+        and (before.spread is None) == (after.spread is None)
+        and all(_near(x, y, RTOL * size**2) for x, y in zip(before.spread or [], after.spread or [], strict=True))
         and all(_near(getattr(before, x), getattr(after, x), of_truth) for x in ("rel", "scale"))
         and all(_near(getattr(before, x), getattr(after, x), of_angle) for x in ("cosine", "off_axis"))
     )
@@ -402,3 +252,74 @@ def _over(a: float, b: float) -> float:
 
 def _near(a: float | None, b: float | None, tolerance: float) -> bool:
     return a is b if a is None or b is None else abs(a - b) <= tolerance
+
+
+# -- sampled entries
+
+
+def same_draws(before: SampledEntry, after: SampledEntry) -> bool:
+    """They are the same draws, all of them."""
+    return (before.seed, before.batches) == (after.seed, after.batches)
+
+
+def sampled_entries(baseline: Baseline) -> int:
+    """Their number."""
+    return sum(isinstance(e, SampledEntry) for e in baseline.entries)
+
+
+def two_sample_tests(
+    before: Mapping[tuple[str, str], Entry], after: Mapping[tuple[str, str], Entry], sampled: int
+) -> dict[tuple[str, str], Test]:
+    """The worst of the tests of every pair of samples of one problem that are not the same draws; each is at its share of
+    `ALPHA`, split over the scores of `sampled` entries."""
+    pairs: dict[tuple[str, str], tuple[SampledEntry, SampledEntry]] = {}
+    for key in sorted(set(before) & set(after)):
+        a, b = before[key], after[key]
+        if (
+            isinstance(a, SampledEntry)
+            and isinstance(b, SampledEntry)
+            and a.digest == b.digest
+            and not same_draws(a, b)
+        ):
+            pairs[key] = a, b
+    level = level_of(sampled * len(SCORES))
+    found = {}
+    for key, (a, b) in pairs.items():
+        p = {x: p_value(a.score(x), b.score(x), a.batches, b.batches, nested=a.seed == b.seed) for x in SCORES}
+        worst = min(SCORES, key=lambda x: p[x])
+        found[key] = Test(worst, p[worst], level)
+    return found
+
+
+def samples_agree(before: SampledEntry, after: SampledEntry, test: Test | None) -> bool:
+    """Two samples of one problem: the same numbers where they are the same draws, else no sign of another law."""
+    first = all(_near(x, y, RTOL * _largest(before, after)) for x, y in zip(before.first, after.first, strict=True))
+    whole = all(_same_score(name, before, after) for name in SCORES)
+    if same_draws(before, after):
+        size = after.size
+        return (
+            first
+            and whole
+            and before.finding == after.finding
+            and _near(before.size, after.size, RTOL * size)
+            and _near(before.total_variance, after.total_variance, RTOL * size**2)
+            and all(
+                _near(getattr(before, x), getattr(after, x), ROOT_RTOL) for x in ("rel", "scale", "cosine", "off_axis")
+            )
+        )
+    noisy = any(error > 0 for _, error, _, _ in after.scores.values())
+    if noisy and (whole or (first and before.seed != after.seed)):
+        return False  # other draws give other numbers: what is said of them is not what they were
+    return (first or before.seed != after.seed) and test is not None and not test.rejects
+
+
+def _same_score(name: str, before: SampledEntry, after: SampledEntry) -> bool:
+    """To `RTOL` of the largest draw, or of what a draw has to be seen beside."""
+    a, b = before.scores[name], after.scores[name]
+    room = RTOL * max(*map(abs, (*a, *b)), {"scale": 1.0, "mse": after.size**2}.get(name, after.size))
+    return all(_near(x, y, room) for x, y in zip(a, b, strict=True))
+
+
+def _largest(*entries: SampledEntry) -> float:
+    """The largest coordinate of a draw, along the fixed directions."""
+    return max(abs(x) for e in entries for name in SCORES[2:] for x in e.scores[name][2:])

@@ -10,6 +10,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib import metadata
 from typing import Any, Literal
 
@@ -21,7 +22,17 @@ from pgcheck.errors import UsageError
 from pgcheck.estimators.base import Claim, Estimator
 from pgcheck.problem import Problem
 from pgcheck.statistics.sequential import Interval, Judgement
-from pgcheck.verdicts.verdict import Measurement, NotAsked, Space, Status, Verdict, along, as_list, finite_or_none
+from pgcheck.verdicts.verdict import (
+    Measurement,
+    NotAsked,
+    Sampled,
+    Space,
+    Status,
+    Verdict,
+    along,
+    as_list,
+    finite_or_none,
+)
 
 LARGEST_TABLE = 10_000  # entries of a gradient that is written out
 SCHEMA: Literal["pgcheck-report/1"] = "pgcheck-report/1"
@@ -79,6 +90,22 @@ class StepRow(_Row):
     gap: float | None
 
 
+class ScoreRow(_Row):
+    """One number of a draw, over all draws; see `pgcheck.statistics.two_sample.Score`."""
+
+    mean: float
+    error: float
+    low: float
+    high: float
+
+
+class SampledRow(_Row):
+    """See `pgcheck.verdicts.verdict.Sampled`."""
+
+    first: list[float]
+    scores: dict[str, ScoreRow]
+
+
 class MeasurementRow(_Row):
     """See `pgcheck.verdicts.verdict.Measurement`; null stands for "no such number" (∇J = 0)."""
 
@@ -105,12 +132,12 @@ class MeasurementRow(_Row):
     seed: int | None = None  # of the `batches` that were drawn
     low: dict[str, float | None] = {}  # ends of 95% intervals, by the names above; null where the tails allow none
     high: dict[str, float | None] = {}
+    spread: list[float] = []  # Var ⟨ĝ, v⟩ of an exact ĝ along fixed directions; empty if Cov ĝ is not kept
+    sampled: SampledRow | None = None  # what a later sample is held against
     parameters: int | None = None  # P, of a sample that was seen in parameters, as the logits are too many
     directions: int | None = None  # random ones among them, along which alone it was seen
     against: str | None = None  # the unbiased estimator on the same rollouts that it was judged by its difference from
-    shown: float | None = (
-        None  # the part of a bias's length that is seen at least, which verdicts allow for; null: all of it
-    )
+    shown: float | None = None  # the part of a bias's length that is seen at least; verdicts allow for it; null: all
 
 
 class SampleRow(_Row):
@@ -238,7 +265,7 @@ class Report(_Row):
             if key == "parameters" and not value:
                 continue
             if isinstance(value, list):
-                value = [_without_sample(row) for row in value]
+                value = [_without_empty(row) for row in value]
             text = json.dumps(value, ensure_ascii=False)
             if isinstance(value, list) and value:
                 rows = ",\n  ".join(json.dumps(row, ensure_ascii=False) for row in value)
@@ -273,16 +300,19 @@ def merged(reports: Sequence[Report], *, suite: str) -> Report:
         measurements=sorted(measurements, key=lambda m: place[m.problem]),
         verdicts=[v for report in reports for v in report.verdicts],
         not_asked=[n for report in reports for n in report.not_asked],
+        cases=[c for report in reports for c in report.cases],
     )
 
 
-_OF_SAMPLES: dict[str, Any] = {"seed": None, "low": {}, "high": {}, "sample": None, "expected": False}
-_OF_SAMPLES |= dict.fromkeys(("parameters", "directions", "against", "shown"))
+_EMPTY: dict[str, Any] = {
+    "seed": None, "low": {}, "high": {}, "sample": None, "expected": False, "spread": [], "sampled": None,
+    "parameters": None, "directions": None, "against": None, "shown": None,
+}  # fmt: skip
 
 
-def _without_sample(row: dict[str, Any]) -> dict[str, Any]:
-    """Without the fields that only a sample fills, where they are empty."""
-    return {name: x for name, x in row.items() if name not in _OF_SAMPLES or x != _OF_SAMPLES[name]}
+def _without_empty(row: dict[str, Any]) -> dict[str, Any]:
+    """Without the fields that not every engine fills, where they are empty."""
+    return {name: x for name, x in row.items() if name not in _EMPTY or x != _EMPTY[name]}
 
 
 def _table(x: Tensor) -> list[list[float]]:
@@ -352,6 +382,14 @@ def measurement_row(m: Measurement, *, space: Space = "logits") -> MeasurementRo
         low={name: finite_or_none(x.low) for name, x in m.intervals.items()},
         high={name: finite_or_none(x.high) for name, x in m.intervals.items()},
         **seen,
+        spread=list(m.spread),
+        sampled=None if m.sampled is None else _sampled_row(m.sampled),
+    )
+
+
+def _sampled_row(sampled: Sampled) -> SampledRow:
+    return SampledRow(
+        first=list(sampled.first), scores={name: ScoreRow(**asdict(x)) for name, x in sampled.scores.items()}
     )
 
 

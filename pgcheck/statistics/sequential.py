@@ -208,6 +208,11 @@ class Judge:
         """Draws eaten so far."""
         return self._ever.n
 
+    @property
+    def spectrum(self) -> Spectrum:
+        """Of the noise of D, from some of the draws."""
+        return self._whole
+
     # -- eating
 
     def update(self, x: Tensor, reference_draws: Tensor | None = None) -> None:

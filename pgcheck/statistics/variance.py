@@ -17,9 +17,11 @@ from dataclasses import dataclass
 from functools import reduce
 
 import numpy as np
+import torch
 from scipy import optimize, special
+from torch import Tensor
 
-from pgcheck.statistics.guarded import MOST_SHARE, MOST_SKEWNESS, Floats, hall
+from pgcheck.statistics.guarded import MOST_SHARE, MOST_SKEWNESS, Floats, Scores, hall
 from pgcheck.statistics.sequential import Interval
 
 _FURTHEST = 1e6  # an end further from the ratio than this factor is 0 or ∞
@@ -61,6 +63,33 @@ class Pairs:
             third += part.third + np.array([3 * u * aa, v * aa + 2 * u * ab, u * bb + 2 * v * ab, 3 * v * bb])
             third += part.n * np.array([u**3, u * u * v, u * v * v, v**3])
         return Pairs(n, mean, second, third, _extremes(np.concatenate([self.extremes, other.extremes])))
+
+    def plus(self, a: float, b: float) -> Pairs:
+        """Of pairs (x + a, y + b)."""
+        shift = np.array([a, b])
+        return Pairs(self.n, self.mean + shift, self.second, self.third, self.extremes + shift)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything, as tensors."""
+        parts = {"mean": self.mean, "second": self.second, "third": self.third, "extremes": self.extremes}
+        return {"n": torch.tensor(self.n)} | {name: torch.from_numpy(x.copy()) for name, x in parts.items()}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Tensor]) -> Pairs:
+        """What `state()` was taken from."""
+        return cls(int(state["n"]), *(state[name].numpy().copy() for name in ("mean", "second", "third", "extremes")))
+
+    def minus(self, r: float) -> Scores:
+        """Scores a − r b, r > 0."""
+        aa, ab, bb = self.second
+        m2 = float(aa - 2 * r * ab + r * r * bb)
+        if m2 <= 1e-12 * (aa + r * r * bb):  # rounding: a is r b, but for a constant
+            m2 = 0.0
+        m3 = float(self.third @ np.array([1.0, -3 * r, 3 * r * r, -(r**3)]))
+        ends = self.extremes @ np.array([1.0, -r])
+        return Scores(
+            self.n, *(np.array([x]) for x in (self.mean[0] - r * self.mean[1], m2, m3, ends.min(), ends.max()))
+        )
 
     def difference(self, r: float) -> tuple[float, float, float, float]:
         """Of y = a − r b: its mean, the error of it, the skewness of it, and the largest share."""

@@ -33,12 +33,16 @@ from pgcheck.engines.moments import Moments
 from pgcheck.errors import UnknownNameError
 from pgcheck.estimators.base import Estimator
 from pgcheck.problem import Problem
+from pgcheck.statistics.guarded import interval
+from pgcheck.statistics.variance import Pairs, variance_ratio
 from pgcheck.trajectories import Trajectories
 from pgcheck.verdicts.quantities import APPROXIMATIONS, contributions, parts_by_step
 from pgcheck.verdicts.verdict import Measurement, Space
 
 ROUNDING = 1e-12
-MEASURED = ("scale", "rel", "variance", "mse", "snr")  # columns with an interval
+MEASURED = ("scale", "rel", "bias", "variance", "mse", "snr")  # columns with an interval
+
+PAIRED = tuple(f"{name}{end}" for name in ("ratio", "gap", "gap_of_rollouts") for end in ("_low", "", "_high"))
 
 Better = Literal["always", "never", "below", "above", "same"]
 # when an estimator's MSE is less than the reference's: with fewer batches than N*, with more, with any number, with none
@@ -62,6 +66,19 @@ def row_of(estimator: Estimator, problem: Problem, x: Measurement) -> dict[str, 
     return row | x.ends
 
 
+def paired(found: Pairs, *, cost: float, base_cost: float) -> dict[str, float]:
+    """Columns of what pairs of draws say of V/V', and of V − V' for batches and for rollouts; without those that their tails
+    allow no interval of. `relative` reads them."""
+    ratio = variance_ratio(found)
+    out = {"ratio": ratio.value, "ratio_low": ratio.low, "ratio_high": ratio.high}
+    for name, c, other in (("gap", 1.0, 1.0), ("gap_of_rollouts", cost, base_cost)):
+        scores = found.minus(other / c)
+        low, high = interval(scores)
+        ends = zip(("_low", "", "_high"), (low, scores.mean, high), strict=True)
+        out |= {f"{name}{end}": float(x[0]) * c for end, x in ends}
+    return {name: x for name, x in out.items() if math.isfinite(x)}
+
+
 # -- against a reference
 
 
@@ -72,10 +89,10 @@ def relative(table: pd.DataFrame, *, to: str | None = None) -> pd.DataFrame:
     batches that have as much signal for their noise as one batch of the reference (∞ where E ĝ points away from ∇J, NaN
     where ∇J = 0); `rollouts_to_match`, the same in units of the reference's cost; `better` and `break_even`, when its MSE
     is below the reference's and N*; `better_per_rollout` and `break_even_rollouts`, the same for equal numbers of
-    rollouts, R*. N* is NaN where there is none.
+    rollouts, R*. N* and R* are NaN where there are none.
 
-    The first three have ends NAME_low and NAME_high. `ratio_low` and `ratio_high` that a sampled engine has filled in
-    (paired draws make them narrow) are kept; else ends are quotients of ends, which are wide. N* has none.
+    Numbers have ends NAME_low and NAME_high, made of the ends of what they are made of. Where the table has the columns of
+    `paired`, which draws in pairs make narrow, V/V' and V − V' are those.
 
     Raises:
         UnknownNameError: no estimator of that name in the table.
@@ -91,7 +108,9 @@ def relative(table: pd.DataFrame, *, to: str | None = None) -> pd.DataFrame:
         records = [{str(k): v for k, v in r.items()} for r in group.to_dict("records")]
         floor = ROUNDING * max(r["variance"] for r in records)
         base = next(r for r in records if r["estimator"] == reference)
-        rows += [r | {"relative_to": reference} | _against(r, base, floor) for r in records]
+        for r in records:
+            own = {name: x for name, x in r.items() if name not in PAIRED}
+            rows.append(own | {"relative_to": reference} | _against(r, base, floor))
     return pd.DataFrame(rows, index=table.index)
 
 
@@ -100,8 +119,12 @@ def _against(row: Mapping[str, Any], base: Mapping[str, Any], floor: float) -> d
     k, h = (
         {end: float(r.get(f"scale{end}", r["scale"])) for end in ("_low", "", "_high")} for r in (row, base)
     )  # fmt: skip
+    ratio = (_quotient(low, base_high), _quotient(V, U), _quotient(high, base_low))
+    if (given := _given(row, "ratio")) is not None:
+        ratio = (low, V, high) = given
+        base_low = U = base_high = 1.0
     found = {
-        "ratio": (_quotient(low, base_high), _quotient(V, U), _quotient(high, base_low)),
+        "ratio": ratio,
         "batches_to_match": (
             _quotient(noise(k["_high"], low), noise(h["_low"], base_high)),
             _quotient(noise(k[""], V), noise(h[""], U)),
@@ -112,19 +135,50 @@ def _against(row: Mapping[str, Any], base: Mapping[str, Any], floor: float) -> d
         found = {name: (x[1],) * 3 for name, x in found.items()}
     price = row["cost"] / base["cost"]
     found["rollouts_to_match"] = tuple(x * price for x in found["batches_to_match"])
-    out = {
+    out: dict[str, Any] = {
         f"{name}{end}": x for name, three in found.items() for end, x in zip(("_low", "", "_high"), three, strict=True)
     }
-    out |= {name: row[name] for name in ("ratio_low", "ratio_high") if not pd.isna(row.get(name, math.nan))}
-    squares = squared_bias(row), squared_bias(base)
-    better, even = break_even((squares[0], V), (squares[1], U))
-    per_rollout, even_rollouts = break_even((squares[0], V * row["cost"]), (squares[1], U * base["cost"]))
-    return out | {
-        "better": better,
-        "break_even": even,
-        "better_per_rollout": per_rollout,
-        "break_even_rollouts": even_rollouts,
-    }
+    for better, even, gap, c, d in (
+        ("better", "break_even", "gap", 1.0, 1.0),
+        ("better_per_rollout", "break_even_rollouts", "gap_of_rollouts", row["cost"], base["cost"]),
+    ):
+        (low, V, high), (base_low, U, base_high) = (
+            [x * y for x in _with_ends(r, floor)] for r, y in ((row, c), (base, d))
+        )
+        gaps = _given(row, gap) or (low - base_high, V - U, high - base_low)
+        out[better], out[even] = break_even((squared_bias(row), U + gaps[1]), (squared_bias(base), U))
+        ends = break_even_ends((gaps[0], gaps[2]), _bias_ends(row), _bias_ends(base))
+        if low == high and base_low == base_high:  # exact: no wider than rounding
+            ends = out[even], out[even]
+        out |= {f"{even}_low": ends[0], f"{even}_high": ends[1]}
+    return out
+
+
+def _given(row: Mapping[str, Any], name: str) -> tuple[float, float, float] | None:
+    """A number and its ends, where the row has them."""
+    low, x, high = (float(row.get(f"{name}{end}", math.nan)) for end in ("_low", "", "_high"))
+    return None if math.isnan(low + x + high) else (low, x, high)
+
+
+def _bias_ends(row: Mapping[str, Any]) -> tuple[float, float]:
+    """Ends of ‖b‖²; 0 of what was found unbiased."""
+    low, high = (float(row.get(f"bias_{end}", row["bias"])) for end in ("low", "high"))
+    return (low**2, high**2) if squared_bias(row) > 0 else (0.0, 0.0)
+
+
+def break_even_ends(
+    gap: tuple[float, float], squares: tuple[float, float], other: tuple[float, float]
+) -> tuple[float, float]:
+    """The least and the largest N* > 0 with N* (‖b'‖² − ‖b‖²) = V − V', from ends of V − V' and of both ‖b‖²; NaN if there is
+    none, or an end is not known."""
+    less, most = other[0] - squares[1], other[1] - squares[0]
+    if any(map(math.isnan, (*gap, less, most))):
+        return math.nan, math.nan
+    found = []
+    for (low, high), (d, e) in ((gap, (less, most)), ((-gap[1], -gap[0]), (-most, -less))):
+        if high > 0 and e > 0:  # both positive, then both negative
+            found.append((max(low, 0.0) / e, high / d if d > 0 else math.inf))
+    return (min(x for x, _ in found), max(y for _, y in found)) if found else (math.nan, math.nan)
 
 
 def _with_ends(row: Mapping[str, Any], floor: float) -> tuple[float, float, float]:

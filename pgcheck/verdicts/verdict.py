@@ -30,8 +30,11 @@ from pgcheck.estimators.base import ClaimKind, Estimator
 from pgcheck.problem import Problem
 from pgcheck.statistics.sequential import Interval, Judgement
 from pgcheck.statistics.status import Status as Status
+from pgcheck.statistics.two_sample import Score, fixed_directions, scores_of
+from pgcheck.statistics.variance import Pairs
 
 RTOL = 1e-9
+SPREAD = 4  # directions along which the variance of an exact ĝ is told; any change of Cov ĝ moves them
 
 Finding = Literal["unbiased", "proportional", "biased", "inconclusive"]  # the last of samples only
 Space = Literal["logits", "parameters"]
@@ -83,6 +86,14 @@ def steps(by_step: Tensor, truth: Tensor, gradient: Tensor) -> tuple[Step, ...]:
 
 
 @dataclass(frozen=True)
+class Sampled:
+    """What is kept of a sample of ĝ so that another one can be held against it (`pgcheck.statistics.two_sample`)."""
+
+    first: tuple[float, ...]  # ⟨v, mean of the first grain of draws⟩, of every fixed direction
+    scores: Mapping[str, Score]  # scale, mse, and v1, v2, …: the fixed directions
+
+
+@dataclass(frozen=True)
 class Measurement:
     """What was measured of one estimator on one problem; no opinion in it but `finding`."""
 
@@ -110,9 +121,10 @@ class Measurement:
     seed: int | None = None  # of what was drawn
     intervals: Mapping[str, Interval] = field(default_factory=dict)  # of what was drawn, by the names above; 95%
     judgements: Mapping[float | None, Judgement] = field(default_factory=dict)  # by the κ of E ĝ = κ g
-    view: View | None = (
-        None  # where a sample was taken if not in logits: then `expected` and `truth` are there, `[1, R]`
-    )
+    pairs: Pairs | None = None  # of what was drawn, beside the estimator that it is compared to
+    spread: tuple[float, ...] = ()  # Var ⟨ĝ, v⟩ along the first `SPREAD` fixed directions; empty if Cov ĝ is not kept
+    sampled: Sampled | None = None  # of what was drawn
+    view: View | None = None  # where a sample was taken, if not in logits: `expected` and `truth` are `[1, R]` there
 
     @property
     def worst(self) -> tuple[int, int]:
@@ -123,12 +135,11 @@ class Measurement:
 
     @property
     def ends(self) -> dict[str, float]:
-        """NAME_low and NAME_high of rel, scale, variance, mse and snr: the 95% interval; of an exact number, the number."""
-        exact = {"variance": self.total_variance} | {
-            name: getattr(self, name) for name in ("rel", "scale", "mse", "snr")
-        }
+        """NAME_low and NAME_high of rel, scale, bias, variance, mse, snr: the 95% interval; of an exact number, the number."""
+        names = ("rel", "scale", "bias", "variance", "mse", "snr")
+        exact = {name: self.total_variance if name == "variance" else getattr(self, name) for name in names}
         out = {}
-        for name in ("rel", "scale", "variance", "mse", "snr"):
+        for name in names:
             x = self.intervals.get(name)
             out[f"{name}_low"], out[f"{name}_high"] = (exact[name],) * 2 if x is None else (x.low, x.high)
         return out
@@ -159,11 +170,20 @@ def measure(
         g, m = (x.unsqueeze(0) for x in (problem.parameter_gradient(), moments.mean_in_parameters()))
         variance = _variance_in_parameters(problem, moments)
     numbers = {name: getattr(moments, name) for name in ("batches", "enumerated", "lane")}
+    if space == "logits":
+        numbers["spread"] = _spread(moments)
     found = judged(estimator.name, problem, m, g, variance, rtol=rtol, known=space == "logits", **numbers)
     if not split or moments.by_step is None:
         return found
     by_step = steps(moments.by_step, problem.gradient_by_step(), found.truth)
     return replace(found, worst_step=_worst_step(moments, problem), by_step=by_step)
+
+
+def _spread(moments: Moments) -> tuple[float, ...]:
+    if moments.covariance is None:
+        return ()
+    v = torch.from_numpy(fixed_directions(moments.mean.numel())[:SPREAD]).to(moments.covariance)
+    return tuple(((v @ moments.covariance) * v).sum(1).tolist())
 
 
 def judged(
@@ -258,8 +278,19 @@ def _measure_sampled(estimator: Estimator, problem: Problem, moments: Moments, s
         seed=moments.seed,
         intervals=intervals,
         judgements=moments.judgements,
+        pairs=moments.pairs,
+        sampled=_sampled(moments),
         view=view,
     )
+
+
+def _sampled(moments: Moments) -> Sampled | None:
+    if moments.scores is None or moments.first is None:
+        return None
+    seen = fixed_directions(len(moments.first)) @ moments.first.cpu().numpy()
+    scale, mse, _, *along = scores_of(moments.scores)  # without those about a centre that is a draw's own
+    named = {"scale": scale, "mse": mse} | {f"v{i + 1}": x for i, x in enumerate(along)}
+    return Sampled(tuple(seen.tolist()), named)
 
 
 def _sampled_finding(judgements: Mapping[float | None, Judgement]) -> Finding:

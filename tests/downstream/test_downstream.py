@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from typing import Any
 from xml.etree import ElementTree as ET
 
 import pytest
+import yaml
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -358,3 +360,96 @@ def test_ten_kills_leave_what_was_there(project: Project) -> None:
         for name in ("pgcheck.json", "report.json"):
             assert (x / name).read_bytes() in whole
             json.loads((x / name).read_text())
+
+
+# -- the action, as a runner of GitHub executes it
+
+
+def run_action(project: Project, folder: Path, inputs: dict[str, str]) -> Ran:
+    """The steps of action.yml, one after the other: `shell: bash` is `bash --noprofile --norc -eo pipefail FILE`."""
+    action = yaml.safe_load((ROOT / ".github/actions/pgcheck/action.yml").read_text())
+    values = {f"inputs.{name}": inputs.get(name, x["default"]) for name, x in action["inputs"].items()}
+    assert set(inputs) <= set(action["inputs"])
+    assert action["runs"]["using"] == "composite"
+
+    def filled(text: str) -> str:
+        return re.sub(r"\$\{\{ *([\w.-]+) *\}\}", lambda found: values[found[1]], text)
+
+    said = ""
+    for number, step in enumerate(action["runs"]["steps"]):
+        assert set(step) == {"shell", "working-directory", "env", "run"}
+        assert step["shell"] == "bash"
+        assert "${{" not in step["run"], "an input would be read as shell"
+        script = folder / f"step{number}.sh"
+        script.write_text(step["run"])
+        given = outside() | {name: filled(x) for name, x in step["env"].items()}
+        given |= {"GITHUB_ACTIONS": "true", "GITHUB_STEP_SUMMARY": str(folder / "summary.md")}
+        given |= {"GITHUB_ACTION_PATH": str(ROOT / ".github/actions/pgcheck")}
+        given["PATH"] = f"{project.python.parent}{os.pathsep}{given['PATH']}"
+        done = subprocess.run(
+            ["bash", "--noprofile", "--norc", "-eo", "pipefail", str(script)], cwd=folder / filled(step["working-directory"]),
+            capture_output=True, text=True, env=given, check=False,
+        )  # fmt: skip
+        said += done.stdout + done.stderr
+        if done.returncode:
+            return Ran(done.returncode, said)
+    return Ran(0, said)
+
+
+def test_the_action_is_green_and_red(project: Project) -> None:
+    """Green on the accepted baseline; red, with an annotation at the loss and a summary, on a change; an error without one."""
+    folder = project.copy("action")
+    config = folder / "pyproject.toml"
+    config.write_text(config.read_text().replace("[tool.pgcheck]", '[tool.pgcheck]\nchecks = ["biased"]\nthetas = 1'))
+    inputs = {"pgcheck": "none", "baseline": "of action.json", "report": "a report"}
+    absent = run_action(project, folder, inputs)
+    assert absent.code == 2, absent.text
+    assert "of action.json is not there; to write it, run: pgcheck gate 'a report/report.json'" in absent.text
+    report = "a report/report.json"
+    (made,) = project.requests(
+        [{"run": ["pgcheck", "gate", report, "--baseline", "of action.json", "--update"], "folder": str(folder)}]
+    )
+    assert made.code == 0, made.text
+    green = run_action(project, folder, inputs)
+    assert green.code == 0, green.text
+    assert "::error" not in green.text
+    losses = folder / LOSSES
+    losses.write_text(losses.read_text().replace("correction=0", "correction=1"))
+    red = run_action(project, folder, inputs)
+    assert red.code == 1, red.text
+    line = losses.read_text().splitlines().index("    def grpo(batch):") + 1
+    assert f"::error file={LOSSES},line={line},title=pgcheck%3A grpo-dialogue/two-turn-0.9-changed::grpo on" in red.text
+    assert "grpo-dialogue/two-turn-0.9-changed" in (folder / "summary.md").read_text()
+    unknown = run_action(project, folder, {**inputs, "suite": "croe"})
+    assert unknown.code == 2
+    assert "Did you mean 'core'" in unknown.text
+
+
+def test_the_action_installs_what_it_is_told(project: Project, tmp_path: Path) -> None:
+    """A pip that writes down its arguments: the package first, then the copy of pgcheck that the action is part of."""
+    fake = tmp_path / "bin" / "python"
+    fake.parent.mkdir()
+    fake.write_text('#!/bin/sh\nprintf "%s\\n" "$@" >> "$(dirname "$0")/seen"\n')
+    fake.chmod(0o755)
+    (fake.parent / "pgcheck").write_text("#!/bin/sh\nexit 0\n")
+    (fake.parent / "pgcheck").chmod(0o755)
+    stranger = Project(fake, tmp_path)
+    for inputs, installed in (
+        (
+            {"install": ". pytest-xdist"},
+            [
+                ".",
+                "pytest-xdist",
+                str(ROOT / ".github/actions/pgcheck/../../.."),
+            ],
+        ),
+        ({"install": ".", "pgcheck": "a wheel.whl"}, [".", "a wheel.whl"]),
+        ({"pgcheck": "none"}, None),
+    ):
+        (fake.parent / "seen").unlink(missing_ok=True)
+        assert run_action(stranger, tmp_path, inputs).code == 0
+        if installed is None:
+            assert not (fake.parent / "seen").exists()
+        else:
+            assert (fake.parent / "seen").read_text().splitlines() == ["-m", "pip", "install", "-q", *installed]
+    assert (ROOT / ".github/actions/pgcheck/../../.." / "pyproject.toml").resolve() == ROOT / "pyproject.toml"

@@ -14,6 +14,7 @@ from pgcheck.engines.enumeration import (
     Batches,
     arrangements,
     count_multisets,
+    every_multiset,
     unrank_multisets,
     unrank_tuples,
 )
@@ -50,6 +51,17 @@ def test_arrangements_count_the_orderings(n: int, size: int) -> None:
         expected = math.factorial(size) / math.prod(math.factorial(m) for m in Counter(row).values())
         assert found == pytest.approx(expected, rel=1e-14)
     assert ways.sum() == pytest.approx(n**size, rel=1e-14)
+
+
+@pytest.mark.parametrize(("n", "size"), [*PAIRS, (0, 2), (7, 1)])
+def test_all_at_once_they_are_in_the_order_of_their_ranks(n: int, size: int) -> None:
+    """Row by row what unranking gives, with k!/Π m_j! · Π p."""
+    p = np.random.Generator(np.random.Philox(1)).random(n)
+    rows, weight = every_multiset(p, size)
+    np.testing.assert_array_equal(rows, unrank_multisets(np.arange(count_multisets(n, size) if n else 0), n, size))
+    for row, found in zip(rows.tolist(), weight.tolist(), strict=True):
+        ways = math.factorial(size) / math.prod(math.factorial(m) for m in Counter(row).values())
+        assert found == pytest.approx(ways * math.prod(p[i] for i in row), rel=1e-14)
 
 
 def test_a_rank_can_be_unranked_alone() -> None:

@@ -706,3 +706,133 @@ def test_a_path_that_the_loop_contradicts_is_not_taken() -> None:
     expected[8] *= 2.0
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
     assert lane == "loop"
+
+
+# -- in the loop, batches that see the same numbers together
+
+
+def _above_the_worst(batch: Batch) -> Tensor:
+    r = batch.episode_return
+    best = r[r > float(r.min())]
+    base = best.mean() if len(best) else r.mean()
+    return -((r - base)[:, None] * batch.logp * batch.mask).sum(-1).mean()
+
+
+def _mean_of_floats(batch: Batch) -> Tensor:
+    r = batch.episode_return
+    adv = torch.tensor([float(x) - sum(r.tolist()) / len(r) for x in r], dtype=torch.float64)
+    return -(adv[:, None] * batch.logp * batch.mask).sum(-1).mean()
+
+
+def _some_positions(batch: Batch) -> Tensor:
+    """Masks with two dimensions, in a tuple, written to; places as whole numbers."""
+    acts = batch.mask > 0
+    total = -(batch.logp[acts] * batch.reward[acts].sum()).sum()
+    adv = torch.zeros_like(batch.mask)
+    adv[batch.episode_return > 0] = 2.0
+    rows = (batch.episode_return > 0).nonzero().squeeze(-1)
+    return total - (batch.logp[rows] * 0.5).sum() - batch.logp[batch.length > 1, 0].sum() - (adv * batch.logp).sum()
+
+
+def _of_the_longest(batch: Batch) -> Tensor:
+    return -batch.logp[int(batch.length.argmax())].sum() * batch.reward.sum()
+
+
+def _by_numpy(batch: Batch) -> Tensor:
+    return -(float(batch.episode_return.detach().numpy().max()) * batch.logp * batch.mask).sum()
+
+
+def _now_and_then_constant(batch: Batch) -> Tensor:
+    wins = batch.episode_return > 0
+    return -(batch.logp[wins] * batch.mask[wins]).sum() if wins.any() and float(wins.sum()) < 4 else torch.zeros(())
+
+
+def few_returns(M: int = 700) -> Batch:
+    """0/1 returns, so that many batches see the same numbers."""
+    batch = random_batch(M)
+    reward = torch.zeros_like(batch.reward)
+    reward[..., 0] = (batch.reward[..., 0] > 0.3).to(torch.float64)
+    return replace(batch, reward=reward)
+
+
+def counted(loss: Callable[[Batch], Any], batch: Batch) -> tuple[Tensor, int]:
+    """c in the loop, and how often the loss was called."""
+    calls: list[int] = []
+
+    def watched(one: Batch) -> Any:
+        calls.append(1)
+        return loss(one)
+
+    slow = LossCoefficients(watched, leaf="logp", name="slow")
+    slow.lane = "loop"
+    return slow(batch), len(calls)
+
+
+def batch_by_batch(loss: Callable[[Batch], Any], batch: Batch) -> Tensor:
+    slow = LossCoefficients(loss, leaf="logp", name="slow")
+    slow.lane = "loop"
+    return torch.stack([slow(single(batch, m)) for m in range(len(batch.reward))])
+
+
+@pytest.mark.parametrize(
+    ("loss", "most"),
+    [
+        (_above_the_worst, 150),
+        (_mean_of_floats, 300),
+        (_of_the_longest, 300),
+        (_some_positions, 700 + 32),  # a path for each mask of twelve positions: most are watched, few go together
+        (_now_and_then_constant, 300),
+        (_by_numpy, 700 + 32),
+    ],
+)
+def test_batches_that_see_the_same_numbers_go_together(loss: Callable[[Batch], Any], most: int) -> None:
+    """The same coefficients as one batch after the other, from fewer calls; where nothing can be shared, from hardly more."""
+    batch = few_returns()
+    found, calls = counted(loss, batch)
+    torch.testing.assert_close(found, batch_by_batch(loss, batch), rtol=1e-12, atol=1e-14)
+    assert calls <= most
+
+
+def test_masks_of_two_dimensions_go_together() -> None:
+    """With the same mask in every batch there is a path for each set of rows that win."""
+    batch = few_returns()
+    batch = replace(batch, mask=torch.ones_like(batch.mask))
+    found, calls = counted(_some_positions, batch)
+    torch.testing.assert_close(found, batch_by_batch(_some_positions, batch), rtol=1e-12, atol=1e-14)
+    assert calls <= 300
+
+
+def test_a_batch_that_is_seen_wrongly_is_not_taken() -> None:
+    """Python's own view of a number is not watched: `is_leaf` differs when batches go together, and the loop decides."""
+
+    def loss(batch: Batch) -> Tensor:
+        scale = 1.0 if float(batch.reward.sum()) > 1 else 3.0
+        return scale * plain(batch) * (1.0 if torch._C._functorch.maybe_current_level() is None else 2.0)
+
+    batch = few_returns()
+    found, _ = counted(loss, batch)
+    torch.testing.assert_close(found, batch_by_batch(loss, batch), rtol=1e-12, atol=1e-14)
+
+
+def test_an_error_on_one_of_many_is_that_of_the_loop() -> None:
+    def loss(batch: Batch) -> Tensor:
+        if float(batch.reward.sum()) == 4.0:
+            raise ValueError("all of them win")
+        return _mean_of_floats(batch)
+
+    with pytest.raises(EstimatorError, match=r"loss 'slow' raises.*all of them win"):
+        counted(loss, few_returns())
+
+
+def test_numbers_on_the_logits_go_together() -> None:
+    def loss(batch: Batch) -> Tensor:
+        return -((float(batch.episode_return.sum()) * batch.logp + batch.logits.logsumexp(-1)) * batch.mask).sum()
+
+    calls: list[int] = []
+    slow = LossCoefficients(lambda b: (calls.append(1), loss(b))[1], leaf="logits", name="slow")
+    fast = LossCoefficients(loss, leaf="logits", name="fast")
+    slow.lane = fast.lane = "loop"
+    batch = few_returns()
+    expected = torch.stack([fast(single(batch, m)) for m in range(len(batch.reward))])
+    torch.testing.assert_close(slow(batch), expected, rtol=1e-12, atol=1e-14)
+    assert len(calls) < 150

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from xml.etree import ElementTree as ET
 
 import pytest
 
@@ -147,3 +150,123 @@ def test_inconclusive_fails_unless_a_warning_will_do(suite: Suite, pytester: pyt
     warned = suite("--pgcheck-suite=core", "--pgcheck-inconclusive=warn", "-W", "default", "-k", "sound and unbiased")
     assert warned.ret == 0
     warned.stdout.fnmatch_lines(["*InconclusiveWarning*is inconclusive*"])
+
+
+# -- what is sampled, cases and registries
+
+SAMPLED = """
+[tool.pgcheck]
+problems = ["bandit/two-arm"]
+thetas = 1
+checks = ["unbiased", "finite"]
+engine = "monte_carlo"
+draws = 4096
+tolerance = 0.5
+baseline = "baseline.json"
+estimators = ["losses_of_gate.py:sound"]
+"""
+
+
+def properties(path: Path, name: str) -> dict[str, str]:
+    (case,) = [c for c in ET.parse(path).getroot().iter("testcase") if c.attrib["name"] == name]
+    return {p.attrib["name"]: p.attrib["value"] for p in case.iter("property")}
+
+
+def test_sampled_estimators_by_the_same_seed_and_by_others(suite: Suite, pytester: pytest.Pytester) -> None:
+    """The same draws compare exactly; other seeds by a test, whose p-value and level are told; neither is red."""
+    pytester.makepyprojecttoml(SAMPLED)
+    assert suite("--pgcheck-update", test="").ret == 0
+    held = json.loads((pytester.path / "baseline.json").read_text())
+    assert [(e["engine"], e["seed"], e["batches"]) for e in held["entries"]] == [("monte_carlo", 0, 4096)]
+    for seed in (0, 5):
+        result = suite("--pgcheck-baseline=baseline.json", f"--pgcheck-seed={seed}", "--junitxml=x.xml", test="")
+        assert result.ret == 0
+        told = properties(pytester.path / "x.xml", "sound-bandit/two-arm-unchanged")
+        assert (told["seed"], told["engine"]) == (str(seed), "monte_carlo")
+        assert ("p" in told) == (seed == 5)
+        if seed == 5:
+            assert float(told["p"]) > float(told["level"])
+        claim = properties(pytester.path / "x.xml", "sound-bandit/two-arm-unbiased")
+        assert (claim["seed"], claim["engine"]) == (str(seed), "monte_carlo")
+    pytester.makepyfile(losses_of_gate=LOSSES.replace("return -(weight", "return 0.5 * -(weight"))
+    for seed, said in ((0, "*on the same 4,096 draws of seed 0*"), (6, "*by chance with p ≤ *below *")):
+        result = suite("--pgcheck-baseline=baseline.json", f"--pgcheck-seed={seed}", "-k", "unchanged", test="")
+        assert result.ret == 1
+        result.stdout.fnmatch_lines([said])
+
+
+CASES = """
+name = "mixed"
+estimators = ["leave_one_out"]
+problems = ["bandit/two-arm"]
+checks = ["unbiased"]
+
+[[expect]]
+estimator = "leave_one_out"
+problem = "bandit/two-arm"
+finding = "unbiased"
+
+[[case]]
+name = "own-sample"
+says = "The own sample in the mean scales the gradient by (B-1)/B."
+source = "algebra"
+truth = "right"
+quantity = "scale"
+estimator = "batch_mean"
+problem = "bandit/two-arm"
+equals = "(B-1)/B"
+because = "The own return cancels 1/B of the signal."
+"""
+
+
+def test_cases_and_expectations_of_a_suite_are_items(suite: Suite, pytester: pytest.Pytester) -> None:
+    pytester.makepyprojecttoml('[tool.pgcheck]\nsuite = "mixed.toml"\nbaseline = "baseline.json"')
+    (pytester.path / "mixed.toml").write_text(CASES)
+    suite("--pgcheck-update", test="").assert_outcomes(passed=6)
+    result = suite("--pgcheck-baseline=baseline.json", "-v", test="")
+    result.assert_outcomes(passed=6)
+    for name in ("own-sample-case", "own-sample-unchanged", "leave_one_out-bandit/two-arm-expected_finding"):
+        result.stdout.fnmatch_lines([f"pgcheck::{name} PASSED*"])
+    (pytester.path / "mixed.toml").write_text(CASES.replace('"(B-1)/B"', "0.9").replace('"unbiased"\n', '"biased"\n'))
+    result = suite("--pgcheck-baseline=baseline.json", "-v", test="")
+    result.assert_outcomes(passed=3, failed=3)
+    result.stdout.fnmatch_lines(["*own-sample is FAIL: the sentence does not hold*"])
+    result.stdout.fnmatch_lines(["*leave_one_out-bandit/two-arm-expected_finding: expected biased, found unbiased*"])
+    result.stdout.fnmatch_lines(["*own-sample: relation = (B-1)/B → = 0.9; holds True → False*"])
+    (pytester.path / "mixed.toml").write_text(CASES[: CASES.index("[[case]]")])
+    result = suite("--pgcheck-baseline=baseline.json", test="")
+    result.assert_outcomes(passed=4, failed=1)
+    result.stdout.fnmatch_lines(["FAILED pgcheck::own-sample-orphaned*"])
+
+
+def test_the_marker_takes_a_registry_or_one_entry_of_it(suite: Suite, pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(losses_of_gate=LOSSES + "\nREGISTRY = {'one': sound, 'two': sound}\n")
+    for given, names in (("REGISTRY", ["one", "two"]), ("REGISTRY[two]", ["two"])):
+        test = MARKED.replace('["reinforce"]', f'["losses_of_gate.py:{given}"]')
+        found = suite("--collect-only", "-q", test=test).outlines
+        assert [x for x in found if "test_marked" in x] == [
+            f"test_mine.py::test_marked[{name}-bandit/two-arm-unbiased]" for name in names
+        ]
+
+
+# -- workers
+
+
+def test_an_estimator_is_enumerated_once_for_all_workers(suite: Suite, pytester: pytest.Pytester) -> None:
+    """A loss that writes down who enumerates it; and nothing is left in the folder that workers share."""
+    seen = pytester.path / "seen"
+    noting = LOSSES.replace(
+        "def sound(batch):",
+        f"import os\n\ndef sound(batch):\n    open({str(seen)!r}, 'a').write(f'{{os.getpid()}}\\n')",
+    )
+    pytester.makepyfile(losses_of_gate=noting)
+    before = set(Path(tempfile.gettempdir()).glob("pgcheck-*"))
+    result = pytester.runpytest_subprocess(
+        "-p", "pgcheck.pytest_plugin", "-p", "xdist", "-n2", "--pgcheck-update", "--pgcheck-report=report.json"
+    )
+    assert result.ret == 0, result.outlines
+    judging = seen.read_text().split()
+    counts = {pid: judging.count(pid) for pid in judging}
+    # whoever only collects calls it to see whether it is a loss; whoever judges, many more times
+    assert sum(n > max(counts.values()) / 2 for n in counts.values()) == 1, counts
+    assert set(Path(tempfile.gettempdir()).glob("pgcheck-*")) <= before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,19 @@ def test_sarif_has_a_result_for_everything_that_did_not_pass(outcomes: list[Outc
         for x in result.get("locations", []):
             uri = x["physicalLocation"]["artifactLocation"]["uri"]
             assert re.fullmatch(r"[A-Za-z0-9._~%/-]+", uri)
+
+
+SCHEMA = os.environ.get("SARIF_SCHEMA")
+
+
+@pytest.mark.skipif(
+    not SCHEMA,
+    reason="SARIF_SCHEMA=sarif-2.1.0-rtm.5.json names the official schema; npm pack @microsoft/jest-sarif has it",
+)
+@given(OUTCOMES)
+def test_sarif_is_valid_by_the_official_schema(outcomes: list[Outcome]) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    jsonschema.Draft4Validator(json.loads(Path(SCHEMA or "").read_text())).validate(json.loads(sarif(outcomes)))
 
 
 def unescaped(text: str) -> str:

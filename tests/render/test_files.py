@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -43,3 +44,24 @@ def test_killed_before_or_after_any_call(tmp_path: Path, call: str, after: bool,
     assert all(text in ("old", "new" * 10000) for text in found)
     if call != "replace":
         assert found == ["old", "old"]
+
+
+def test_what_a_kill_leaves_is_gone_after_the_next_write(tmp_path: Path) -> None:
+    """Killed between writing and moving; what is younger may be another process's, and other files are nobody's business."""
+    path = tmp_path / "report[1].json"  # a name that a pattern would read otherwise
+    pid = os.fork()
+    if pid == 0:
+        Path.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment,method-assign]
+        files.write_all({path: "new"})
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".report[1].json.pgcheck-")
+    (tmp_path / ".report[1].json.mine").touch()
+    (tmp_path / ".report[1].json.pgcheck-young").touch()
+    long_ago = time.time() - 2 * files.STALE
+    for name in (left, tmp_path / ".report[1].json.mine"):
+        os.utime(name, (long_ago, long_ago))
+    files.write_all({path: "new"})
+    kept = {"report[1].json", ".report[1].json.mine", ".report[1].json.pgcheck-young"}
+    assert {x.name for x in tmp_path.iterdir()} == kept

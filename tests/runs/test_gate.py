@@ -6,38 +6,41 @@ and the oracle is what was changed.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pgcheck.engines.exact import exact_moments
+from pgcheck.engines.monte_carlo import Sampling
 from pgcheck.errors import UsageError
 from pgcheck.estimators.base import find_estimator
 from pgcheck.estimators.broken import BROKEN
 from pgcheck.estimators.lookup import FILLED_BY  # noqa: F401  (fills the registries)
 from pgcheck.registry import find_problem
 from pgcheck.render.gate import headline, message, shown, summary, why_not
-from pgcheck.runs.gate import (
+from pgcheck.runs.baseline import (
     EMPTY,
     WHOLE,
     Baseline,
     ExactEntry,
-    Gate,
     baseline_of,
-    compare,
-    directions,
     entry_of,
-    exit_code,
     read_baseline,
     read_report,
 )
-from pgcheck.runs.report import MeasurementRow, ProblemRow, Report, merged
+from pgcheck.runs.gate import Gate, compare, exit_code
+from pgcheck.runs.report import CaseRow, MeasurementRow, ProblemRow, Report, merged
 from pgcheck.runs.runner import run
+from pgcheck.statistics.two_sample import fixed_directions
 from pgcheck.verdicts.verdict import Status
 
 PROBLEMS = ("bandit/two-arm", "dialogue/two-turn", "bandit/stationary")
@@ -299,8 +302,8 @@ def test_the_sketch_has_the_length_of_what_it_stands_for() -> None:
     generator = np.random.default_rng(0)
     x = generator.normal(size=(400, 20))
     ratio = (
-        (directions(400).T @ directions(400)).trace() / 400,
-        np.mean(((directions(400) @ x) ** 2).sum(0) / (x**2).sum(0)),
+        (fixed_directions(400).T @ fixed_directions(400)).trace() / 400,
+        np.mean(((fixed_directions(400) @ x) ** 2).sum(0) / (x**2).sum(0)),
     )
     assert ratio[0] == pytest.approx(1.0, abs=0.02)
     assert ratio[1] == pytest.approx(1.0, abs=0.3)
@@ -323,13 +326,233 @@ def test_a_change_of_one_coordinate_shows_in_the_sketch(at: int, step: float, se
     assert compare(report_of(changed), base).exit_code == 1
 
 
+# -- Cov ĝ
+
+
+def test_a_covariance_that_changes_under_its_trace_is_seen(report: Report, baseline: Baseline) -> None:
+    """Variance moved from one action to another: E ĝ, tr Cov ĝ and everything printed stay what they are."""
+    cell = report.cell("grpo", "dialogue/two-turn")
+    assert cell is not None
+    problem = find_problem("dialogue/two-turn")
+    covariance = exact_moments([find_estimator("grpo")], problem)[0].covariance
+    assert covariance is not None
+    v = np.random.RandomState(1992).uniform(-math.sqrt(3 / 8), math.sqrt(3 / 8), (8, len(covariance)))[:4]
+    np.testing.assert_allclose(cell.spread, np.einsum("ji,ik,jk->j", v, covariance.numpy(), v), rtol=1e-12)
+    turned = covariance.numpy().copy()
+    turned[0, 0] += 1e-6
+    turned[-1, -1] -= 1e-6
+    assert turned.trace() == pytest.approx(cell.total_variance, rel=1e-12)
+    spread = np.einsum("ji,ik,jk->j", v, turned, v).tolist()
+    found = compare(with_measurement(report, "grpo", "dialogue/two-turn", spread=spread), baseline)
+    assert kinds(found) == [("changed", "grpo", "dialogue/two-turn")]
+    assert "E ĝ moved by 0 of its size, variance by 0, variance along a fixed direction by " in headline(
+        found.differences[0]
+    )
+
+
+def test_a_covariance_that_is_too_large_is_kept_by_its_trace(report: Report) -> None:
+    entry = baseline_of(with_measurement(report, "grpo", "dialogue/two-turn", spread=[])).entries
+    assert [e.spread for e in entries_of(entry, "grpo", "dialogue/two-turn")] == [None]
+
+
+def entries_of(entries: Any, estimator: str, problem: str) -> list[Any]:
+    return [e for e in entries if e.key == (estimator, problem)]
+
+
+# -- cases
+
+CASE = CaseRow(
+    name="a-sentence", says="It is so.", source="a book", truth="right", quantity="scale", subject={"estimator": "grpo"},
+    asked=1, relation="= 1", value=1.0, holds=True, number="1", status=Status.PASS, because="of it",
+)  # fmt: skip
+
+
+def cases(*rows: CaseRow) -> Report:
+    return Report(
+        suite="s", version="0", problems=[], estimators=[], measurements=[], verdicts=[], not_asked=[], cases=list(rows)
+    )
+
+
+def test_the_number_of_a_case_is_held() -> None:
+    base = baseline_of(cases(CASE))
+    found = compare(cases(CASE), base)
+    assert (found.exit_code, summary(found)) == (0, "1 cases as in the baseline")
+    assert compare(cases(CASE.model_copy(update={"value": 1.0 + 1e-12})), base).exit_code == 0
+    changes = {
+        "value": (0.75, "value 1 → 0.75"),
+        "holds": (False, "holds True → False"),
+        "truth": ("wrong", "truth right → wrong"),
+        "subject": ({"estimator": "rloo"}, "subject estimator=grpo → estimator=rloo"),
+        "asked": (2, "asked 1 → 2"),
+        "relation": ("> 1", "relation = 1 → > 1"),
+        "number": (None, "number 1 → None"),
+    }
+    for name, (value, said) in changes.items():
+        found = compare(cases(CASE.model_copy(update={name: value})), base)
+        assert kinds(found) == [("changed", "a-sentence", "")]
+        assert said in headline(found.differences[0])
+        assert found.accepted().cases[0] != base.cases[0]
+    again = CASE.model_copy(update={"name": "b"})
+    assert kinds(compare(cases(CASE, again), base)) == [("missing", "b", "")]
+    assert kinds(compare(cases(again), base)) == [("missing", "b", ""), ("orphaned", "a-sentence", "")][::-1]
+    undecided = CASE.model_copy(update={"value": None, "holds": None, "status": Status.INCONCLUSIVE, "reason": "?"})
+    found = compare(cases(undecided), base)
+    assert kinds(found) == [("verdict", "a-sentence", "")]
+    assert not found.updatable
+
+
+# -- sampled entries
+
+DRAWN = ("leave_one_out", "batch_mean")
+ON = ("bandit/two-arm", "dialogue/two-turn")
+
+
+def drawn(seed: int = 0, draws: int = 4096, estimators: tuple[Any, ...] = DRAWN) -> Report:
+    chosen = [find_estimator(e) if isinstance(e, str) else e for e in estimators]
+    sampling = Sampling(seed=seed, draws=draws, tolerance=0.5)
+    return run(
+        chosen, [find_problem(x) for x in ON], checks=["unbiased"], engine="monte_carlo", sampling=sampling, suite="d"
+    )
+
+
+@pytest.fixture(scope="module")
+def sample() -> Report:
+    return drawn()
+
+
+def without_verdicts(report: Report) -> Report:
+    """The claims of what is changed here on purpose are not what is tested."""
+    return report.model_copy(update={"verdicts": []})
+
+
+def replaced(name: str, change: Any) -> Any:
+    """The estimator of that name with other coefficients."""
+    e = find_estimator(name)
+    return dataclasses.replace(e, coefficients=lambda batch: change(e.coefficients(batch), batch))
+
+
+def test_a_sample_holds_what_the_draws_say(sample: Report) -> None:
+    """Scores against the draws themselves, by `Problem.sample` and autograd through a table."""
+    problem = find_problem("bandit/two-arm")
+    e = find_estimator("leave_one_out")
+    cell = sample.cell("leave_one_out", "bandit/two-arm")
+    assert cell is not None
+    assert cell.sampled is not None
+    n = cell.batches
+    assert n == 4096
+    batch = problem.sample(n, seed=0)
+    z = torch.zeros(n, *problem.logits.shape, dtype=torch.float64).add(problem.logits).requires_grad_()
+    logp = torch.log_softmax(z, -1)[torch.arange(n)[:, None, None], batch.context, batch.action]
+    (x,) = torch.autograd.grad((e.coefficients(batch).detach() * logp * batch.mask).sum(), z)
+    x, g = x.flatten(1).numpy(), problem.gradient().reshape(-1).numpy()
+    v = np.random.RandomState(1992).uniform(-math.sqrt(3 / 8), math.sqrt(3 / 8), (8, len(g)))
+    expected = {"scale": x @ g / (g @ g), "mse": ((x - g) ** 2).sum(1)} | {f"v{i + 1}": x @ v[i] for i in range(8)}
+    for name, y in expected.items():
+        s = cell.sampled.scores[name]
+        got = [s.mean, s.error, s.low, s.high]
+        assert got == pytest.approx([y.mean(), y.std(ddof=1) / math.sqrt(n), y.min(), y.max()], rel=1e-9, abs=1e-12)
+    assert cell.sampled.first == pytest.approx(v @ x[:1024].mean(0), abs=1e-12)
+
+
+def test_the_same_draws_agree_to_the_bit_and_whatever_moves_is_seen(sample: Report) -> None:
+    base = baseline_of(sample)
+    assert {e.engine for e in base.entries} == {"monte_carlo"}
+    found = compare(sample, base)
+    assert (found.exit_code, found.tested) == (0, {})
+    for change in (
+        lambda c, batch: c * (1 + 1e-6),
+        lambda c, batch: torch.where(batch.reward > 0, c, c * (1 - 1e-5)),
+    ):
+        moved = drawn(estimators=(replaced("leave_one_out", change), "batch_mean"))
+        found = compare(without_verdicts(moved), base)
+        changed = [key for key in kinds(found) if key[0] == "changed"]
+        assert changed == [("changed", "leave_one_out", p) for p in sorted(ON)]
+        assert "on the same 4,096 draws of seed 0" in headline(found.differences[0])
+        assert found.tested == {}
+
+
+def test_other_draws_of_the_same_estimator_are_no_change(sample: Report) -> None:
+    """Other seeds, and other numbers of draws of the same seed and of another."""
+    base = baseline_of(sample)
+    for seed, draws in ((1, 4096), (2, 8192), (0, 6144)):
+        found = compare(drawn(seed, draws), base)
+        assert found.differences == []
+        assert found.exit_code == 0
+        tested = {key for key, t in found.tested.items() if not t.rejects}
+        assert tested <= {(e, p) for e in DRAWN for p in ON}
+        assert tested or seed == 0  # a verdict may come before the draws that were added
+        if seed:
+            assert "(4 of them by two-sample tests, together at 1e-06)" in summary(found)
+
+
+def test_other_draws_of_another_estimator_are_red(sample: Report) -> None:
+    """Scale, direction and noise, each told with its numbers, its p-value and the level."""
+    base = baseline_of(sample)
+    changes = {
+        "scale": lambda c, batch: 2 * c,
+        "gone": lambda c, batch: 0 * c,
+        "mse": lambda c, batch: c + 2 * torch.sin(17.0 * batch.logp.sum((-1, -2), keepdim=True) + 5 * batch.reward),
+    }
+    for change in changes.values():
+        other = drawn(7, estimators=(replaced("leave_one_out", change), "batch_mean"))
+        found = compare(without_verdicts(other), base)
+        assert ("changed", "leave_one_out", "dialogue/two-turn") in kinds(found)
+        assert not any(e == "batch_mean" and kind == "changed" for kind, e, _ in kinds(found))
+        d = next(d for d in found.differences if d.kind == "changed")
+        assert d.test is not None
+        assert d.test.p <= d.test.level
+        assert d.test.level == pytest.approx(1e-6 / (4 * 10 * 144))
+        said = headline(d)
+        assert re.search(
+            r" ± .* → .* ± .*, (grew|fell).*: by chance with p ≤ \S+, below 1\.7e-10 \(4,096 draws of seed 0", said
+        )
+        assert "next      if this is meant: ACCEPT" in message(d, "ACCEPT")
+
+
+def test_another_engine_is_a_change(report: Report, sample: Report) -> None:
+    exact = run([find_estimator(e) for e in DRAWN], [find_problem(x) for x in ON], checks=["unbiased"], suite="d")
+    found = compare(sample, baseline_of(exact))
+    assert {d.kind for d in found.differences if d.problem} == {"changed"}
+    assert "the engine is another one: exact → monte_carlo" in headline(found.differences[0])
+
+
+def test_numbers_that_are_said_to_be_of_other_draws(sample: Report) -> None:
+    """An edited seed, or an edited number of draws, is no way around an exact comparison."""
+    base = baseline_of(sample)
+    for change in ({"seed": 1}, {"batches": 8192}, {"seed": 1, "batches": 8192}):
+        edited = base.model_copy(update={"entries": [e.model_copy(update=change) for e in base.entries]})
+        found = compare(sample, edited)
+        assert {d.kind for d in found.differences} == {"changed"}
+        assert "the baseline was edited" in headline(found.differences[0])
+
+
+def test_a_report_without_what_a_test_takes_has_no_number(sample: Report) -> None:
+    """As written by a pgcheck that did not keep it."""
+    old = with_measurement(sample, "batch_mean", "bandit/two-arm", sampled=None)
+    assert ("number", "batch_mean", "bandit/two-arm") in kinds(compare(old, baseline_of(sample)))
+
+
 # -- files that are no baseline, made by Hypothesis
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, report: Report, baseline: Baseline) -> Path:
+def everything(report: Report, sample: Report) -> Report:
+    """A report with exact entries, sampled ones and cases."""
+    problems = [p for p in sample.problems if p.name not in {x.name for x in report.problems}]
+    renamed = [m.model_copy(update={"estimator": f"{m.estimator}, drawn"}) for m in sample.measurements]
+    return report.model_copy(
+        update={
+            "problems": [*report.problems, *problems],
+            "measurements": [*report.measurements, *renamed],
+            "cases": [CASE],
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, everything: Report) -> Path:
     at = tmp_path_factory.mktemp("gate")
-    (at / "good.json").write_text(baseline.to_json())
+    (at / "good.json").write_text(baseline_of(everything).to_json())
     return at
 
 
@@ -347,22 +570,22 @@ def outcome(folder: Path, report: Report, text: str | bytes) -> int:
 
 
 @given(st.binary(max_size=200) | st.text(max_size=200).map(lambda x: x.encode("utf-8", "surrogatepass")))
-def test_malformed(folder: Path, report: Report, text: bytes) -> None:
-    assert outcome(folder, report, text) == 2
+def test_malformed(folder: Path, everything: Report, text: bytes) -> None:
+    assert outcome(folder, everything, text) == 2
 
 
 @given(st.floats(0.0, 1.0, exclude_max=True))
-def test_truncated(folder: Path, report: Report, part: float) -> None:
+def test_truncated(folder: Path, everything: Report, part: float) -> None:
     text = (folder / "good.json").read_text()
-    assert outcome(folder, report, text[: int(part * (len(text) - 2))]) == 2
+    assert outcome(folder, everything, text[: int(part * (len(text) - 2))]) == 2
 
 
 @given(st.integers(2, 99) | st.text(max_size=20))
-def test_newer_schema(folder: Path, report: Report, version: int | str) -> None:
+def test_newer_schema(folder: Path, everything: Report, version: int | str) -> None:
     text = (folder / "good.json").read_text()
     data = json.loads(text) | {"schema": f"pgcheck-baseline/{version}"}
-    if data["schema"] != "pgcheck-baseline/1":
-        assert outcome(folder, report, json.dumps(data)) == 2
+    if data["schema"] != "pgcheck-baseline/2":
+        assert outcome(folder, everything, json.dumps(data)) == 2
 
 
 JSON = st.recursive(
@@ -389,7 +612,7 @@ def put(x: Any, path: tuple[Any, ...], value: Any) -> Any:
 
 
 @given(st.data())
-def test_hand_edited(folder: Path, report: Report, data: st.DataObject) -> None:
+def test_hand_edited(folder: Path, everything: Report, data: st.DataObject) -> None:
     """Any value anywhere in place of what stands there, or nothing: an error or a failure, unless nothing changed but
     rounding."""
     document = json.loads((folder / "good.json").read_text())
@@ -404,23 +627,25 @@ def test_hand_edited(folder: Path, report: Report, data: st.DataObject) -> None:
     if isinstance(old, (int, float)) and isinstance(value, (int, float)) and abs(value - old) <= 1e-6:
         return
     put(document, path, value)
-    assert outcome(folder, report, json.dumps(document)) in (1, 2)
+    assert outcome(folder, everything, json.dumps(document)) in (1, 2)
 
 
-def test_twice_in_a_file(folder: Path, report: Report) -> None:
+def test_twice_in_a_file(folder: Path, everything: Report) -> None:
     """A merge that kept both sides."""
-    for table in ("entries", "estimators"):
+    for table in ("entries", "estimators", "cases"):
         document = json.loads((folder / "good.json").read_text())
         document[table].append(document[table][0])
-        assert outcome(folder, report, json.dumps(document)) == 2
+        assert outcome(folder, everything, json.dumps(document)) == 2
 
 
 def test_an_engine_of_a_newer_pgcheck(folder: Path) -> None:
     """Entries of another engine are rows with another tag, under the same schema; this pgcheck says that it is too old."""
     document = json.loads((folder / "good.json").read_text())
-    document["entries"][0]["engine"] = "monte_carlo"
+    document["entries"][0]["engine"] = "quantum"
     (folder / "bad.json").write_text(json.dumps(document))
-    with pytest.raises(UsageError, match=r"engine is 'monte_carlo', and this pgcheck reads 'exact': update pgcheck"):
+    with pytest.raises(
+        UsageError, match=r"engine is 'quantum', and this pgcheck reads 'exact' and 'monte_carlo': update"
+    ):
         read_baseline(folder / "bad.json")
 
 

@@ -293,10 +293,47 @@ def test_relative_of_sampled_rows() -> None:
     b = v.relative(pd.DataFrame(halved)).iloc[1]
     assert (b["batches_to_match_low"], b["batches_to_match"], b["batches_to_match_high"]) == (0.1 / 16, 0.25, 16.0)
     paired = [
-        row | {"ratio_low": low, "ratio_high": high} for row, low, high in zip(rows, (1, 0.2), (1, 0.3), strict=True)
+        row | dict(zip(("ratio_low", "ratio", "ratio_high"), ends, strict=True))
+        for row, ends in zip(rows, ((1, 1, 1), (0.2, 0.24, 0.3)), strict=True)
     ]
     b = v.relative(pd.DataFrame(paired)).iloc[1]
-    assert (b["ratio_low"], b["ratio"], b["ratio_high"]) == (0.2, 0.25, 0.3)
+    assert (b["ratio_low"], b["ratio"], b["ratio_high"]) == (0.2, 0.24, 0.3)
+    assert (b["batches_to_match_low"], b["batches_to_match"], b["batches_to_match_high"]) == (0.2, 0.24, 0.3)
+
+
+def test_crossings_of_sampled_rows() -> None:
+    """‖b‖² = 0 and 1/4 [.16, .36]: with V − V' = 3 [2, 4] N* is 12, between 2/.36 and 4/.16; from ends of V it is wider."""
+    rows = [
+        line("a", 0.0, 4.0, variance_low=3.0, variance_high=5.0),
+        line("b", 0.5, 1.0, variance_low=0.5, variance_high=1.5, bias_low=0.4, bias_high=0.6, cost=4.0),
+    ]
+    b = v.relative(pd.DataFrame(rows)).iloc[1]
+    assert b["break_even"] == 12.0
+    assert (b["break_even_low"], b["break_even_high"]) == pytest.approx((1.5 / 0.36, 4.5 / 0.16))
+    assert (b["break_even_rollouts_low"], b["break_even_rollouts_high"]) == pytest.approx((0.0, 8.0 / 0.16))
+    gaps = {"gap_low": -4.0, "gap": -3.0, "gap_high": -2.0}
+    table = v.relative(pd.DataFrame([rows[0], rows[1] | gaps]))
+    assert not {"gap", "gap_low", "gap_of_rollouts"} & set(table)
+    b = table.iloc[1]
+    assert (b["better"], b["break_even"]) == ("below", 12.0)
+    assert (b["break_even_low"], b["break_even_high"]) == pytest.approx((2 / 0.36, 4 / 0.16))
+
+
+@given(st.tuples(*[st.integers(-6, 6)] * 2), *[st.tuples(*[st.integers(0, 6)] * 2)] * 2)
+def test_ends_of_a_crossing_hold_every_crossing(gap, squares, other) -> None:
+    """All N* > 0 of numbers on a grid within the ends, in fractions; finite ends are reached."""
+    gap, squares, other = (tuple(sorted(x)) for x in (gap, squares, other))
+    low, high = v.break_even_ends(gap, squares, other)
+    grid = [[Fraction(a * (8 - i) + b * i, 8) for i in range(0, 9, 2)] for a, b in (gap, squares, other)]
+    found = [dv / (c - b) for dv in grid[0] for b in grid[1] for c in grid[2] if c != b and dv / (c - b) > 0]
+    assert all(low * (1 - 1e-12) <= x <= high * (1 + 1e-12) for x in found)
+    if not found:
+        assert math.isnan(low)
+        return
+    if high < math.inf:
+        assert max(found) == pytest.approx(high)
+    if low > 0:
+        assert min(found) == pytest.approx(low)
 
 
 def test_relative_at_the_edges() -> None:

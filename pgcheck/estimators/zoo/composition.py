@@ -29,9 +29,15 @@ class Composition:
     penalty: penalties.Penalty | None = None
 
     def __call__(self, batch: Batch) -> Tensor:
+        return self.unmasked(batch) * batch.mask
+
+    def unmasked(self, batch: Batch) -> Tensor:
+        """c before the mask; one number a row, repeated over its positions without copies, where no part tells them apart."""
         a = self.advantage(batch)
-        c = self.aggregation(batch) * self.ratio(batch, a) * a * batch.mask
-        return c if self.penalty is None else c + self.aggregation(batch) * self.penalty(batch) * batch.mask
+        c = self.aggregation(batch) * self.ratio(batch, a) * a
+        if self.penalty is not None:
+            c = c + self.aggregation(batch) * self.penalty(batch)
+        return c.expand(batch.shape)
 
 
 def compose(
