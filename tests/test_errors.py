@@ -551,8 +551,7 @@ for title, where, code in (
     ("a tree that does not fit", "envs.language", "task(max_completions=4).tree"),
 ):
     case(title, f'''
-from unittest import mock
-with mock.patch("pgcheck.{where}.free_memory", lambda device="cpu": 2**10):
+with memory(2**10, "{where}"):
     {code}
 ''')  # fmt: skip
 case("estimates in parameters that do not fit", '''

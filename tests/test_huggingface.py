@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,10 +15,12 @@ from torch import Tensor, nn
 
 import pgcheck
 from pgcheck import truth
+from pgcheck.engines.coefficients import coefficients_of
+from pgcheck.engines.parameters import one_by_one
 from pgcheck.envs.language import LMTask
 from pgcheck.errors import BudgetError, ProblemError
 from pgcheck.policies import Decoding, HFPolicy, LMPolicy, huggingface, perturbed, truncated
-from pgcheck.policies.huggingface import float64_throughout, is_hugging_face
+from pgcheck.policies.huggingface import TokensToLogits, float64_throughout, is_hugging_face
 from pgcheck.problem import Problem
 from pgcheck.verdicts.quantities import find_quantity
 
@@ -423,3 +426,61 @@ def test_an_ordinary_module_is_still_one() -> None:
     # the policy repeats the last token where it may
     for tokens, row in zip(TASK.contexts, policy(), strict=True):
         assert row.tolist() == [float(a == tokens[-1]) for a in WRITTEN]
+
+
+# -- completions too many to be listed
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_such_a_model_writes(name: str) -> None:
+    """Rows that it writes itself: their log-probabilities are those of each text alone; estimates in parameters, forward in a
+    sketch and by backward passes, are one backward pass a batch."""
+    model = MODELS[name]()
+    task = LMTask(
+        [(5, 6, 7), (3,)], vocab_size=V, eos=0, max_new_tokens=3, max_completions=1, max_prefixes=1,
+        reward=lambda prompt, text: float((sum(prompt) + sum(text)) % 3 == 0),
+    )  # fmt: skip
+    p = Problem(task, model, group_size=3)
+    assert p.written
+    sampler = p.sampler(seed=1)
+    table, index = sampler.draw(0, 12)
+    alone, policy = model.double(), table.policy
+    with torch.no_grad(), float64_throughout():
+        for n in range(len(table)):
+            for t in range(int(table.paths.end[n])):
+                row, place = policy.where[:, table.paths.context[n, t]].tolist()
+                said = torch.log_softmax(alone(policy.tokens[row : row + 1, : place + 1]).logits[0, -1], -1)
+                expected = pytest.approx(float(said[table.paths.action[n, t]]), abs=1e-10)
+                assert float(table.logp[n, t]) == expected
+                assert float(table.behavior_logp[n, t]) == expected
+    c = coefficients_of(pgcheck.as_estimator("grpo"), table.batch(index, p.group_labels))
+    each = torch.cat(list(one_by_one(c, table, index, policy)))
+    size = float(each.abs().max())
+    torch.testing.assert_close(pgcheck.ParameterSpace(p).project(c, table, index), each, rtol=0, atol=1e-12 * size)
+    space = pgcheck.SketchSpace.of(p, directions=3)
+    x = space.project(c, table, index)
+    torch.testing.assert_close(x, each @ space.directions.T, rtol=0, atol=1e-11 * float(x.abs().max()))
+
+
+def test_restricted_actions_in_a_tree() -> None:
+    """Prefixes of some tokens only: J and ∇J_θ are those of the table of completions; a task too large even for that is
+    refused, as only a whole vocabulary is written."""
+    model = llama()
+    small, large = Problem(TASK, model), Problem(replace(TASK, max_completions=1), model)
+    assert large.env.size == "tree"
+    assert large.value() == pytest.approx(small.value(), abs=1e-13)
+    g = small.parameter_gradient()
+    torch.testing.assert_close(large.parameter_gradient(), g, rtol=0, atol=1e-12 * float(g.abs().max()))
+    with pytest.raises(ProblemError, match="only the whole vocabulary is written by a model"):
+        Problem(replace(TASK, max_completions=1, max_prefixes=1), model)
+
+
+def test_an_hf_policy_that_reads_rows() -> None:
+    """`LMPolicy.reading` of such a model, on contexts that end anywhere in given rows."""
+    model = TokensToLogits(qwen().double())
+    rows = torch.tensor([[5, 6, 7, 2], [3, 8, 9, 9]])
+    where = torch.tensor([[0, 0, 1], [1, 3, 2]])
+    policy = LMPolicy.reading(model, rows, where)
+    with torch.no_grad():
+        expected = torch.stack([model(rows[r : r + 1, : i + 1])[0, -1] for r, i in where.T.tolist()])
+    torch.testing.assert_close(policy().detach(), expected, rtol=0, atol=1e-12 * float(expected.abs().max()))
