@@ -13,7 +13,9 @@ from pgcheck.render.messages import number
 
 WHAT = {
     "gradient samples": "ĝ of given random batches, added into E ĝ and E ĝĝᵀ. The engine gathers its own rows; rivals are"
-    " handed tensors.",
+    " handed tensors. On-policy both estimators have one weight a row, which the engine takes from there on instead of"
+    " positions; *by position* is the same engine without that. No batch is left out, and none is looked up: a batch that is"
+    " given twice is evaluated twice.",
     "exact verdict": "The whole exact verdict, every check of a declaration included, as distinct batches a second; a rival"
     " would have to differentiate each of them, at the rate that it reaches on random ones. Ordered tuples go through the"
     " same engine.",
@@ -28,7 +30,8 @@ WHAT = {
     " verdicts take them where parameters are few, against one pass a group.",
     "sampled draws": "A sampled verdict with everything it needs, the drawing of the batches included; the rival is handed the"
     " same batches and adds up E ĝ and E ĝĝᵀ.",
-    "tenth estimator": "Ten estimators in one call of an engine against nine of them; 1/ratio − 1 is what the tenth adds.",
+    "tenth estimator": "Ten estimators in one call of an engine against nine of them; 1 − ratio is (t₁₀ − t₉)/t₁₀, the part of"
+    " the run that the tenth is. Exactly: each of four cheap ones is the tenth in turn, and their times are added up.",
 }
 
 

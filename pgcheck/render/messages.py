@@ -118,16 +118,24 @@ def cause_of(diagnosis: Diagnosis) -> str:
         )
     if diagnosis.kind == "rounding":
         return "float32 inside the loss: batches are float64, but a tensor made without a dtype is not (torch.zeros(n))"
-    name = "the exact gradient" if diagnosis.subject == "the gradient" else f"`{diagnosis.subject}`"
+    is_gradient = diagnosis.subject.startswith("the gradient")
+    name = diagnosis.subject.replace("the", "the exact", 1) if is_gradient else f"`{diagnosis.subject}`"
     if diagnosis.except_on:
         n = diagnosis.problems
         where = f"on {n - len(diagnosis.except_on)} of {n} problems compared, not on {', '.join(diagnosis.except_on)}"
+    elif diagnosis.problems == 1:
+        where = "on this problem"
     else:
         where = f"on all {diagnosis.problems} problems compared"
     this_is = "this is" if diagnosis.gap == 0 else f"this is, to {100 * diagnosis.gap:.2g}%,"
     mistake = f": {diagnosis.mistake.rstrip('.')}" if diagnosis.mistake else ""
     if not diagnosis.factor:
         return f"in expectation {this_is} {name}, {where}{mistake}"
+    if diagnosis.same_here:
+        each = [f"{x} ({_HINTS[x]})" if x in _HINTS else x for x in diagnosis.same_here]
+        other = "; another size of batch tells them apart" if len(each) > 1 else ""
+        number_here = number(float(diagnosis.factor))
+        return f"in expectation this is {number_here} × {name}, {where}, where that is {' or '.join(each)}{other}"
     parts = diagnosis.factor.split(" × ")
     factor = _factor_words(diagnosis.factor)
     known = "; ".join(_HINTS[x] for x in parts if x in _HINTS)
@@ -231,7 +239,7 @@ def _bias_part(
     if swap:
         rows.append(("mend", mend_of(swap)))
     against = diagnosis.subject if diagnosis and diagnosis.kind == "identity" else "reward_to_go"
-    against = "reward_to_go" if against == "the gradient" else against
+    against = "reward_to_go" if against.startswith("the gradient") else against
     if worst.problem.partition("@")[0] in {*registered_problems(), *heavy_problems()}:
         rows.append(("next", f"pgcheck compare {command} '{against}' --problem {worst.problem}"))
     else:  # the command line knows only the named ones

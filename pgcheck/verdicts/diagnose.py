@@ -50,12 +50,13 @@ class Diagnosis:
     """
 
     kind: str
-    subject: str  # an estimator, "the gradient" or a fact
+    subject: str  # an estimator, a fact, or "the gradient": of J, "… without the KL penalty", "… of the return alone"
     factor: str  # "", "−1", "B", "1/B", "1/T", "(B−1)/B", … or a number; or several, between " × "
     problems: int  # compared
     except_on: tuple[str, ...] = ()  # problems on which the identity does not hold
     mistake: str = ""  # what is wrong with `subject`, where that is known
     gap: float = 0.0  # the largest ‖E ĝ − factor · E[subject]‖ over the size, where that is more than rounding
+    same_here: tuple[str, ...] = ()  # of a number found on a single problem: the known factors that it is there
 
 
 _FACTORS: dict[str, Callable[[Problem], float]] = {
@@ -115,8 +116,9 @@ def identify(estimator: Estimator, problems: Sequence[Problem], measured: Sequen
         return None
     ordered = _telling_first(wrong)
     truth = _match("the gradient", [(p, m, m.truth) for p, m in ordered])
-    if truth is not None:
-        return truth
+    simple = truth or _without_a_term(ordered) or _on_one_problem(pairs)
+    if simple is not None:
+        return simple
     left: dict[str, tuple[Candidate, list[_Row]]] = {
         c.estimator.name: (c, []) for c in candidates() if c.estimator.name != estimator.name
     }
@@ -141,6 +143,50 @@ def identify(estimator: Estimator, problems: Sequence[Problem], measured: Sequen
             found.append(replace(match, problems=n, except_on=except_on, mistake=wrong_in, gap=gap))
     # of equals, the first
     return min(found, key=lambda d: (d.gap > 0, len(d.except_on), d.factor != ""), default=None)
+
+
+_TERMS = (
+    ("the gradient of the return alone", ("kl_coefficient", "entropy_coefficient")),
+    ("the gradient without the KL penalty", ("kl_coefficient",)),
+    ("the gradient without the entropy bonus", ("entropy_coefficient",)),
+)
+_TERM_WORDS = {"kl_coefficient": "KL penalty", "entropy_coefficient": "entropy bonus"}
+
+
+def _without_a_term(pairs: Sequence[tuple[Problem, Measurement]]) -> Diagnosis | None:
+    """∇ of the objective without its KL penalty, its entropy bonus or both, if that is what is estimated."""
+    for subject, names in _TERMS:
+        missing = [name for name in names if any(getattr(p, name) for p, _ in pairs)]
+        if len(missing) < len(names) == 1 or not missing:
+            continue
+        zero: dict[str, Any] = dict.fromkeys(names, 0.0)
+        bare = [replace(p, **zero) for p, _ in pairs]
+        rows = [(p, m, q.gradient()) for (p, m), q in zip(pairs, bare, strict=True)]
+        found = _match(subject, rows)
+        if all(float(x.norm()) <= RTOL * m.size for _, m, g in rows for x in (g, m.expected)):  # nothing but that term
+            found = Diagnosis("identity", subject, "", len(rows))
+        if found is not None:
+            what = " and the ".join(f"{_TERM_WORDS[name]} (batch.{name})" for name in missing)
+            are = "is" if len(missing) == 1 else "are"
+            return replace(found, mistake=f"the {what} of the objective {are} missing")
+    return None
+
+
+def _on_one_problem(pairs: Sequence[tuple[Problem, Measurement]]) -> Diagnosis | None:
+    """κ ∇J on the only problem there is, where the gradient has free numbers enough for that to be a finding."""
+    if len(pairs) != 1:
+        return None
+    ((p, m),) = pairs
+    g, paths = m.truth, p.trajectories.paths
+    free = len(torch.unique(paths.context[paths.mask > 0])) * (g.shape[1] - 1)
+    size = float((g * g).sum())
+    if free < 2 or size == 0:
+        return None
+    scale = float((m.expected * g).sum()) / size
+    if abs(scale) * math.sqrt(size) <= RTOL * m.size or float((m.expected - scale * g).norm()) > RTOL * m.size:
+        return None
+    same = tuple(x for x in [*_FACTORS][2:] if abs(_value(x, p) - scale) <= 1e-9 * abs(scale))
+    return Diagnosis("identity", "the gradient", f"{scale:.6g}", 1, same_here=same)
 
 
 _Row = tuple[Problem, Measurement, Tensor]

@@ -21,7 +21,7 @@ from pgcheck.estimators.base import Estimator, find_estimator, from_coefficients
 from pgcheck.estimators.broken import BROKEN
 from pgcheck.estimators.from_loss import from_loss
 from pgcheck.estimators.zoo import compose
-from pgcheck.problem import Problem
+from pgcheck.problem import Problem, find_problem
 from pgcheck.render.messages import cause_of, mend_of
 from pgcheck.verdicts.diagnose import (
     TRIED_PROBLEMS,
@@ -260,8 +260,13 @@ def test_nothing_measured_nothing_said() -> None:
     assert diagnose(e, [], []) is None
 
 
-def test_one_problem_is_enough_for_a_sign() -> None:
-    """−∇J is a flipped sign. 3 ∇J = B · (B−1)/B ∇J at B = 4 is not `B × batch_mean`: with one problem, any factor fits."""
+def measured_on(e: Estimator, p: Problem) -> Measurement:
+    return measure(e, p, exact_moments([e], p)[0])
+
+
+def test_one_problem_is_enough_for_a_sign_and_a_number() -> None:
+    """−∇J is a flipped sign. 3 ∇J = B · (B−1)/B ∇J at B = 4 is not `B × batch_mean`: with one problem, any factor fits, so
+    that it is a number, there."""
     (p,) = as_problems("dialogue/two-turn")
     flipped = named("sign_flipped")
     (m,) = [measure(flipped, p, x) for x in exact_moments([flipped], p)]
@@ -269,8 +274,114 @@ def test_one_problem_is_enough_for_a_sign() -> None:
     assert found is not None
     assert (found.subject, found.factor, found.problems) == ("the gradient", "−1", 1)
     tripled = EXTRA["tripled"]
-    (m,) = [measure(tripled, p, x) for x in exact_moments([tripled], p)]
-    assert identify(tripled, [p], [m]) is None
+    found = identify(tripled, [p], [measured_on(tripled, p)])
+    assert found == Diagnosis("identity", "the gradient", "3", 1)
+    assert cause_of(found) == "in expectation this is 3 × the exact gradient, on this problem: a constant factor"
+
+
+@pytest.mark.parametrize(
+    ("where", "factor", "same"),
+    [
+        ("dialogue/two-turn", "0.75", ("(B−1)/B",)),  # two groups of two
+        ("mdp/two-state", "0.666667", ("(B−1)/B", "(G−1)/G")),  # one group of three
+        ("bandit/two-arm", None, ()),  # one free number: everything is a multiple of everything
+    ],
+)
+def test_on_one_problem_every_factor_that_fits_is_named(where: str, factor: str | None, same: tuple[str, ...]) -> None:
+    p, e = find_problem(where), replace(find_estimator("batch_mean"), name="mine", claims=())
+    found = identify(e, [p], [measured_on(e, p)])
+    if factor is None:
+        assert found is None
+        return
+    assert found == Diagnosis("identity", "the gradient", factor, 1, same_here=same)
+    text = cause_of(found)
+    assert text.startswith(
+        f"in expectation this is {factor[:6].replace('0.6666', '0.6667')} × the exact gradient, on this problem"
+    )
+    assert all(name in text for name in same)
+    assert ("another size of batch" in text) == (len(same) > 1)
+
+
+def test_a_wrong_direction_on_one_problem_is_no_factor() -> None:
+    p, e = find_problem("mdp/two-state-0.9"), find_estimator("baselined(next_state)")
+    found = identify(e, [p], [measured_on(e, p)])
+    assert found is None or found.subject != "the gradient"
+
+
+# -- a term of the objective that is missing
+
+
+def _reward_less_kl(batch: Batch) -> Tensor:
+    """(Σ_t γ^t (r_t − β log π/π_ref)) S: the KL penalty, and no entropy bonus."""
+    paid = batch.reward - batch.kl_coefficient * (batch.logp - batch.ref_logp) * batch.mask
+    return (batch.discount_weight * paid).sum(-1, keepdim=True) * batch.mask / batch.rows
+
+
+def _plain(batch: Batch) -> Tensor:
+    return batch.episode_return.unsqueeze(-1) * batch.mask / batch.rows
+
+
+KL, ENTROPY = "the KL penalty (batch.kl_coefficient)", "the entropy bonus (batch.entropy_coefficient)"
+
+
+@pytest.mark.parametrize(
+    ("fn", "where", "both", "subject", "mistake"),
+    [
+        (
+            _plain,
+            "penalized",
+            False,
+            "the gradient of the return alone",
+            f"{KL} and {ENTROPY} of the objective are missing",
+        ),
+        (_plain, "kl/*", False, "the gradient of the return alone", f"{KL} of the objective is missing"),
+        (_plain, "entropy/*", False, "the gradient of the return alone", f"{ENTROPY} of the objective is missing"),
+        (_plain, "entropy/fork", False, "the gradient of the return alone", f"{ENTROPY} of the objective is missing"),
+        (
+            _reward_less_kl,
+            "penalized",
+            False,
+            "the gradient of the return alone",
+            f"{ENTROPY} of the objective is missing",
+        ),
+        (
+            _reward_less_kl,
+            "kl/*",
+            True,
+            "the gradient without the entropy bonus",
+            f"{ENTROPY} of the objective is missing",
+        ),
+    ],
+)
+def test_a_missing_term_is_named(
+    fn: Callable[[Batch], Tensor], where: str, both: bool, subject: str, mistake: str
+) -> None:
+    """By the gradient of the objective without it; `both`: problems with a bonus beside the penalty."""
+    e = from_coefficients(fn, couples="trajectory", name="mine")
+    asked = [replace(p, entropy_coefficient=0.2, name=f"{p.name}+") if both else p for p in as_problems(where)]
+    found = diagnose(e, asked, [measured_on(e, p) for p in asked])
+    assert found is not None
+    assert (found.kind, found.subject, found.factor, found.mistake) == ("identity", subject, "", mistake)
+    wrong = [p for p in asked if fn is _plain or p.entropy_coefficient]
+    assert found.problems == len(wrong)
+    text = cause_of(found)
+    assert text.startswith(f"in expectation this is {subject.replace('the', 'the exact', 1)}, on ")
+    assert text.endswith(mistake)
+    for p in wrong:  # by enumeration of J, not by the gradient that was compared
+        bare = replace(p, entropy_coefficient=0.0, kl_coefficient=p.kl_coefficient if fn is _reward_less_kl else 0.0)
+        gap = float((measured_on(e, p).expected - bare.gradient("enumeration")).norm())
+        assert gap <= 1e-12, p.name
+
+
+def test_a_missing_term_and_a_factor() -> None:
+    e = replace(find_estimator("batch_mean"), name="mine", claims=())
+    asked = as_problems("penalized")
+    found = diagnose(e, asked, [measured_on(e, p) for p in asked])
+    assert found is not None
+    assert (found.subject, found.factor) == ("the gradient of the return alone", "(B−1)/B")
+    assert cause_of(found).endswith(
+        "are missing; the own return is in the mean over the batch that is subtracted from it"
+    )
 
 
 def test_few_problems_are_tried_and_of_many_kinds() -> None:
