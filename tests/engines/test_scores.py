@@ -20,7 +20,7 @@ from pgcheck.engines.exact import accumulate, exact_moments
 from pgcheck.engines.scores import Draws, RowSums, Scores
 from pgcheck.estimators.base import Estimator, find_estimator, from_coefficients, registered_estimators
 from pgcheck.estimators.lookup import FILLED_BY  # noqa: F401  (fills the registries)
-from pgcheck.problem import find_problem
+from pgcheck.registry import find_problem
 
 NAMES = ("reinforce", "leave_one_out(batch)", "grpo", "cispo(notes)", "dr_grpo", "opo", "loo_std", "trajectory_is")
 PLACES: dict[str, tuple[str, dict[str, object]]] = {

@@ -21,7 +21,8 @@ from pgcheck.estimators.base import Estimator, find_estimator, from_coefficients
 from pgcheck.estimators.broken import BROKEN
 from pgcheck.estimators.from_loss import from_loss
 from pgcheck.estimators.zoo import compose
-from pgcheck.problem import Problem, find_problem
+from pgcheck.problem import Problem
+from pgcheck.registry import find_problem
 from pgcheck.render.messages import cause_of, mend_of
 from pgcheck.verdicts.diagnose import (
     TRIED_PROBLEMS,
