@@ -621,6 +621,7 @@ def calibrate(
     out: Annotated[Path | None, typer.Option(help="write calibration.md, .json and .svg there", metavar="DIR")] = None,
     runs: Annotated[int, typer.Option(min=100, help="runs of one look for each law", metavar="N")] = 20_000,
     seed: Annotated[int, typer.Option(min=0, metavar="N")] = 0,
+    workers: Workers = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure how often each stage of a sampled verdict is wrong, against what it promises; takes minutes."""
@@ -630,7 +631,7 @@ def calibrate(
     from pgcheck.render.progress import ProgressBar
 
     with ProgressBar() as progress:
-        measured = calibration.calibrate(runs=runs, seed=seed, progress=progress)
+        measured = calibration.calibrate(runs=runs, seed=seed, workers=workers or 1, progress=progress)
     as_text = json.dumps(calibration_json(measured), indent=1, ensure_ascii=False) + "\n"
     if out is not None:
         texts = {"md": calibration_markdown(measured), "json": as_text, "svg": calibration_figure(measured)}

@@ -145,6 +145,7 @@ class Account:
             self.n,
             trace=trace,
             intervals=self.intervals(reference, confidence=confidence),
+            confidence=confidence,
             scores=self.scores,
             **more,  # type: ignore[arg-type]
         )

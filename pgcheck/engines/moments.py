@@ -68,6 +68,9 @@ class Moments:
     scores: Scores | None = None  # of sampled moments: what an account keeps of each draw (`pgcheck.engines.accounts`)
     first: Tensor | None = None  # of sampled moments: the mean of the first grain of draws, [P]
     view: View | None = None  # None: in logits
+    confidence: float = (
+        0.95  # of `intervals`, so that those of whatever number of draws a run stops at hold 95% of the time
+    )
 
     @property
     def total_variance(self) -> float:

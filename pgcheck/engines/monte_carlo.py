@@ -129,6 +129,8 @@ class Sampling:
         workers: processes that evaluate draws; any number gives the same bytes.
         checkpoint: a folder that keeps how far each problem is, so that a run that was cut off goes on from there.
         directions: random ones along which estimates are seen where there are too many logits and parameters.
+        bounds: (lo, hi) with lo ≤ ⟨ĝ − κ ∇J, v⟩ ≤ hi for every unit v, if they are known: verdicts then rest on them alone,
+            and not on what the draws show of their tails.
     """
 
     seed: int = 0
@@ -140,6 +142,7 @@ class Sampling:
     workers: int = 1
     checkpoint: Path | str | None = None
     directions: int = 32
+    bounds: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         _check_counts(seed=self.seed, draws=self.draws, workers=self.workers, directions=self.directions)
@@ -156,7 +159,7 @@ class Sampling:
     @property
     def settings(self) -> Settings:
         """Of one check."""
-        return Settings(rtol=self.tolerance, alpha=self.alpha / SHARE, beta=self.beta)
+        return Settings(rtol=self.tolerance, alpha=self.alpha / SHARE, beta=self.beta, bounds=self.bounds)
 
     def file_of(self, problem: Problem, estimators: Sequence[Estimator]) -> Path | None:
         """Where it is kept how far these estimators are on this problem.

@@ -119,7 +119,8 @@ def _lines(
     for e, m in zip(estimators, found, strict=True):
         row = row_of(e, problem, measure(e, problem, m, space=space))
         if m.pairs is not None and beside is not None:
-            row |= paired(m.pairs, cost=row["cost"], base_cost=cost(estimators[beside], problem))
+            base_cost = cost(estimators[beside], problem)
+            row |= paired(m.pairs, cost=row["cost"], base_cost=base_cost, confidence=m.confidence)
         rows.append(row)
     return pd.DataFrame(rows)
 

@@ -82,14 +82,3 @@ def p_value(a: Score, b: Score, n_a: int, n_b: int, *, nested: bool = False) -> 
 def level_of(tests: int) -> float:
     """What each of `tests` may spend of `ALPHA`."""
     return ALPHA / (max(tests, 1) * STOPS**2)
-
-
-def detectable(a: Score, b: Score, n_a: int, n_b: int, level: float) -> float:
-    """The least difference of means that is told from none at this level, if variance and extremes stay what they are."""
-    n, N = min(n_a, n_b), n_a + n_b
-    variance = (a.error**2 * n_a * (n_a - 1) + b.error**2 * n_b * (n_b - 1)) / N
-    spread = max(a.high, b.high) - min(a.low, b.low)
-    L = math.log(2 / level)
-    slope = L * spread / 3
-    t = (slope + math.sqrt(slope**2 + 2 * n * L * variance)) / n  # n t² = L (2σ² + ⅔ b t)
-    return t * N / max(n_a, n_b)

@@ -66,14 +66,14 @@ def row_of(estimator: Estimator, problem: Problem, x: Measurement) -> dict[str, 
     return row | x.ends
 
 
-def paired(found: Pairs, *, cost: float, base_cost: float) -> dict[str, float]:
+def paired(found: Pairs, *, cost: float, base_cost: float, confidence: float) -> dict[str, float]:
     """Columns of what pairs of draws say of V/V', and of V − V' for batches and for rollouts; without those that their tails
     allow no interval of. `relative` reads them."""
-    ratio = variance_ratio(found)
+    ratio = variance_ratio(found, confidence=confidence)
     out = {"ratio": ratio.value, "ratio_low": ratio.low, "ratio_high": ratio.high}
     for name, c, other in (("gap", 1.0, 1.0), ("gap_of_rollouts", cost, base_cost)):
         scores = found.minus(other / c)
-        low, high = interval(scores)
+        low, high = interval(scores, confidence=confidence)
         ends = zip(("_low", "", "_high"), (low, scores.mean, high), strict=True)
         out |= {f"{name}{end}": float(x[0]) * c for end, x in ends}
     return {name: x for name, x in out.items() if math.isfinite(x)}
