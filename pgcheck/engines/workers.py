@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import warnings
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -58,7 +59,10 @@ class Workers(Generic[Result]):
             ours, theirs = context.Pipe()
             others = [end for end in self._ends if end is not None]
             process = context.Process(target=_work, args=(task, theirs, [ours, *others]), daemon=True)
-            process.start()
+            with warnings.catch_warnings():  # of threads, jax's among them: nothing that has any is used in a worker
+                warnings.simplefilter("ignore", RuntimeWarning)
+                warnings.simplefilter("ignore", DeprecationWarning)
+                process.start()
             theirs.close()
             self._ends.append(ours)
             self._processes.append(process)

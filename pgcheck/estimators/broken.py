@@ -337,7 +337,7 @@ def mean_over_the_wrong_axis(batch: Batch) -> Tensor:
     return batch.discount_weight * (batch.reward_to_go - mean) * batch.mask / batch.rows
 
 
-@broken("gigpo_step(leave_one_out)", "unbiased")
+@broken("gigpo_step(leave_one_out)", "unbiased", shows_on="mdp/two-state")
 def own_position_left_out_only(batch: Batch) -> Tensor:
     """The mean over equal states leaves out the own position, not the own rollout, which may come there twice."""
     B, T = batch.mask.shape[-2:]

@@ -308,7 +308,7 @@ def _with_constant(base: str, rows: Sequence[_Row]) -> str:
         return ""
     constant = along / _value(base, p0)
     short = f"{constant:.6g}"
-    name = short if abs(float(short) - constant) <= 1e-12 * abs(constant) else repr(constant)
+    name = short if abs(float(short) - constant) <= 1e-12 * abs(constant) else f"{constant:.12g}"
     return f"{name} × {base}" if base else name
 
 

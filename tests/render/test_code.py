@@ -26,7 +26,9 @@ def made_again(problem: pgcheck.Problem) -> pgcheck.Problem:
 def test_code_makes_the_same_problem(problem: pgcheck.Problem) -> None:
     again = made_again(problem)
     assert again.digest == problem.digest
-    assert torch.equal(again.gradient(), problem.gradient())
+    torch.testing.assert_close(
+        again.gradient(), problem.gradient(), rtol=0, atol=1e-7
+    )  # logits of a module are rounded
 
 
 @settings(max_examples=20)

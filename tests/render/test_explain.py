@@ -100,6 +100,11 @@ def test_a_mistake_is_told_where_it_belongs(name: str) -> None:
         assert check in parts_of(explain(name))["What it is"]
 
 
+def beyond_rounding(row: list[str]) -> list[str]:
+    """What is printed, but for zeros."""
+    return ["0" if re.fullmatch(r"\d(\.\d+)?e-1\d", word) else word for word in row]
+
+
 @pytest.mark.parametrize("name", [name for name, entry in BROKEN.items() if entry.moves])
 def test_the_numbers_of_a_mistake_show_it(name: str) -> None:
     """Some example problem tells it from its sound version."""
@@ -108,7 +113,7 @@ def test_the_numbers_of_a_mistake_show_it(name: str) -> None:
     found = {who: [row.removeprefix(who).split() for row in rows if row.startswith(f"{who}  ")] for who in names}
     here, sound = found.values()
     assert len(here) == len(sound) == 3
-    assert here != sound
+    assert [beyond_rounding(row) for row in here] != [beyond_rounding(row) for row in sound]
 
 
 @pytest.mark.parametrize("name", registered_quantities())
