@@ -98,8 +98,8 @@ def test_the_false_alarms_are_below_the_level(law: str, n: int, m: int, nested: 
 
 
 def test_a_change_of_a_few_standard_errors_is_detected() -> None:
-    """σ √(2 L (1/n + 1/m)) with L = ln(2/level) = 25, and a little for extremes, is about .15 σ √2: three times that is seen in
-    every run."""
+    """σ √(2 L (1/n + 1/m)) with L = ln(2/level) = 25 is .14 σ; √2 of it, the price of the bound, and a little for extremes make
+    .2 σ. A change of .45 σ is seen in every run."""
     g = np.random.default_rng(4)
     level = level_of(30 * (DIRECTIONS + 2))
     n, m = 4096, 8192
