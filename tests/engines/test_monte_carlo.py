@@ -19,7 +19,7 @@ import pgcheck
 from pgcheck.engines.accounts import Account
 from pgcheck.engines.coefficients import estimates
 from pgcheck.engines.exact import exact_moments
-from pgcheck.engines.monte_carlo import monte_carlo
+from pgcheck.engines.monte_carlo import Sampling, monte_carlo
 from pgcheck.estimators.lookup import as_estimator
 from pgcheck.registry import find_problem
 from pgcheck.statistics.sequential import Settings
@@ -354,3 +354,18 @@ def tensors_in(x):
         for part in (x.values() if isinstance(x, dict) else x if isinstance(x, list) else ())
         for t in tensors_in(part)
     ]
+
+
+@pytest.mark.parametrize(("name", "status"), [("leave_one_out", "PASS"), ("batch_mean", "FAIL")])
+def test_bounds_that_are_known_decide(name: str, status: str) -> None:
+    """‖ĝ − ∇J‖ is below 4 from every batch (a draw beyond that is an error); E ĝ is ∇J, or three quarters of it. The seed is
+    fixed, and with it the outcome."""
+    problem, e = find_problem("dialogue/two-turn"), as_estimator(name)
+    how = Sampling(bounds=(-4.0, 4.0), tolerance=0.1)
+    assert how.settings.bounds == (-4.0, 4.0)
+    (found,) = monte_carlo([e], problem, scales=[(1.0,)], settings=how.settings, draws=65_536)
+    assert found.judgements[1.0].status is Status[status]
+    (exact,) = exact_moments([e], problem)
+    assert (float((exact.mean - problem.gradient()).norm()) > 0.1 * float(problem.gradient().norm())) == (
+        status == "FAIL"
+    )
