@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -248,8 +249,6 @@ def run(
 ) -> None:
     """Run a suite: every estimator on every problem, against its claims. `[tool.pgcheck]` of pyproject.toml says
     what is run; each argument takes the place of its line there."""
-    from dataclasses import replace
-
     from pgcheck.render.ci import on_github, outcomes_of_run, places_of, tell_github
     from pgcheck.render.files import write_report
     from pgcheck.render.progress import ProgressBar
@@ -621,22 +620,42 @@ def calibrate(
     out: Annotated[Path | None, typer.Option(help="write calibration.md, .json and .svg there", metavar="DIR")] = None,
     runs: Annotated[int, typer.Option(min=100, help="runs of one look for each law", metavar="N")] = 20_000,
     seed: Annotated[int, typer.Option(min=0, metavar="N")] = 0,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="measure only null, planted, exceeds, ratio, verdicts or power; what DIR has of the rest stays",
+            metavar="QUESTION",
+        ),
+    ] = None,
+    law: Annotated[
+        list[str] | None, typer.Option(help="measure only laws whose names start so; the rest stays", metavar="START")
+    ] = None,
     workers: Workers = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure how often each stage of a sampled verdict is wrong, against what it promises; takes minutes."""
+    from shlex import quote
+
     from pgcheck import calibrate as calibration
-    from pgcheck.render.calibration import calibration_figure, calibration_json, calibration_markdown
+    from pgcheck.render import calibration as words
     from pgcheck.render.files import write_all
     from pgcheck.render.progress import ProgressBar
 
+    over = calibration.laws_named(law) if law else None
+    before = words.read_calibration(out / "calibration.json") if out is not None and (only or law) else None
     with ProgressBar() as progress:
-        measured = calibration.calibrate(runs=runs, seed=seed, workers=workers or 1, progress=progress)
-    as_text = json.dumps(calibration_json(measured), indent=1, ensure_ascii=False) + "\n"
+        measured = calibration.calibrate(
+            over, runs=runs, seed=seed, workers=workers or 1, questions=only or calibration.QUESTIONS, progress=progress
+        )
+    part = [f" --{name} {quote(x)}" for name, given in (("only", only), ("law", law)) for x in given or ()]
+    measured = replace(measured, made_by=(f"pgcheck calibrate --runs {runs} --seed {seed}" + "".join(part),))
+    if before is not None:
+        measured = before.with_more(measured)
+    as_text = json.dumps(words.calibration_json(measured), indent=1, ensure_ascii=False) + "\n"
     if out is not None:
-        texts = {"md": calibration_markdown(measured), "json": as_text, "svg": calibration_figure(measured)}
+        texts = {"md": words.calibration_markdown(measured), "json": as_text, "svg": words.calibration_figure(measured)}
         write_all({out / f"calibration.{ending}": text for ending, text in texts.items()})
-    typer.echo(as_text if as_json else calibration_markdown(measured), nl=False)
+    typer.echo(as_text if as_json else words.calibration_markdown(measured), nl=False)
 
 
 def main() -> None:

@@ -1321,6 +1321,49 @@ from pgcheck.statistics.power import Noise, design
 from pgcheck.statistics.sequential import Settings
 design(Noise.flat(10.0, 5.0), Settings(rtol=0, atol=0.1))
 ''')  # fmt: skip
+case(
+    "a calibration of a question that there is not",
+    """
+from pgcheck.calibrate import calibrate
+calibrate(questions=["confirm"])
+""",
+)
+
+case(
+    "a calibration of a law that there is not",
+    """
+from pgcheck.calibrate import laws_named
+laws_named(["Gaussian, P = 3"])
+""",
+)
+
+case(
+    "a calibration of two seeds",
+    """
+from pgcheck.calibrate import Calibration
+Calibration(0, (), (), ()).with_more(Calibration(1, (), (), ()))
+""",
+)
+
+case(
+    "part of a calibration, into nothing",
+    """
+from pathlib import Path
+from pgcheck.render.calibration import read_calibration
+read_calibration(Path("nowhere/calibration.json"))
+""",
+)
+
+case(
+    "part of a calibration, into something else",
+    """
+from pathlib import Path
+from pgcheck.render.calibration import read_calibration
+Path("calibration.json").write_text("{}")
+read_calibration(Path("calibration.json"))
+""",
+)
+
 case("a calibration of five runs", '''
 from pgcheck.calibrate import calibrate
 calibrate(runs=5)
