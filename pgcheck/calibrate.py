@@ -7,6 +7,7 @@ Where ĝ can be enumerated it has a finite law, and a sample of n draws is a mul
   a false FAIL takes both, on independent draws;
 * **certificate** with a bias planted exactly at the tolerance, in four directions: a false PASS;
 * both stages of mode `exceeds`, with a bias planted exactly at the tolerance;
+* a confirming part where κ is open and the reference drawn as well (`pgcheck.statistics.open_scale`);
 * **intervals**: how often one that is given misses, after a fixed number of draws and at whichever look a run stopped;
 * **power**: draws to a FAIL, against the test that knows the direction of the bias beforehand.
 
@@ -44,6 +45,7 @@ from pgcheck.registry import find_problem
 from pgcheck.statistics.certificate import upper_bound
 from pgcheck.statistics.finite import Law
 from pgcheck.statistics.guarded import Floats, interval, z_of
+from pgcheck.statistics.open_scale import ON_SCALE, scales_left, unexplained
 from pgcheck.statistics.sequential import (
     CONFIDENCE,
     GRAIN,
@@ -64,7 +66,7 @@ ALLOWED = 1.3  # an upper bound below this times nominal is what the calibration
 SHAPES = ("along the gradient", "dense", "one coordinate", "noisiest direction")
 RATIOS = (0.1, 0.05, 0.025)  # of a planted bias to the standard deviation along it
 RUNS = 32_000
-QUESTIONS = ("null", "planted", "exceeds", "ratio", "verdicts", "power")  # what a stream is for
+QUESTIONS = ("null", "planted", "exceeds", "open", "ratio", "verdicts", "power")  # what a stream is for
 _PARTS = 4  # confirming parts of each look: twice what the settings take
 _CHUNK = 250  # looks at once
 _PILOT = 1_000  # looks that decide how many follow
@@ -386,6 +388,54 @@ def _false_passes(
     ]
 
 
+# -- an open κ, the reference drawn as well
+
+_OPEN = 0.5  # κ
+_SHARED = 0.8  # correlation of the noise of x and of r
+_LENGTHS = (8, 30)  # ‖g‖ in standard errors of ⟨r̄, g⟩/‖g‖
+
+
+def open_rates(law: Law, *, runs: int, rng: np.random.Generator) -> list[Rate]:
+    """False alarms of a confirming part where E x = κ g, and g is known only from an r beside each x.
+
+    The noise of both is the law's. û is 45° off g, and so is the witness, across û: it sees as much of g as û does, so that an
+    error in κ looks like a bias. Refused: κ is not bounded.
+    """
+    if len(law.mean) == 1:
+        return []
+    n = Settings().first_look // (Settings().stages - 1)
+    g = law.mean.numpy() / float(law.mean.norm())
+    turned = rng.standard_normal(len(g))
+    turned -= g * (turned @ g)
+    turned /= np.linalg.norm(turned)
+    û, v = (g + turned) / math.sqrt(2), (g - turned) / math.sqrt(2)
+    noise = (law.values - law.mean).numpy()
+    error = math.sqrt(float(law.probability @ (noise @ g) ** 2) / n)
+    out = []
+    for length in _LENGTHS:
+        events, refused = Counter[float](), 0
+        for _ in range(runs):
+            i, j = rng.choice(len(noise), (2, n), p=law.probability)
+            along, across = (
+                Pairs.counted(
+                    _OPEN * (length * error * (g @ w) + _SHARED * e[i] + math.sqrt(1 - _SHARED**2) * e[j]),
+                    length * error * (g @ w) + e[i],
+                    np.ones(n),
+                )
+                for w, e in ((û, noise @ û), (v, noise @ v))
+            )
+            for τ in NOMINAL:
+                places = scales_left(along, ON_SCALE * τ)
+                refused += places is None and τ == NOMINAL[0]
+                events[τ] += unexplained(across, places, (0.0, 0.0))[0] >= z_of((1 - ON_SCALE) * τ)
+        detail = f"‖g‖ {length} standard errors"
+        out += [
+            rate("confirm of open κ", law, detail, τ, runs=runs, events=events[τ], refused=refused / runs)
+            for τ in NOMINAL
+        ]
+    return out
+
+
 # -- intervals
 
 
@@ -518,6 +568,7 @@ def _of_looks(law: Law, runs: int, seed: int, questions: Sequence[str]) -> list[
         "null": lambda rng: null_rates(law, runs=runs, rng=rng),
         "planted": lambda rng: false_passes(law, runs=2 * half, rng=rng),
         "exceeds": lambda rng: exceeding_rates(law, runs=max(100, half // 2), rng=rng),
+        "open": lambda rng: open_rates(law, runs=max(10, half // 8), rng=rng),
         "ratio": lambda rng: [ratio_misses(law, runs=max(20, half // 25), rng=rng)],
     }
     return [r for name, ask in of.items() if name in questions for r in ask(_stream(law, name, seed))]

@@ -495,5 +495,5 @@ def test_settings_of_samples_compared(run: Run) -> None:
     assert len(list(Path("kept").iterdir())) == 1
     code, _, err = run("compare", "reinforce", "grpo", "--json", *SAMPLED, "--resume", "kept", "--beta", "0.02")
     assert code == 2
-    assert "is of another run: its settings is" in err
+    assert "is of another run: its settings are" in err
     assert run("run", "small.toml", "--workers", "0")[0] == 2

@@ -39,6 +39,7 @@ from pgcheck.estimators.from_loss import LossCoefficients
 from pgcheck.problem import Problem
 from pgcheck.sampling import Sampler, as_device
 from pgcheck.statistics.guarded import Floats
+from pgcheck.statistics.open_scale import OpenJudge
 from pgcheck.statistics.sequential import CONFIDENCE, GRAIN, SHARE, Interval, Judge, Settings, confidence_after
 from pgcheck.statistics.variance import Pairs
 from pgcheck.trajectories import SideTable, Trajectories, is_count
@@ -52,6 +53,7 @@ _ROUNDING = 1e-14  # a gradient below this part of the rewards is 0
 _FIRST = 64  # draws whose estimates are part of a checkpoint's identity
 
 Scale = float | None
+AnyJudge = Judge | OpenJudge
 
 
 class Space(Protocol):
@@ -67,8 +69,8 @@ class Space(Protocol):
     def drawn(self, table: Trajectories, index: Tensor) -> Tensor | None:
         """An unbiased estimate of ∇J from every draw, `[count, P]`, where `reference` is not ∇J itself."""
 
-    def judges(self, scale: Scale) -> bool:
-        """Whether E x = κ ∇J can be judged here; None: some κ > 0."""
+    def judge_of(self, scale: Scale) -> type[AnyJudge]:
+        """What judges E x = κ ∇J here; None: some κ > 0."""
 
     def settings(self, asked: Settings) -> Settings:
         """Those of a judge in this space, whose verdict then keeps what was asked for."""
@@ -84,9 +86,9 @@ class Known:
         """None."""
         return None
 
-    def judges(self, scale: Scale) -> bool:
-        """Any."""
-        return True
+    def judge_of(self, scale: Scale) -> type[AnyJudge]:
+        """One to whom ∇J is known."""
+        return Judge
 
     def settings(self, asked: Settings) -> Settings:
         """As asked."""
@@ -272,7 +274,7 @@ class _Lane:
     """One estimator: what is known of it."""
 
     estimator: Estimator
-    judges: dict[Scale, Judge]
+    judges: dict[Scale, AnyJudge]
     account: Account | None = None
     paired: Account | None = None  # of x − r + reference, where an estimate r of ∇J is drawn beside x
     centre: Tensor | None = None  # the mean of the first grain
@@ -302,8 +304,8 @@ class _Lane:
         self.account = new.account if self.account is None else self.account.merge(new.account)
         if new.paired is not None:
             self.paired = new.paired if self.paired is None else self.paired.merge(new.paired)
-        for κ, judge in self.judges.items():
-            judge.update(new.x, None if κ is None else new.r)
+        for judge in self.judges.values():
+            judge.update(new.x, new.r if judge.paired else None)
 
     @property
     def _judged(self) -> bool:
@@ -351,8 +353,7 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.lanes = [
-            _Lane(e, {κ: self._judge(κ) for κ in asked if self.space.judges(κ)})
-            for e, asked in zip(self.estimators, self.scales, strict=True)
+            _Lane(e, {κ: self._judge(κ) for κ in asked}) for e, asked in zip(self.estimators, self.scales, strict=True)
         ]
         needs = dict.fromkeys(e.needs for e in self.estimators)
         self._samplers: dict[tuple[SideTable, ...], Sampler] = {
@@ -365,8 +366,8 @@ class _Run:
         while self._rows > 1 and self._rows * positions > _BLOCK_ELEMENTS:
             self._rows //= 2
 
-    def _judge(self, scale: Scale) -> Judge:
-        return Judge(self.reference, self.space.settings(self.settings), scale=scale)
+    def _judge(self, scale: Scale) -> AnyJudge:
+        return self.space.judge_of(scale)(self.reference, self.space.settings(self.settings), scale=scale)
 
     @cached_property
     def reference(self) -> Tensor:
@@ -548,7 +549,8 @@ class _Run:
         here = self._identity(draws)
         for name, x in here.items():
             if there.get(name) != x:
-                how = "are others" if name == "first estimates" else f"is {there.get(name)!r}, not {x!r}"
+                verb = "are" if name.endswith("s") else "is"
+                how = f"{verb} others" if name == "first estimates" else f"{verb} {there.get(name)!r}, not {x!r}"
                 raise UsageError(
                     f"checkpoint: {path} is of another run: its {name} {how}. Delete it, or keep this run elsewhere."
                 )
@@ -561,8 +563,8 @@ class _Run:
             )
             settings = self.space.settings(self.settings)
             lane.judges = {
-                κ: Judge.from_state(self.reference, settings, state=s, scale=κ)
-                for κ, s in zip(lane.judges, state["judges"], strict=True)
+                κ: type(judge).from_state(self.reference, settings, state=s, scale=κ)
+                for (κ, judge), s in zip(lane.judges.items(), state["judges"], strict=True)
             }
 
 

@@ -30,7 +30,8 @@ from pgcheck.errors import UsageError
 from pgcheck.estimators.base import Estimator, registered_estimators
 from pgcheck.problem import Problem
 from pgcheck.statistics.guarded import Scores, interval
-from pgcheck.statistics.sequential import GRAIN, Interval, Settings
+from pgcheck.statistics.open_scale import OpenJudge
+from pgcheck.statistics.sequential import GRAIN, Interval, Judge, Settings
 from pgcheck.trajectories import Trajectories
 
 TRUSTED = ("leave_one_out", "reinforce", "trajectory_is", "kl_in_reward(k1)", "entropy_in_reward")
@@ -83,9 +84,9 @@ class Paired:
         assert r is not None
         return r
 
-    def judges(self, scale: float | None) -> bool:
-        """A κ that is named; an open one where ∇J is known, without r: it would have to be found from the noise of r."""
-        return scale is not None or self.length is None
+    def judge_of(self, scale: float | None) -> type[Judge | OpenJudge]:
+        """Of an open κ, one that finds it from the noise of r, unless ∇J is known."""
+        return OpenJudge if scale is None and self.length is not None else Judge
 
     def shows(self, beta: float) -> float:
         """That of `inside`, and of ⟨∇J, û⟩ as it is at least over what it is about."""
@@ -117,7 +118,11 @@ def _with_pilot(found: Moments, length: Scores) -> Moments:
         1 + (x - 1) * (more if (x < 1) is low_end else less) for x, low_end in ((scale.low, True), (scale.high, False))
     ]
     said = {"rel": Interval(rel.value, rel.low * less, rel.high * more), "scale": Interval(scale.value, *ends)}
-    return replace(found, intervals={**found.intervals, **said})
+    judged = dict(found.judgements)
+    if None in judged:  # which has its κ from r itself
+        off = judged[None].off_axis
+        judged[None] = replace(judged[None], off_axis=replace(off, high=min(off.high * more, 1.0)))
+    return replace(found, intervals={**found.intervals, **said}, judgements=judged)
 
 
 def paired(

@@ -34,6 +34,11 @@ _STAGES = {
         "The bias is exactly the tolerance, along the gradient: FAIL must prove more than that.",
     ),
     "confirm of exceeds": ("Confirmation, mode `exceeds`", "The same, of the confirming parts."),
+    "confirm of open κ": (
+        "Confirmation, open κ, reference drawn",
+        "E x = ½ g, and g is known only from an r beside each x, of whose noise x has a part; κ is looked for along a direction"
+        " 45° off g, and what is confirmed lies across that, 45° off g as well. *Refused*: κ is not bounded yet.",
+    ),
 }
 _MISSES = {
     "misses, fixed draws": (
