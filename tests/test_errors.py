@@ -1364,6 +1364,118 @@ read_calibration(Path("calibration.json"))
 """,
 )
 
+case(
+    "an open scale in a mode that there is not for it",
+    """
+from pgcheck.statistics.open_scale import OpenJudge
+from pgcheck.statistics.sequential import Settings
+OpenJudge(torch.ones(3), Settings(mode="exceeds"))
+""",
+)
+
+case(
+    "an open judge with a scale",
+    """
+from pgcheck.statistics.open_scale import OpenJudge
+from pgcheck.statistics.sequential import Settings
+OpenJudge(torch.ones(3), Settings(), scale=1.0)
+""",
+)
+
+case(
+    "an open judge without a reference",
+    """
+from pgcheck.statistics.open_scale import OpenJudge
+from pgcheck.statistics.sequential import Settings
+OpenJudge(torch.zeros(3), Settings())
+""",
+)
+
+case(
+    "an open judge without draws of the reference",
+    """
+from pgcheck.statistics.open_scale import OpenJudge
+from pgcheck.statistics.sequential import Settings
+OpenJudge(torch.ones(3), Settings()).update(torch.ones(1024, 3))
+""",
+)
+
+case(
+    "an open judge's state for another reference",
+    """
+from pgcheck.statistics.open_scale import OpenJudge
+from pgcheck.statistics.sequential import Settings
+state = OpenJudge(torch.ones(3), Settings()).state()
+OpenJudge.from_state(torch.ones(4), Settings(), state=state)
+""",
+)
+
+case(
+    "stored estimates for the exact engine",
+    """
+sampling = pgcheck.Sampling(reference=torch.ones(8192, 4))
+pgcheck.check_estimator("rloo", "dialogue/two-turn", sampling=sampling)
+""",
+)
+
+case(
+    "stored estimates of another size",
+    """
+sampling = pgcheck.Sampling(reference=torch.ones(8192, 4))
+pgcheck.check_estimator("rloo", "dialogue/two-turn", engine="auto", sampling=sampling)
+""",
+)
+
+case(
+    "too few stored estimates",
+    """
+sampling = pgcheck.Sampling(reference=torch.ones(5000, 6))
+pgcheck.check_estimator("rloo", "dialogue/two-turn", engine="auto", sampling=sampling)
+""",
+)
+
+case(
+    "a stored estimate that is NaN",
+    """
+sampling = pgcheck.Sampling(reference=torch.full((8192, 6), float("nan")))
+pgcheck.check_estimator("rloo", "dialogue/two-turn", engine="auto", sampling=sampling)
+""",
+)
+
+case(
+    "stored estimates in no file",
+    """
+sampling = pgcheck.Sampling(reference="reference.pt")
+pgcheck.check_estimator("rloo", "dialogue/two-turn", engine="auto", sampling=sampling)
+""",
+)
+
+case(
+    "stored estimates in a file of something else",
+    """
+from pathlib import Path
+Path("reference.pt").write_text("")
+sampling = pgcheck.Sampling(reference="reference.pt")
+pgcheck.check_estimator("rloo", "dialogue/two-turn", engine="auto", sampling=sampling)
+""",
+)
+
+case(
+    "stored estimates in a dict",
+    """
+torch.save({"draws": torch.ones(3)}, "reference.pt")
+sampling = pgcheck.Sampling(reference="reference.pt")
+pgcheck.check_estimator("rloo", "dialogue/two-turn", engine="auto", sampling=sampling)
+""",
+)
+
+case(
+    "no stored estimates",
+    """
+pgcheck.reference_draws(pgcheck.as_estimator("rloo"), pgcheck.as_problems("dialogue/two-turn")[0], draws=0)
+""",
+)
+
 case("a calibration of five runs", '''
 from pgcheck.calibrate import calibrate
 calibrate(runs=5)

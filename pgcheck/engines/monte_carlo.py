@@ -66,8 +66,8 @@ class Space(Protocol):
     def project(self, c: Tensor, table: Trajectories, index: Tensor) -> Tensor:
         """Estimates `[count, P]` from coefficients `[count, B, T]` (or `[count, B, T, A]`) of the rows `index` `[count, B]`."""
 
-    def drawn(self, table: Trajectories, index: Tensor) -> Tensor | None:
-        """An unbiased estimate of ∇J from every draw, `[count, P]`, where `reference` is not ∇J itself."""
+    def drawn(self, table: Trajectories, index: Tensor, first: int) -> Tensor | None:
+        """An unbiased estimate of ∇J beside draw `first` and those after it, `[count, P]`, where `reference` is not ∇J."""
 
     def judge_of(self, scale: Scale) -> type[AnyJudge]:
         """What judges E x = κ ∇J here; None: some κ > 0."""
@@ -82,7 +82,7 @@ class Space(Protocol):
 class Known:
     """What a space does in which ∇J is known and nothing of an estimate is out of sight."""
 
-    def drawn(self, table: Trajectories, index: Tensor) -> Tensor | None:
+    def drawn(self, table: Trajectories, index: Tensor, first: int) -> Tensor | None:
         """None."""
         return None
 
@@ -133,6 +133,9 @@ class Sampling:
         directions: random ones along which estimates are seen where there are too many logits and parameters.
         bounds: (lo, hi) with lo ≤ ⟨ĝ − κ ∇J, v⟩ ≤ hi for every unit v, if they are known: verdicts then rest on them alone,
             and not on what the draws show of their tails.
+        reference: `[n, P]`, n independent unbiased estimates of ∇_θ J that were made before, each of one batch, or a file of
+            them (.npy, or .pt as of torch.save): verdicts are then given against these, and their noise is in both error rates.
+            A draw of the run is put beside each, so that n is the most that are drawn (`pgcheck.engines.stored`).
     """
 
     seed: int = 0
@@ -145,6 +148,7 @@ class Sampling:
     checkpoint: Path | str | None = None
     directions: int = 32
     bounds: tuple[float, float] | None = None
+    reference: Tensor | Path | str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         _check_counts(seed=self.seed, draws=self.draws, workers=self.workers, directions=self.directions)
@@ -447,7 +451,7 @@ class _Run:
                         self._name_draw(estimators[i], low, len(index))
                         raise
                     parts[i].append(self.space.project(c, table, index))
-                    if (r := self.space.drawn(table, index)) is not None:
+                    if (r := self.space.drawn(table, index, low)) is not None:
                         others[i].append(r)
         return [(torch.cat(x), torch.cat(r) if r else None) for x, r in zip(parts, others, strict=True)]
 
@@ -498,8 +502,9 @@ class _Run:
     @cached_property
     def _first_estimates(self) -> str:
         h = hashlib.sha256()
-        for x, _ in self._estimates(self.estimators, 0, _FIRST):
-            h.update(x.cpu().numpy().tobytes())
+        for x, r in self._estimates(self.estimators, 0, _FIRST):
+            for part in (x,) if r is None else (x, r):
+                h.update(part.cpu().numpy().tobytes())
         return h.hexdigest()
 
     def _identity(self, draws: int) -> dict[str, Any]:
