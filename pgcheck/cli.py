@@ -588,13 +588,20 @@ def design(
     beta: Annotated[float, typer.Option(help="false PASSes of a check", metavar="P")] = 1e-3,
     mode: Annotated[str, typer.Option(help="what FAIL proves: nonzero or exceeds", metavar="MODE")] = "nonzero",
     draws: Annotated[int | None, typer.Option(min=1, help="batches that may be drawn", metavar="N")] = None,
+    engine: Annotated[
+        Engines, typer.Option(help="exact: from the exact covariance; monte_carlo: from a pilot; auto: what fits")
+    ] = Engines.auto,
+    pilot: Annotated[
+        int | None, typer.Option(min=1, help="batches of a pilot, and for each group size (default: 2048)", metavar="N")
+    ] = None,
+    seed: Seed = None,
     budget: Budget = None,
     as_json: AsJson = False,
 ) -> None:
     """Plan a sampled verdict: batches it takes, the bias a budget shows, the group size that wastes the fewest rollouts."""
     from typing import cast
 
-    from pgcheck.design import plan
+    from pgcheck.design import PILOT, plan
     from pgcheck.engines.exact import DEFAULT_BUDGET
     from pgcheck.estimators.lookup import as_estimator
     from pgcheck.registry import find_problem
@@ -610,6 +617,9 @@ def design(
             settings,
             draws=draws,
             budget=budget or DEFAULT_BUDGET,
+            engine=engine.value,
+            pilot=pilot or PILOT,
+            seed=seed or 0,
             progress=progress,
         )
     typer.echo(json.dumps(design_json(made), indent=1, ensure_ascii=False) if as_json else design_text(made))

@@ -1476,6 +1476,44 @@ pgcheck.reference_draws(pgcheck.as_estimator("rloo"), pgcheck.as_problems("dialo
 """,
 )
 
+case(
+    "an open judge before its first draw",
+    """
+from pgcheck.statistics.open_scale import OpenJudge
+from pgcheck.statistics.sequential import Settings
+OpenJudge(torch.ones(3), Settings()).verdict()
+""",
+)
+
+case(
+    "a pilot of five draws",
+    """
+from pgcheck.design import plan
+from pgcheck.statistics.sequential import Settings
+plan(pgcheck.as_estimator("rloo"), pgcheck.as_problems("dialogue/two-turn")[0], Settings(), pilot=5)
+""",
+)
+
+case(
+    "a design where no action matters",
+    """
+from pgcheck.design import plan
+from pgcheck.statistics.sequential import Settings
+mdp = pgcheck.TabularMDP(torch.ones(1, 2, 1), torch.ones(1, 2), torch.ones(1), horizon=1)
+plan(pgcheck.as_estimator("reinforce"), pgcheck.Problem(mdp, torch.zeros(1, 2)), Settings(), engine="monte_carlo")
+""",
+)
+
+case(
+    "a design of an estimator without noise",
+    """
+from pgcheck.design import plan
+from pgcheck.statistics.sequential import Settings
+nothing = pgcheck.from_coefficients(lambda batch: 0 * batch.logp, name="nothing")
+plan(nothing, pgcheck.as_problems("dialogue/two-turn")[0], Settings(), engine="monte_carlo")
+""",
+)
+
 case("a calibration of five runs", '''
 from pgcheck.calibrate import calibrate
 calibrate(runs=5)
