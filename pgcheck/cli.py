@@ -119,6 +119,21 @@ Resume = Annotated[
         metavar="DIR",
     ),
 ]
+Bounds = Annotated[
+    tuple[float, float] | None,
+    typer.Option(
+        help="known of every estimator here: ⟨ĝ − κ ∇J, v⟩ lies between them for every unit v; sampled verdicts then rest on"
+        " them and not on tails",
+        metavar="LO HI",
+    ),
+]
+Reference = Annotated[
+    Path | None,
+    typer.Option(
+        help="estimates [n, P] of ∇J that were made before, .npy or .pt, which sampled verdicts are given against",
+        metavar="FILE",
+    ),
+]
 Device = Annotated[str | None, typer.Option(help="where sampled batches are evaluated: cpu, cuda", metavar="NAME")]
 
 
@@ -237,6 +252,9 @@ def run(
     beta: Beta = None,
     draws: Draws = None,
     seed: Seed = None,
+    bounds: Bounds = None,
+    reference: Reference = None,
+    space: Annotated[Space | None, typer.Option(help="where E ĝ is held against ∇J (default: logits)")] = None,
     device: Device = None,
     workers: Workers = None,
     resume: Resume = None,
@@ -258,9 +276,9 @@ def run(
     form = Format.json if as_json else form
     planned = plan(load_config(Path.cwd()), suite=suite, estimators=estimator or (), budget=budget)
     settings = {"engine": engine and engine.value, "tolerance": tolerance, "alpha": alpha, "beta": beta, "draws": draws,
-                "seed": seed, "device": device}  # fmt: skip
+                "seed": seed, "bounds": bounds, "space": space and space.value, "device": device}  # fmt: skip
     planned = planned.with_settings(**{name: x for name, x in settings.items() if x is not None})
-    sampling = replace(planned.suite.sampling, workers=workers or 1, checkpoint=resume)
+    sampling = replace(planned.suite.sampling, workers=workers or 1, checkpoint=resume, reference=reference)
     with ProgressBar() as progress:
         report = planned.run(sampling=sampling, progress=progress)
         report, messages = _searched(report, planned) if search else (report, _explained(report, planned))
@@ -460,6 +478,8 @@ def compare(
     tolerance: Tolerance = None,
     alpha: Alpha = None,
     beta: Beta = None,
+    bounds: Bounds = None,
+    reference: Reference = None,
     device: Device = None,
     workers: Workers = None,
     resume: Resume = None,
@@ -476,7 +496,7 @@ def compare(
         raise UsageError(f"out: {out.name}; its ending must be one of {', '.join(endings)}.")
     swept = _sweeps(sweeps, groups, group_sizes, staleness)
     sampled = {"draws": draws, "seed": seed, "tolerance": tolerance, "alpha": alpha, "beta": beta, "device": device,
-               "workers": workers, "checkpoint": resume}  # fmt: skip
+               "bounds": bounds, "reference": reference, "workers": workers, "checkpoint": resume}  # fmt: skip
     given: dict[str, Any] = {
         "relative_to": relative_to,
         "space": space.value,

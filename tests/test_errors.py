@@ -1514,6 +1514,20 @@ plan(nothing, pgcheck.as_problems("dialogue/two-turn")[0], Settings(), engine="m
 """,
 )
 
+case(
+    "a space that there is not",
+    """
+pgcheck.check_estimator("rloo", "dialogue/two-turn", space="weights")
+""",
+)
+
+case(
+    "a search in parameters",
+    """
+pgcheck.check_estimator("rloo", "dialogue/two-turn", space="parameters", search=True)
+""",
+)
+
 case("a calibration of five runs", '''
 from pgcheck.calibrate import calibrate
 calibrate(runs=5)
