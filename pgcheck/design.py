@@ -33,7 +33,7 @@ from pgcheck.errors import BudgetError, UsageError
 from pgcheck.estimators.base import Estimator
 from pgcheck.problem import Problem
 from pgcheck.statistics.certificate import GRAM, of_block
-from pgcheck.statistics.guarded import Scores, interval
+from pgcheck.statistics.guarded import CONSTANT, Scores, interval
 from pgcheck.statistics.power import Design, Noise, design
 from pgcheck.statistics.sequential import GRAIN, Settings
 from pgcheck.trajectories import is_count
@@ -205,6 +205,10 @@ def _sampled_noise(
     if isinstance(space, Beside) and space.length is not None:
         lengths = tuple(float(x[0]) / size for x in reversed(interval(space.length, confidence=confidence)))
     gap = d - d.mean(0)
+    if float(gap.square().sum()) <= CONSTANT**2 * float(d.square().sum()):
+        raise UsageError(
+            f"{problem.name}: every batch of the pilot gives the same estimate; there is no noise to plan for."
+        )
     along = gap @ (space.reference / size)
     scores = Scores.of(torch.stack([gap.square().sum(1), along.square()], 1).numpy())
     low, high = interval(scores, confidence=confidence)

@@ -311,11 +311,15 @@ def test_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_parquet(tmp_path: Path) -> None:
+    """What is written reads back equal, to the bit and the type."""
     pytest.importorskip("pyarrow", reason="pyarrow is not installed; Parquet files were not written")
-    files, remark = write_tables(alone(), tmp_path)
-    assert not remark
-    read = pd.read_parquet(next(p for p in files if p.name == "comparison.parquet"))
-    pd.testing.assert_frame_equal(read, alone().tables["comparison"], check_dtype=False)
+    for c in (alone(), with_intervals()):
+        files, remark = write_tables(c, tmp_path)
+        assert not remark
+        written = {p.stem: p for p in files if p.suffix == ".parquet"}
+        assert set(written) == {name for name, table in c.tables.items() if not table.empty}
+        for name, path in written.items():
+            pd.testing.assert_frame_equal(pd.read_parquet(path), c.tables[name])
 
 
 def test_global_state_is_left_alone() -> None:
