@@ -25,6 +25,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Literal, TypeVar, cast
 
 import torch
@@ -34,6 +35,7 @@ from torch import Tensor, nn
 from pgcheck.engines.moments import Moments, Progress, View
 from pgcheck.engines.monte_carlo import MOST_COORDINATES, Known, Space
 from pgcheck.engines.parameters import ParameterSpace, as_seen, estimates_in_parameters, number_of_parameters, tightened
+from pgcheck.engines.stored import stored
 from pgcheck.engines.threads import one_thread
 from pgcheck.engines.trusted import PILOT, Paired, coefficients_on, paired, trusted_estimator, trusted_estimators
 from pgcheck.errors import BudgetError, UsageError, names_problem
@@ -387,15 +389,17 @@ def default_space(
     directions: int = DIRECTIONS,
     seed: int = 0,
     device: str = "cpu",
+    reference: Tensor | Path | str | None = None,
+    first_look: int = 0,
 ) -> Space | None:
     """Where sampled verdicts are given: None, in logits, as long as these can be listed and are few, and `parameters` are not
     asked for; else in parameters, as long as those are few; else along directions. Beside a trusted estimator where there is
-    one, unless ∇J is known and parameters are asked for.
+    one, unless ∇J is known and parameters are asked for; beside stored estimates if a `reference` is given, in parameters.
 
     Raises:
-        UsageError, BudgetError: as `SketchSpace.paired`.
+        UsageError, BudgetError: as `SketchSpace.paired`; as `stored`.
     """
-    if not parameters and not problem.written and problem.logits.numel() <= MOST_COORDINATES:
+    if reference is None and not parameters and not problem.written and problem.logits.numel() <= MOST_COORDINATES:
         return None
     few = number_of_parameters(problem) <= MOST_COORDINATES
     how: Literal["backward"] | None = "backward" if problem.written else None
@@ -405,6 +409,8 @@ def default_space(
             return ParameterSpace(problem)
         return SketchSpace.of(problem, directions=directions, seed=seed, along=u, how=how)
 
+    if reference is not None:
+        return cast(Space, stored(reference, problem, around, first_look=first_look))
     if not problem.written and (parameters or not trusted_estimators(problem)):
         return cast(Space, around(None))  # ∇J is known
     return paired(problem, around, seed=seed, device=device)

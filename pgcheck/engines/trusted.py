@@ -30,7 +30,8 @@ from pgcheck.errors import UsageError
 from pgcheck.estimators.base import Estimator, registered_estimators
 from pgcheck.problem import Problem
 from pgcheck.statistics.guarded import Scores, interval
-from pgcheck.statistics.sequential import GRAIN, Interval, Settings
+from pgcheck.statistics.open_scale import OpenJudge
+from pgcheck.statistics.sequential import GRAIN, Interval, Judge, Settings
 from pgcheck.trajectories import Trajectories
 
 TRUSTED = ("leave_one_out", "reinforce", "trajectory_is", "kl_in_reward(k1)", "entropy_in_reward")
@@ -60,32 +61,21 @@ class Seen(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Paired:
-    """Another space, in which an unbiased estimate is drawn beside every other."""
+class Beside:
+    """Another space, in which an unbiased estimate of ∇J lies beside every other."""
 
     inside: Seen
-    reference: Tensor  # [R], ∇J, or what the pilot says of it: 0 if it does not tell it from 0
-    trusted: Estimator
-    length: Scores | None = None  # of ⟨r, û⟩; None: ∇J is known
+    reference: Tensor  # [R], ∇J, or what a pilot says of it: 0 if it does not tell it from 0
+    length: Scores | None  # of ⟨r, û⟩; None: ∇J is known
+    against: str  # what r is, in a report
 
     def project(self, c: Tensor, table: Trajectories, index: Tensor) -> Tensor:
         """As `inside`."""
         return self.inside.project(c, table, index)
 
-    def drawn(self, table: Trajectories, index: Tensor) -> Tensor:
-        """What the trusted estimator says of the same rollouts; made once for all that are compared with it."""
-        last = self.__dict__.get("_drawn", (None, None, None))
-        if last[0] is not table or last[1] is not index:
-            labels = self.inside.problem.group_labels.to(index.device)
-            r = self.project(coefficients_on(self.trusted, table, index, labels), table, index)
-            last = self.__dict__["_drawn"] = (table, index, r)
-        r = last[2]
-        assert r is not None
-        return r
-
-    def judges(self, scale: float | None) -> bool:
-        """A κ that is named; an open one where ∇J is known, without r: it would have to be found from the noise of r."""
-        return scale is not None or self.length is None
+    def judge_of(self, scale: float | None) -> type[Judge | OpenJudge]:
+        """Of an open κ, one that finds it from the noise of r, unless ∇J is known."""
+        return OpenJudge if scale is None and self.length is not None else Judge
 
     def shows(self, beta: float) -> float:
         """That of `inside`, and of ⟨∇J, û⟩ as it is at least over what it is about."""
@@ -101,8 +91,26 @@ class Paired:
     def told(self, moments: Moments, asked: Settings) -> Moments:
         """With what it was compared with."""
         view = self.inside.view(self.shows(asked.beta / 2) if moments.judgements else 1.0)
-        found = self.inside.said(moments, replace(view, reference=self.reference, against=self.trusted.name))
+        found = self.inside.said(moments, replace(view, reference=self.reference, against=self.against))
         return found if self.length is None else _with_pilot(found, self.length)
+
+
+@dataclass(frozen=True, eq=False)
+class Paired(Beside):
+    """r is what a trusted estimator says of the same rollouts."""
+
+    trusted: Estimator
+
+    def drawn(self, table: Trajectories, index: Tensor, first: int) -> Tensor:
+        """Made once for all that are compared with it."""
+        last = self.__dict__.get("_drawn", (None, None, None))
+        if last[0] is not table or last[1] is not index:
+            labels = self.inside.problem.group_labels.to(index.device)
+            r = self.project(coefficients_on(self.trusted, table, index, labels), table, index)
+            last = self.__dict__["_drawn"] = (table, index, r)
+        r = last[2]
+        assert r is not None
+        return r
 
 
 def _with_pilot(found: Moments, length: Scores) -> Moments:
@@ -117,7 +125,11 @@ def _with_pilot(found: Moments, length: Scores) -> Moments:
         1 + (x - 1) * (more if (x < 1) is low_end else less) for x, low_end in ((scale.low, True), (scale.high, False))
     ]
     said = {"rel": Interval(rel.value, rel.low * less, rel.high * more), "scale": Interval(scale.value, *ends)}
-    return replace(found, intervals={**found.intervals, **said})
+    judged = dict(found.judgements)
+    if None in judged:  # which has its κ from r itself
+        off = judged[None].off_axis
+        judged[None] = replace(judged[None], off_axis=replace(off, high=min(off.high * more, 1.0)))
+    return replace(found, intervals={**found.intervals, **said}, judgements=judged)
 
 
 def paired(
@@ -132,7 +144,7 @@ def paired(
     r = trusted_mixture(problem)
     if not problem.written:
         inside = around(None)
-        return Paired(inside, inside.seen(problem.parameter_gradient()), r)
+        return Paired(inside, inside.seen(problem.parameter_gradient()), None, r.name, r)
     sampler = problem.sampler(seed=-1 - seed, device=device)  # users' seeds are ≥ 0
     P = sum(p.numel() for p in problem.policy.parameters())
 
@@ -157,7 +169,7 @@ def paired(
             break
         total, pilot = total + more, 2 * pilot
     inside = around(u)
-    return Paired(inside, inside.seen(u) * (float(scores.mean[0]) if low > 0 else 0.0), r, scores)
+    return Paired(inside, inside.seen(u) * (float(scores.mean[0]) if low > 0 else 0.0), scores, r.name, r)
 
 
 def coefficients_on(e: Estimator, table: Trajectories, index: Tensor, labels: Tensor) -> Tensor:

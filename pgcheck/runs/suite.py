@@ -9,6 +9,8 @@
     budget = 5000000                                 # optional: most batches a cell that are enumerated
     engine = "auto"                                  # optional: "exact" (default), "monte_carlo", or "auto": what fits
     tolerance = 0.05                                 # optional, of sampled verdicts, as `alpha`, `beta`, `draws`, `seed`
+    bounds = [-3.0, 3.0]                             # optional: known of every estimator here, as of `pgcheck.Sampling`
+    space = "parameters"                             # optional: where E ĝ is held against ∇J; default, "logits"
     own_problems = ["bandit/*"]                      # optional: what estimators from outside are judged on
 
     [[expect]]                                       # optional: what is expected on one problem
@@ -54,7 +56,7 @@ from pgcheck.runs.cases import Case, check_case
 from pgcheck.runs.report import Report
 from pgcheck.runs.runner import Expectation, run
 from pgcheck.verdicts.checks import find_check
-from pgcheck.verdicts.verdict import Finding
+from pgcheck.verdicts.verdict import Finding, Space
 
 
 class ExpectRow(BaseModel):
@@ -85,6 +87,8 @@ class Suite(BaseModel):
     alpha: float = Field(default=Sampling.alpha, gt=0, lt=0.5)
     beta: float = Field(default=Sampling.beta, gt=0, lt=0.5)
     device: str = Sampling.device
+    bounds: tuple[float, float] | None = Sampling.bounds
+    space: Space = "logits"
     expect: list[ExpectRow] = []
     case: list[Case] = []
 
@@ -143,6 +147,7 @@ class Suite(BaseModel):
             budget=self.budget if budget is None else budget,
             engine=self.engine if engine is None else engine,
             sampling=self.sampling if sampling is None else sampling,
+            space=self.space,
             progress=progress,
         )
 

@@ -47,7 +47,7 @@ SHARE = 1024  # one check's share of the error budget of a run is 1/1024
 LEAST_LEVEL = 1e-5  # single tests below this level were not measured
 _TAIL = 256  # largest scores kept for the tail index
 _PILOT_GRAMS = 32  # Gram blocks of each doubling
-_SLACK = 32  # roundings of the draws' own dtype that may look like a bias
+SLACK = 32  # roundings of the draws' own dtype that may look like a bias
 _W = len(WITNESSES)
 _ASIDE, _CONFIRM = _W, _W + 1  # columns of the directions after the witnesses
 _TAILS = [0, 2]  # scores that the certificate rests on: along μ*, and along the noisiest direction
@@ -238,6 +238,11 @@ class Judge:
         return self._ever.n
 
     @property
+    def paired(self) -> bool:
+        """Whether it can be given draws of the reference."""
+        return self.scale is not None
+
+    @property
     def spectrum(self) -> Spectrum:
         """Of the noise of D, from some of the draws."""
         return self._whole
@@ -271,12 +276,12 @@ class Judge:
         if x.dtype.is_floating_point:
             self._eps = max(self._eps, float(torch.finfo(x.dtype).eps))
         x = x.detach().to(device=self._reference.device, dtype=torch.float64).contiguous()
-        self._refuse_not_finite(x)
+        refuse_not_finite(x, self.draws)
         if reference_draws is None:
             d = x - self._target
         else:
             r = reference_draws.detach().to(device=x.device, dtype=torch.float64).contiguous()
-            self._refuse_not_finite(r)
+            refuse_not_finite(r, self.draws)
             d = x - r * float(self.scale or 0.0)
         par = x @ self._along if self.scale is None else d @ self._along
         if self.scale is None:  # what is judged lies across μ*
@@ -333,13 +338,6 @@ class Judge:
         both = np.concatenate([y.cpu().numpy(), -y[:, :TWO_SIDED].cpu().numpy()], 1)
         self._wealth = self._wealth.after(both, np.concatenate([shifts, shifts[:TWO_SIDED]]), bound)
         self._q = self._q.merge(Scores.of(norms2.unsqueeze(1).cpu().numpy()))
-
-    def _refuse_not_finite(self, x: Tensor) -> None:
-        if bool(torch.isfinite(x.sum())):
-            return
-        bad = ~torch.isfinite(x).all(1)
-        if bool(bad.any()):
-            raise NotFiniteError(f"draw {self.draws + int(bad.nonzero()[0, 0])} of the stream is NaN or infinite.")
 
     def _add_spectrum(self, d: Tensor, par: Tensor) -> None:
         """The Gram block of this grain, if it is one of about 32 in each doubling of n."""
@@ -441,7 +439,7 @@ class Judge:
     def _shifts(self) -> Floats:
         """What a mean must exceed, for each witness: Δ in mode `exceeds`, and what rounding of the draws could make."""
         size = self._absolute / max(self.draws, 1)
-        slack = _SLACK * self._eps * (size @ self._v[:, :_W].abs()).cpu().numpy()
+        slack = SLACK * self._eps * (size @ self._v[:, :_W].abs()).cpu().numpy()
         if self.settings.mode == "exceeds" and self.scale is not None:
             slack = slack + self._allowed
         return np.asarray(slack)
@@ -472,7 +470,7 @@ class Judge:
 
     def _confirming_shift(self) -> float:
         size = self._absolute / self.draws
-        slack = _SLACK * self._eps * float(size @ self._v[:, _CONFIRM].abs())
+        slack = SLACK * self._eps * float(size @ self._v[:, _CONFIRM].abs())
         if self.settings.mode == "exceeds" and self.scale is not None:
             slack += self._allowed
         return slack
@@ -715,6 +713,15 @@ _NUMBERS = (
     "decided", "next_look", "_norms2", "_norms", "_weight2", "_looked", "_spent", "_eps", "_frozen", "_frozen_at",
     "_shown", "_failed", "_passed", "_last", "_aside_low",
 )  # fmt: skip
+
+
+def refuse_not_finite(x: Tensor, before: int) -> None:
+    """Raise for the first of draws `[n, P]` that is not finite; so many came before them."""
+    if bool(torch.isfinite(x.sum())):
+        return
+    bad = ~torch.isfinite(x).all(1)
+    if bool(bad.any()):
+        raise NotFiniteError(f"draw {before + int(bad.nonzero()[0, 0])} of the stream is NaN or infinite.")
 
 
 def total_variance(spread: Scores, gap: Floats, *, confidence: float = CONFIDENCE) -> tuple[Floats, Floats, Floats]:
