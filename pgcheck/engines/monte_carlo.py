@@ -38,6 +38,7 @@ from pgcheck.estimators.base import Estimator
 from pgcheck.estimators.from_loss import LossCoefficients
 from pgcheck.problem import Problem
 from pgcheck.sampling import Sampler, as_device
+from pgcheck.statistics.grain import Grain
 from pgcheck.statistics.guarded import Floats
 from pgcheck.statistics.sequential import CONFIDENCE, GRAIN, SHARE, Interval, Judge, Settings, confidence_after
 from pgcheck.statistics.variance import Pairs
@@ -261,7 +262,7 @@ def _check_counts(**given: Any) -> None:
 class _Grain:
     """What one grain of draws has to say of an estimator."""
 
-    x: Tensor  # [GRAIN, P]
+    draws: Grain
     r: Tensor | None  # an unbiased estimate of ∇J drawn beside each
     account: Account
     paired: Account | None
@@ -278,18 +279,15 @@ class _Lane:
     centre: Tensor | None = None  # the mean of the first grain
     pairs: Pairs | None = None  # ‖x − centre‖² beside that of the estimator that it is compared to
 
-    def centre_of(self, x: Tensor) -> Tensor:
-        """The mean of the first grain, which x is if there was none before."""
-        return x.mean(0) if self.centre is None else self.centre
-
     def evaluated(self, x: Tensor, r: Tensor | None, reference: Tensor, grain: int) -> _Grain:
         """What is to be taken of a grain with number `grain`."""
         gram = grain % max(1, 2 ** max(grain.bit_length() - 1, 0) // _GRAMS) == 0
-        account = Account.of(x, reference, centre=self.centre_of(x), gram=gram and not (self._judged and r is None))
+        draws = Grain.of(x, self.centre)
+        account = Account.of_grain(draws, reference, gram=gram and not (self._judged and r is None))
         if r is None:
-            return _Grain(x, None, account, None)
-        paired = Account.of(x - r + reference, reference, centre=reference, gram=gram and not self._judged)
-        return _Grain(x, r, account, paired)
+            return _Grain(draws, None, account, None)
+        beside = Grain.of(draws.x - r + reference, reference)
+        return _Grain(draws, r, account, Account.of_grain(beside, reference, gram=gram and not self._judged))
 
     def pair(self, squares: Floats, of_other: Floats) -> None:
         """Squared distances of the next grain, and those of the other."""
@@ -298,12 +296,12 @@ class _Lane:
 
     def take(self, new: _Grain) -> None:
         """The next grain."""
-        self.centre = self.centre_of(new.x)
+        self.centre = new.draws.centre
         self.account = new.account if self.account is None else self.account.merge(new.account)
         if new.paired is not None:
             self.paired = new.paired if self.paired is None else self.paired.merge(new.paired)
         for κ, judge in self.judges.items():
-            judge.update(new.x, None if κ is None else new.r)
+            judge.update(new.draws, None if κ is None else new.r)
 
     @property
     def _judged(self) -> bool:
@@ -387,17 +385,13 @@ class _Run:
         evaluated = self._next()
         now = self._undecided
         if self.beside in now:
-            of_other = self._squares(self.beside, evaluated[self.beside].x)
+            of_other = evaluated[self.beside].draws.spread.cpu().numpy()
             for i in now:
                 if i != self.beside:
-                    self.lanes[i].pair(self._squares(i, evaluated[i].x), of_other)
+                    self.lanes[i].pair(evaluated[i].draws.spread.cpu().numpy(), of_other)
         for i in now:
             self.lanes[i].take(evaluated[i])
         self.grain += 1
-
-    def _squares(self, i: int, x: Tensor) -> Floats:
-        """‖x − c‖² of each draw."""
-        return np.asarray((x - self.lanes[i].centre_of(x)).square().sum(1).cpu().numpy())
 
     def _next(self) -> dict[int, _Grain]:
         if self._workers is None:

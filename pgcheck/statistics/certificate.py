@@ -91,9 +91,26 @@ def of_block(d: Tensor) -> tuple[float, float]:
 
     DᵀD and DDᵀ have the same eigenvalues; the smaller is made.
     """
-    m = len(d)
-    gram = d.T @ d if d.shape[1] < m else d @ d.T
-    off = float((gram * gram).sum()) - float((d * d).sum(1).square().sum())
+    return _of_gram(_gram(d), torch.linalg.vector_norm(d, dim=1).square())
+
+
+def of_block_and_across(d: Tensor, along: Tensor) -> tuple[tuple[float, float], tuple[float, float]]:
+    """That of D, and that of D − ⟨D, a⟩ a for a unit vector a = `along` `[P]`."""
+    gram, norms2, par = _gram(d), torch.linalg.vector_norm(d, dim=1).square(), d @ along
+    if len(gram) < len(d):  # of few coordinates, which D may fill with one direction: what is left is made by itself
+        across = of_block(d - torch.outer(par, along))
+    else:
+        across = _of_gram(gram - torch.outer(par, par), norms2 - par.square())
+    return _of_gram(gram, norms2), across
+
+
+def _gram(d: Tensor) -> Tensor:
+    return d.T @ d if d.shape[1] < len(d) else d @ d.T
+
+
+def _of_gram(gram: Tensor, norms2: Tensor) -> tuple[float, float]:
+    m = len(norms2)
+    off = float((gram * gram).sum() - (norms2 @ norms2))
     return float(torch.linalg.eigvalsh(gram)[-1]) / m, max(off, 0.0) / (m * (m - 1))
 
 
