@@ -23,14 +23,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from pgcheck.batch import Batch
 from pgcheck.engines.accounts import Account
-from pgcheck.engines.coefficients import cells_of, coefficients_of, scattered
+from pgcheck.engines.coefficients import cells_of, coefficients_of, per_row, scattered, unmasked_coefficients
 from pgcheck.engines.declarations import verify_purity
 from pgcheck.engines.moments import Moments, Progress
+from pgcheck.engines.scores import Draws, scores_of
 from pgcheck.engines.threads import one_thread
 from pgcheck.engines.workers import Workers, check_workers
 from pgcheck.errors import BudgetError, NotFiniteError, UsageError, names_problem
@@ -49,6 +50,7 @@ MOST_COORDINATES = 16_384  # P: a grain of them is 128 MiB
 _BLOCK_ELEMENTS = 120_000  # positions evaluated at once
 _GRAMS = 32  # grains of each doubling whose spectrum is taken
 _FORMAT = "pgcheck-checkpoint/3"
+_SCORES_A_POSITION = 8  # entries of a table of scores that cost as much as one position of the draws
 _ROUNDING = 1e-14  # a gradient below this part of the rewards is 0
 _FIRST = 64  # draws whose estimates are part of a checkpoint's identity
 
@@ -107,13 +109,28 @@ class LogitSpace(Known):
     def project(self, c: Tensor, table: Trajectories, index: Tensor) -> Tensor:
         """ĝ = L C."""
         logits = c.dim() == 4
-        cells = table.contexts * table.actions
-        x = scattered(c, cells_of(table, index, logits=logits), cells)
-        if logits:
-            return x
-        pi = torch.softmax(table.logits, -1)
-        parts = x.unflatten(-1, pi.shape)
-        return (parts - pi * parts.sum(-1, keepdim=True)).flatten(-2)
+        x = scattered(c, cells_of(table, index, logits=logits), table.contexts * table.actions)
+        if not logits:
+            pi = torch.softmax(table.logits, -1)
+            parts = x.unflatten(-1, pi.shape)
+            parts.addcmul_(pi, (parts @ pi.new_ones(table.actions)).unsqueeze(-1), value=-1)
+        return x
+
+    def project_rows(self, w: Tensor, table: Trajectories, index: Tensor) -> Tensor | None:
+        """The same from one number a row, `w` `[count, B]`: Σ_i w_i S_i of scores that all estimators share; None where they
+        would cost more than they save."""
+        N, cells, positions = len(table), table.contexts * table.actions, index.numel() * table.paths.steps
+        if w.device.type != "cpu" or N * cells > _SCORES_A_POSITION * positions or cells > 32 * table.paths.steps:
+            return None
+        (of, scores), (rows, draws) = self.__dict__.get("_made", ((None, None), (None, None)))
+        if of is not table or scores is None:
+            scores = scores_of(table)
+        if rows is not index or draws is None:
+            draws = Draws.plain(index)
+        self.__dict__["_made"] = ((table, scores), (index, draws))
+        x = w.new_empty(len(w), cells, dtype=torch.float64)
+        draws.combine(w.to(torch.float64), scores, x)
+        return x
 
 
 @dataclass(frozen=True)
@@ -435,14 +452,22 @@ class _Run:
                 batch = table.batch(index, sampler.labels, logits=logits)
                 for i in members:
                     try:
-                        c = coefficients_of(estimators[i], batch)
+                        parts[i].append(self._projected(estimators[i], batch, table, index))
                     except NotFiniteError:
                         self._name_draw(estimators[i], low, len(index))
                         raise
-                    parts[i].append(self.space.project(c, table, index))
                     if (r := self.space.drawn(table, index)) is not None:
                         others[i].append(r)
-        return [(torch.cat(x), torch.cat(r) if r else None) for x, r in zip(parts, others, strict=True)]
+        return [(_joined(x), _joined(r) if r else None) for x, r in zip(parts, others, strict=True)]
+
+    def _projected(self, estimator: Estimator, batch: Batch, table: Trajectories, index: Tensor) -> Tensor:
+        logits = estimator.leaf == "logits"
+        c = unmasked_coefficients(estimator, batch)
+        if isinstance(self.space, LogitSpace) and not logits and (w := per_row(c)) is not None:
+            x = self.space.project_rows(w, table, index)
+            if x is not None:
+                return x
+        return self.space.project(c * (batch.mask.unsqueeze(-1) if logits else batch.mask), table, index)
 
     def _name_draw(self, estimator: Estimator, first: int, count: int) -> None:
         """Raise for the first draw that is not finite, with what reproduces it."""
@@ -558,6 +583,10 @@ class _Run:
                 κ: Judge.from_state(self.reference, settings, state=s, scale=κ)
                 for κ, s in zip(lane.judges, state["judges"], strict=True)
             }
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _with_bias_of(found: Moments, paired: Account, reference: Tensor, confidence: float) -> Moments:
