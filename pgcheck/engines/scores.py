@@ -37,6 +37,11 @@ class Draws:
     index: Tensor  # [M, B]
     probability: Tensor  # [M]
 
+    @classmethod
+    def plain(cls, index: Tensor) -> Draws:
+        """Of batches that were drawn: each counts once."""
+        return cls(index, torch.ones(len(index), dtype=torch.float64))
+
     @functools.cached_property
     def shared(self) -> float | None:
         """The probability of each batch, if all have one."""
@@ -75,6 +80,12 @@ def _has_mkl() -> bool:
     return torch.backends.mkl.is_available()
 
 
+def scores_of(table: Trajectories) -> Tensor:
+    """S `[N, K·A]` of every rollout."""
+    counts = torch.zeros(len(table), table.contexts * table.actions, dtype=torch.float64)
+    return into_gradient(counts.scatter_add_(1, table.cell, table.paths.mask), table, logits=False)
+
+
 @dataclass(frozen=True)
 class Scores:
     """The scores of every rollout."""
@@ -88,8 +99,7 @@ class Scores:
         N, cells = len(table), table.contexts * table.actions
         if N * cells > _MOST_SCORES:
             return None
-        counts = torch.zeros(N, cells, dtype=torch.float64).scatter_add_(1, table.cell, table.paths.mask)
-        whole = into_gradient(counts, table, logits=False)
+        whole = scores_of(table)
         kept = (whole != 0).any(0)
         kept.view(table.contexts, table.actions)[:, -1] = False
         return cls(whole, kept)
