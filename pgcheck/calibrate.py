@@ -44,6 +44,7 @@ from pgcheck.estimators.lookup import as_estimator
 from pgcheck.registry import find_problem
 from pgcheck.statistics.certificate import upper_bound
 from pgcheck.statistics.finite import Law
+from pgcheck.statistics.grain import Grain
 from pgcheck.statistics.guarded import Floats, interval, z_of
 from pgcheck.statistics.open_scale import ON_SCALE, scales_left, unexplained
 from pgcheck.statistics.sequential import (
@@ -485,9 +486,9 @@ def run_to_the_end(law: Law, rng: np.random.Generator, *, bias: Tensor, settings
     target = law.mean - bias
     judge, account, centre = Judge(target, settings), None, None
     while not judge.decided:
-        x = law.draws(GRAIN, rng)
-        centre = x.mean(0) if centre is None else centre
-        new = Account.of(x, target, centre=centre)
+        x = Grain.of(law.draws(GRAIN, rng), centre)
+        centre = x.centre
+        new = Account.of_grain(x, target, gram=True)
         account = new if account is None else account.merge(new)
         judge.update(x)
     assert account is not None

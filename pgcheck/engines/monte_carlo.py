@@ -23,14 +23,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from pgcheck.batch import Batch
 from pgcheck.engines.accounts import Account
-from pgcheck.engines.coefficients import cells_of, coefficients_of, scattered
+from pgcheck.engines.coefficients import cells_of, coefficients_of, per_row, scattered, unmasked_coefficients
 from pgcheck.engines.declarations import verify_purity
 from pgcheck.engines.moments import Moments, Progress
+from pgcheck.engines.scores import Draws, scores_of
 from pgcheck.engines.threads import one_thread
 from pgcheck.engines.workers import Workers, check_workers
 from pgcheck.errors import BudgetError, NotFiniteError, UsageError, names_problem
@@ -38,6 +39,7 @@ from pgcheck.estimators.base import Estimator
 from pgcheck.estimators.from_loss import LossCoefficients
 from pgcheck.problem import Problem
 from pgcheck.sampling import Sampler, as_device
+from pgcheck.statistics.grain import Grain
 from pgcheck.statistics.guarded import Floats
 from pgcheck.statistics.open_scale import OpenJudge
 from pgcheck.statistics.sequential import CONFIDENCE, GRAIN, SHARE, Interval, Judge, Settings, confidence_after
@@ -48,7 +50,8 @@ DEFAULT_DRAWS = 262_144  # most draws of one problem
 MOST_COORDINATES = 16_384  # P: a grain of them is 128 MiB
 _BLOCK_ELEMENTS = 120_000  # positions evaluated at once
 _GRAMS = 32  # grains of each doubling whose spectrum is taken
-_FORMAT = "pgcheck-checkpoint/3"
+_FORMAT = "pgcheck-checkpoint/4"
+_SCORES_A_POSITION = 8  # entries of a table of scores that cost as much as one position of the draws
 _ROUNDING = 1e-14  # a gradient below this part of the rewards is 0
 _FIRST = 64  # draws whose estimates are part of a checkpoint's identity
 
@@ -108,13 +111,28 @@ class LogitSpace(Known):
     def project(self, c: Tensor, table: Trajectories, index: Tensor) -> Tensor:
         """ĝ = L C."""
         logits = c.dim() == 4
-        cells = table.contexts * table.actions
-        x = scattered(c, cells_of(table, index, logits=logits), cells)
-        if logits:
-            return x
-        pi = torch.softmax(table.logits, -1)
-        parts = x.unflatten(-1, pi.shape)
-        return (parts - pi * parts.sum(-1, keepdim=True)).flatten(-2)
+        x = scattered(c, cells_of(table, index, logits=logits), table.contexts * table.actions)
+        if not logits:
+            pi = torch.softmax(table.logits, -1)
+            parts = x.unflatten(-1, pi.shape)
+            parts.addcmul_(pi, (parts @ pi.new_ones(table.actions)).unsqueeze(-1), value=-1)
+        return x
+
+    def project_rows(self, w: Tensor, table: Trajectories, index: Tensor) -> Tensor | None:
+        """The same from one number a row, `w` `[count, B]`: Σ_i w_i S_i of scores that all estimators share; None where they
+        would cost more than they save."""
+        N, cells, positions = len(table), table.contexts * table.actions, index.numel() * table.paths.steps
+        if w.device.type != "cpu" or N * cells > _SCORES_A_POSITION * positions or cells > 32 * table.paths.steps:
+            return None
+        (of, scores), (rows, draws) = self.__dict__.get("_made", ((None, None), (None, None)))
+        if of is not table or scores is None:
+            scores = scores_of(table)
+        if rows is not index or draws is None:
+            draws = Draws.plain(index)
+        self.__dict__["_made"] = ((table, scores), (index, draws))
+        x = w.new_empty(len(w), cells, dtype=torch.float64)
+        draws.combine(w.to(torch.float64), scores, x)
+        return x
 
 
 @dataclass(frozen=True)
@@ -267,7 +285,7 @@ def _check_counts(**given: Any) -> None:
 class _Grain:
     """What one grain of draws has to say of an estimator."""
 
-    x: Tensor  # [GRAIN, P]
+    draws: Grain
     r: Tensor | None  # an unbiased estimate of ∇J drawn beside each
     account: Account
     paired: Account | None
@@ -284,18 +302,15 @@ class _Lane:
     centre: Tensor | None = None  # the mean of the first grain
     pairs: Pairs | None = None  # ‖x − centre‖² beside that of the estimator that it is compared to
 
-    def centre_of(self, x: Tensor) -> Tensor:
-        """The mean of the first grain, which x is if there was none before."""
-        return x.mean(0) if self.centre is None else self.centre
-
     def evaluated(self, x: Tensor, r: Tensor | None, reference: Tensor, grain: int) -> _Grain:
         """What is to be taken of a grain with number `grain`."""
         gram = grain % max(1, 2 ** max(grain.bit_length() - 1, 0) // _GRAMS) == 0
-        account = Account.of(x, reference, centre=self.centre_of(x), gram=gram and not (self._judged and r is None))
+        draws = Grain.of(x, self.centre)
+        account = Account.of_grain(draws, reference, gram=gram and not (self._judged and r is None))
         if r is None:
-            return _Grain(x, None, account, None)
-        paired = Account.of(x - r + reference, reference, centre=reference, gram=gram and not self._judged)
-        return _Grain(x, r, account, paired)
+            return _Grain(draws, None, account, None)
+        beside = Grain.of(draws.x - r + reference, reference)
+        return _Grain(draws, r, account, Account.of_grain(beside, reference, gram=gram and not self._judged))
 
     def pair(self, squares: Floats, of_other: Floats) -> None:
         """Squared distances of the next grain, and those of the other."""
@@ -304,12 +319,12 @@ class _Lane:
 
     def take(self, new: _Grain) -> None:
         """The next grain."""
-        self.centre = self.centre_of(new.x)
+        self.centre = new.draws.centre
         self.account = new.account if self.account is None else self.account.merge(new.account)
         if new.paired is not None:
             self.paired = new.paired if self.paired is None else self.paired.merge(new.paired)
         for judge in self.judges.values():
-            judge.update(new.x, new.r if judge.paired else None)
+            judge.update(new.draws, new.r if judge.paired else None)
 
     @property
     def _judged(self) -> bool:
@@ -392,17 +407,13 @@ class _Run:
         evaluated = self._next()
         now = self._undecided
         if self.beside in now:
-            of_other = self._squares(self.beside, evaluated[self.beside].x)
+            of_other = evaluated[self.beside].draws.spread.cpu().numpy()
             for i in now:
                 if i != self.beside:
-                    self.lanes[i].pair(self._squares(i, evaluated[i].x), of_other)
+                    self.lanes[i].pair(evaluated[i].draws.spread.cpu().numpy(), of_other)
         for i in now:
             self.lanes[i].take(evaluated[i])
         self.grain += 1
-
-    def _squares(self, i: int, x: Tensor) -> Floats:
-        """‖x − c‖² of each draw."""
-        return np.asarray((x - self.lanes[i].centre_of(x)).square().sum(1).cpu().numpy())
 
     def _next(self) -> dict[int, _Grain]:
         if self._workers is None:
@@ -446,14 +457,22 @@ class _Run:
                 batch = table.batch(index, sampler.labels, logits=logits)
                 for i in members:
                     try:
-                        c = coefficients_of(estimators[i], batch)
+                        parts[i].append(self._projected(estimators[i], batch, table, index))
                     except NotFiniteError:
                         self._name_draw(estimators[i], low, len(index))
                         raise
-                    parts[i].append(self.space.project(c, table, index))
                     if (r := self.space.drawn(table, index, low)) is not None:
                         others[i].append(r)
-        return [(torch.cat(x), torch.cat(r) if r else None) for x, r in zip(parts, others, strict=True)]
+        return [(_joined(x), _joined(r) if r else None) for x, r in zip(parts, others, strict=True)]
+
+    def _projected(self, estimator: Estimator, batch: Batch, table: Trajectories, index: Tensor) -> Tensor:
+        logits = estimator.leaf == "logits"
+        c = unmasked_coefficients(estimator, batch)
+        if isinstance(self.space, LogitSpace) and not logits and (w := per_row(c)) is not None:
+            x = self.space.project_rows(w, table, index)
+            if x is not None:
+                return x
+        return self.space.project(c * (batch.mask.unsqueeze(-1) if logits else batch.mask), table, index)
 
     def _name_draw(self, estimator: Estimator, first: int, count: int) -> None:
         """Raise for the first draw that is not finite, with what reproduces it."""
@@ -571,6 +590,10 @@ class _Run:
                 κ: type(judge).from_state(self.reference, settings, state=s, scale=κ)
                 for (κ, judge), s in zip(lane.judges.items(), state["judges"], strict=True)
             }
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _with_bias_of(found: Moments, paired: Account, reference: Tensor, confidence: float) -> Moments:

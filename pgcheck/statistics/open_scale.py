@@ -27,6 +27,7 @@ from torch import Tensor
 
 from pgcheck.errors import UsageError
 from pgcheck.statistics.certificate import GRAM, Spectrum, upper_bound
+from pgcheck.statistics.grain import Grain
 from pgcheck.statistics.guarded import Floats, Scores, interval, z_of, z_scores
 from pgcheck.statistics.panel import TWO_SIDED, WITNESSES, Loud, directions, loud_directions, thresholds
 from pgcheck.statistics.sequential import (
@@ -160,7 +161,7 @@ class OpenJudge:
 
     # -- eating
 
-    def update(self, x: Tensor, reference_draws: Tensor | None = None) -> None:
+    def update(self, draws: Tensor | Grain, reference_draws: Tensor | None = None) -> None:
         """Take the next grain `[1024, P]`, and the r of each draw; after a verdict nothing is done.
 
         Raises:
@@ -168,6 +169,10 @@ class OpenJudge:
         """
         if self.decided:
             return
+        if isinstance(draws, Grain):
+            x, self._eps = draws.x, max(self._eps, draws.eps)
+        else:
+            x = draws
         P = len(self._reference)
         for name, given in (("draws", x), ("reference_draws", reference_draws)):
             if given is None or tuple(given.shape) != (GRAIN, P):
