@@ -91,8 +91,11 @@ def relative(table: pd.DataFrame, *, to: str | None = None) -> pd.DataFrame:
     is below the reference's and N*; `better_per_rollout` and `break_even_rollouts`, the same for equal numbers of
     rollouts, R*. N* and R* are NaN where there are none.
 
-    Numbers have ends NAME_low and NAME_high, made of the ends of what they are made of. Where the table has the columns of
-    `paired`, which draws in pairs make narrow, V/V' and V − V' are those.
+    Numbers have ends NAME_low and NAME_high, made of the ends of what they are made of: each end takes its inputs at their
+    worst, so that it misses only where one of k inputs does, at most k·5% of the time, whatever depends on what (Bonferroni).
+    Where the table has the columns of `paired`, which draws in pairs make narrow, V/V' and V − V' are those. So `ratio` holds
+    95% of the time, N* and R* (V − V' and both ‖b‖²) at least 85%, `batches_to_match` and `rollouts_to_match` (V/V' and both
+    scales) at least 85%; without pairs V and V' are two inputs: 90%, 80%, 80%. Where no bias was found, ‖b‖ is taken to be 0.
 
     Raises:
         UnknownNameError: no estimator of that name in the table.

@@ -8,6 +8,7 @@ from collections import defaultdict
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -398,3 +399,37 @@ def test_break_even_of_estimators_in_fractions() -> None:
     later = at[at["rollouts"] == 10.0]
     assert later["mse"].tolist() == [close(float(4 * V / 5)), close(float(V / 5 + norm / 4))]
     assert later["mse_low"].tolist() == later["mse"].tolist() == later["mse_high"].tolist()
+
+
+@given(st.integers(0, 10**6), st.booleans())
+def test_ends_hold_wherever_their_inputs_do(seed: int, in_pairs: bool) -> None:
+    """Bonferroni's premise: while V, ‖b‖, scales (in pairs V/V', V − V') are within their ends, so is what is made of them."""
+    rng = np.random.default_rng(seed)
+    V, b, κ, c = rng.exponential(size=2), rng.exponential(size=2), rng.uniform(0.2, 2, 2), rng.integers(1, 9, 2)
+
+    def around(x: float) -> dict[str, float]:
+        below, above = rng.exponential(0.3, 2)
+        return {"_low": x - below * abs(x), "": x * rng.uniform(0.9, 1.1), "_high": x + above * abs(x)}
+
+    rows = []
+    for i in (0, 1):
+        row: dict[str, Any] = {"estimator": "ab"[i], "problem": "p", "finding": "biased", "cost": float(c[i])}
+        for name, x in (("variance", V[i]), ("bias", b[i]), ("scale", κ[i])):
+            row |= {f"{name}{end}": max(y, 0.0) for end, y in around(x).items()}
+        if in_pairs and i == 1:
+            for name, x in (
+                ("ratio", V[1] / V[0]),
+                ("gap", V[1] - V[0]),
+                ("gap_of_rollouts", V[1] * c[1] - V[0] * c[0]),
+            ):
+                row |= {f"{name}{end}": y for end, y in around(x).items()}
+        rows.append(row)
+    got = v.relative(pd.DataFrame(rows)).iloc[1]
+    matched = V[1] / κ[1] ** 2 / (V[0] / κ[0] ** 2)
+    truth = {"ratio": V[1] / V[0], "batches_to_match": matched, "rollouts_to_match": matched * c[1] / c[0]}
+    truth["break_even"] = (V[1] - V[0]) / (b[0] ** 2 - b[1] ** 2)
+    truth["break_even_rollouts"] = (V[1] * c[1] - V[0] * c[0]) / (b[0] ** 2 - b[1] ** 2)
+    for name, x in truth.items():
+        if x > 0:
+            assert got[f"{name}_low"] <= x * (1 + 1e-9)
+            assert got[f"{name}_high"] >= x * (1 - 1e-9)
