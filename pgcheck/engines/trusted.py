@@ -74,8 +74,8 @@ class Beside:
         return self.inside.project(c, table, index)
 
     def judge_of(self, scale: float | None) -> type[Judge | OpenJudge]:
-        """Of an open κ, one that finds it from the noise of r, unless ∇J is known."""
-        return OpenJudge if scale is None and self.length is not None else Judge
+        """Of an open κ, one that finds it from the draws: where ∇J is known as well, as x has most of the noise of r."""
+        return OpenJudge if scale is None else Judge
 
     def shows(self, beta: float) -> float:
         """That of `inside`, and of ⟨∇J, û⟩ as it is at least over what it is about."""
