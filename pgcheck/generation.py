@@ -24,6 +24,7 @@ from pgcheck.envs.language import LMTask, Tokens
 from pgcheck.errors import BudgetError
 from pgcheck.memory import free_memory, in_bytes
 from pgcheck.policies.decoding import Decoding
+from pgcheck.policies.growing import Growing
 from pgcheck.policies.transformer import LanguageModel, LMPolicy
 from pgcheck.sampling import Stream, inverted
 from pgcheck.trajectories import Paths, Trajectories, row_logp
@@ -57,6 +58,11 @@ class _Level:
     prompt: Tensor  # [U]
     parent: Tensor  # [U], the prefix of the level before it (of a prompt: itself)
 
+    def read(self, reader: Growing, t: int) -> Tensor:
+        """Logits `[U, V]`, float64 numbers; the level is number t of those that the reader is given."""
+        with torch.no_grad():
+            return reader.read(self.tokens, self.length, self.parent if t else None).to(torch.float64)
+
     def texts(self, task: LMTask) -> list[tuple[int, Tokens]]:
         """Number of the prompt, and what follows it."""
         rows = zip(self.tokens.tolist(), self.length.tolist(), self.prompt.tolist(), strict=True)
@@ -89,9 +95,9 @@ class WritingSampler:
 
     @cached_property
     def _writer(self) -> nn.Module:
-        assert self.decoding.model is not None
-        own = self.decoding.dtype != torch.float64
-        return copy.deepcopy(self.decoding.model).to(self.decoding.dtype) if own else self.decoding.model
+        assert isinstance(self.decoding.model, LanguageModel)
+        own, model = self.decoding.dtype != torch.float64, self.decoding.model.model
+        return copy.deepcopy(model).to(self.decoding.dtype) if own else model
 
     def draw(self, first: int, count: int) -> tuple[Written, Tensor]:
         """As `Sampler.draw`: a table of `count` · B rows, each drawn once.
@@ -109,8 +115,10 @@ class WritingSampler:
         prompts = torch.arange(len(task.prompts), device=self.device)
         levels = [_level(task.prompts, prompts, prompts, self.device)]
         row, at, steps = torch.arange(N, device=self.device), start, []
+        writer, said = Growing(self._writer), []
         for t in range(task.max_new_tokens):
-            logp = torch.log_softmax(self._next(levels[-1]), -1)
+            said.append(levels[-1].read(writer, t))
+            logp = torch.log_softmax(self.decoding(said[-1]), -1)
             law = logp.exp().cumsum(-1)
             token = inverted((law / law[:, -1:])[at], u[row, t])
             steps.append(_Step(row, at, token, logp[at, token]))
@@ -120,7 +128,7 @@ class WritingSampler:
             row = row[onward]
             pairs, at = torch.unique(at[onward] * V + token[onward], return_inverse=True)
             levels.append(self._grown(levels[-1], pairs // V, pairs % V))
-        return self._table(levels, steps, start), torch.arange(N, device=self.device).reshape(count, -1)
+        return self._table(levels, steps, start, said), torch.arange(N, device=self.device).reshape(count, -1)
 
     def _refuse_if_too_large(self, count: int) -> None:
         rows, T, V = count * len(self.labels), self.task.max_new_tokens, int(self.task.vocab_size)
@@ -133,15 +141,12 @@ class WritingSampler:
                 " the vocabulary."
             )
 
-    def _next(self, level: _Level) -> Tensor:
-        """Logits of the next token's law, `[U, V]`."""
-        out = []
-        with torch.no_grad():
-            size = max(1, LMPolicy.tokens_at_once // level.tokens.shape[1])
-            for tokens, length in zip(level.tokens.split(size), level.length.split(size), strict=True):
-                z = self._writer(tokens)[torch.arange(len(tokens), device=tokens.device), length - 1]
-                out.append(self.decoding(z))
-        return torch.cat(out)
+    def _logits(self, model: LanguageModel, levels: list[_Level], written: list[Tensor]) -> Tensor:
+        """What a model says at every prefix, `[K, V]`; `written`: what the writer said."""
+        if model.model is self._writer:
+            return torch.cat(written)
+        reader = Growing(model.model)
+        return torch.cat([level.read(reader, t) for t, level in enumerate(levels)])
 
     def _grown(self, level: _Level, parent: Tensor, token: Tensor) -> _Level:
         """The next level: those prefixes with these tokens, and what a tool says to them."""
@@ -157,7 +162,7 @@ class WritingSampler:
         ]
         return _level(spoken, prompt, parent, self.device)
 
-    def _table(self, levels: list[_Level], steps: list[_Step], start: Tensor) -> Written:
+    def _table(self, levels: list[_Level], steps: list[_Step], start: Tensor, written: list[Tensor]) -> Written:
         task, N, device = self.task, len(start), self.device
         offsets = list(accumulate((len(level.length) for level in levels), initial=0))
         told = torch.tensor([len(p) for p in task.prompts], device=device)
@@ -176,12 +181,12 @@ class WritingSampler:
             env_probability=torch.ones(N, dtype=torch.float64, device=device),
             start_probability=torch.full((len(told),), 1.0 / len(told), dtype=torch.float64, device=device),
         )  # fmt: skip
-        read = _whole_texts(levels, offsets)
-        policy, ref = (LMPolicy.reading(m.model, *read) for m in (self.policy, self.ref))
-        with torch.no_grad():
-            logits = policy()
-            logp = row_logp(logits, context, action, mask)
-            ref_logp = logp if self.ref is self.policy else row_logp(ref(), context, action, mask)
+        policy = LMPolicy.reading(self.policy.model, *_whole_texts(levels, offsets))
+        logits = self._logits(self.policy, levels, written)
+        logp = row_logp(logits, context, action, mask)
+        ref_logp = logp
+        if self.ref is not self.policy:
+            ref_logp = row_logp(self._logits(self.ref, levels, written), context, action, mask)
         unknown = torch.full((N, T + 1), torch.nan, dtype=torch.float64, device=device)
         return Written(
             paths, logits, logp, behavior_logp, ref_logp, unknown, unknown[:, 0], unknown[:, 0],

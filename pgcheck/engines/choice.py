@@ -79,7 +79,7 @@ def moments_by(
         seed=how.seed,
         draws=how.draws,
         space=default_space(
-            problem, parameters=parameters, directions=how.directions, seed=how.seed, device=how.device
+            problem, parameters=parameters, directions=how.directions, seed=how.seed, beta=how.beta, device=how.device
         ),
         device=how.device,
         workers=how.workers,

@@ -197,7 +197,8 @@ def monte_carlo(
     checkpoint: Path | None = None,
     progress: Progress | None = None,
 ) -> list[Moments]:
-    """Draw until every estimator is judged, or the draws are spent. Where ∇J = 0, nothing can be judged relative to it.
+    """Draw until every estimator is judged, or the draws are spent. Where ∇J = 0, nothing can be judged relative
+    to it, and what was to be judged gets as many draws as a first look.
 
     Args:
         scales: for each estimator the κ of claims E ĝ = κ ∇J to judge, None for "some κ > 0"; without any, all draws are used.
@@ -234,6 +235,7 @@ def monte_carlo(
             " monte_carlo(…, space=pgcheck.SketchSpace.of(problem, directions=32))."
         )
     if float(where.reference.norm()) <= _ROUNDING * problem.reward_size:
+        draws = min(draws, settings.first_look) if any(scales) else draws  # enough to say what cannot be judged
         scales = [()] * len(estimators)
     run = _Run(estimators, problem, where, seed, device, settings, scales, beside)
     last = -(-draws // GRAIN)

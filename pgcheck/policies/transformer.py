@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,9 @@ from pgcheck.errors import BudgetError, ProblemError, in_words
 from pgcheck.memory import free_memory, in_bytes, kept_by
 from pgcheck.policies.prefixes import LEAST_TOKENS, MOST_PAIRS, Branching, branching
 from pgcheck.seeding import random_state_kept
+
+Keep = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+# (keys, values) `[n, heads, L, d]` of a layer's tokens -> those of the S tokens that `attend` is about, kept ones first
 
 
 class Block(nn.Module):
@@ -36,11 +39,15 @@ class Block(nn.Module):
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
-    def forward(self, x: Tensor, attend: Tensor) -> Tensor:  # [n, L, D], [L, L] or [n, 1, L, L]
+    def forward(
+        self, x: Tensor, attend: Tensor, keep: Keep | None = None
+    ) -> Tensor:  # [n, L, D], [L, S] or [n, 1, L, S]
         q, k, v = (
             y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in self.qkv(self.norm_attention(x)).chunk(3, -1)
         )
-        score = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # [n, heads, L, L]
+        if keep is not None:
+            k, v = keep(k, v)
+        score = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # [n, heads, L, S]
         seen = torch.softmax(score.masked_fill(~attend, -math.inf), -1) @ v
         x = x + self.out(seen.transpose(1, 2).flatten(2))
         return x + self.down(nn.functional.gelu(self.up(self.norm_mlp(x))))
@@ -51,7 +58,7 @@ class TinyGPT(nn.Module):
 
     Weights have standard deviation 1/√fan-in and three decimals, so that they do not depend on the machine; with the default
     width two layers have 25 thousand. Given `position` `[n, L]` and `attend` `[n, L, L]`, where each token stands and what it
-    sees, it reads texts with branches (`pgcheck.policies.prefixes`).
+    sees, it reads texts with branches (`pgcheck.policies.prefixes`); with `keep`, texts that go on (`Keep`).
     """
 
     reads_branches = True
@@ -77,12 +84,18 @@ class TinyGPT(nn.Module):
                 elif name.endswith("bias"):
                     p.zero_()
 
-    def forward(self, tokens: Tensor, position: Tensor | None = None, attend: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        position: Tensor | None = None,
+        attend: Tensor | None = None,
+        keep: Keep | None = None,
+    ) -> Tensor:
         L, device = tokens.shape[1], tokens.device
         x = self.token(tokens) + self.position(torch.arange(L, device=device) if position is None else position)
         seen = torch.ones(L, L, dtype=torch.bool, device=device).tril() if attend is None else attend.unsqueeze(1)
         for block in self.blocks:
-            x = block(x, seen)
+            x = block(x, seen, keep)
         logits: Tensor = self.head(self.norm(x))
         return logits
 
