@@ -12,6 +12,7 @@ on what else is read in the same call; rewards are asked for as for a table, twi
 from __future__ import annotations
 
 import copy
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
@@ -130,14 +131,23 @@ class WritingSampler:
             levels.append(self._grown(levels[-1], pairs // V, pairs % V))
         return self._table(levels, steps, start, said), torch.arange(N, device=self.device).reshape(count, -1)
 
+    def bytes_of(self, count: int) -> int:
+        """What so many draws take at most, in logits (of every prefix, as they come and in a table; of a level, with its law)
+        and in texts."""
+        task, V, longest = self.task, int(self.task.vocab_size), max(map(len, self.task.prompts))
+        rows = count * len(self.labels)
+        prefixes = [min(rows, len(task.prompts) * V ** min(t, 40)) for t in range(task.max_new_tokens)]
+        return (2 * sum(prefixes) + 6 * prefixes[-1]) * V * 8 + sum(
+            n * (200 + 40 * (longest + t)) for t, n in enumerate(prefixes)
+        )
+
     def _refuse_if_too_large(self, count: int) -> None:
-        rows, T, V = count * len(self.labels), self.task.max_new_tokens, int(self.task.vocab_size)
-        need = rows * T * V * 8 * 3
+        T, V, need = self.task.max_new_tokens, int(self.task.vocab_size), self.bytes_of(count)
         if need > (room := min(MEMORY, free_memory(self.device))):
-            fits = max(1, count * room // need)
+            fits = max(1, bisect_right(range(1, count), room, key=self.bytes_of))
             raise BudgetError(
                 f"{count:,} batches of {len(self.labels)} rows and {T} tokens of a vocabulary of {V:,} take up to"
-                f" {in_bytes(need)} of logits; {in_bytes(room)} are allowed. Draw {fits:,} at a time, or restrict"
+                f" {in_bytes(need)} of logits and texts; {in_bytes(room)} are allowed. Draw {fits:,} at a time, or restrict"
                 " the vocabulary."
             )
 

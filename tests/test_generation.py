@@ -238,8 +238,8 @@ def test_what_needs_a_list_is_refused() -> None:
         Problem(written(TASKS["parity"]), torch.zeros(14, 3))
     task = LMTask([(1,)], vocab_size=50_000, eos=0, max_new_tokens=20, reward=lambda prompt, text: 0.0)
     sampler = Problem(task, TinyGPT(50_000, width=2, context=20), group_size=2).sampler()
-    with pytest.raises(BudgetError, match=r"44\.7 GiB of logits; 2 GiB are allowed\. Draw 44 at a time"):
-        sampler.draw(0, 1_000)  # 2 · 20 · 50 000 logits of 8 bytes, three times, in each batch: 46 MiB
+    with pytest.raises(BudgetError, match=r"32\.8 GiB of logits and texts; 2 GiB are allowed\. Draw 60 at a time"):
+        sampler.draw(0, 1_000)  # 2 · (1 + 19 · 2 000) + 6 · 2 000 times 50 000 logits of 8 bytes
 
 
 def test_rewards_are_asked_for_once_a_completion() -> None:

@@ -25,6 +25,7 @@ from pgcheck.engines.moments import Moments, View
 from pgcheck.engines.monte_carlo import Known
 from pgcheck.errors import BudgetError, UsageError
 from pgcheck.generation import MEMORY, Written
+from pgcheck.memory import free_memory, in_bytes
 from pgcheck.policies.tabular import in_parameters
 from pgcheck.policies.transformer import LMPolicy
 from pgcheck.problem import Problem
@@ -32,7 +33,8 @@ from pgcheck.statistics.sequential import GRAIN, Settings
 from pgcheck.trajectories import Trajectories
 
 _TOKENS_AT_ONCE = 2**15  # of mapped draws, and
-_BYTES_AT_ONCE = 2**28  # that their gradients and weights may take
+_BYTES_AT_ONCE = 2**29  # that they may take
+_MAPPED = 2.0  # what a mapped pass takes, of one that is not
 _UNMAPPED: WeakSet[nn.Module] = WeakSet()  # models that cannot be
 T = TypeVar("T")
 
@@ -173,7 +175,7 @@ def _rows_in_parameters(
     every = torch.arange(len(table), device=p.context.device)
     last = p.context[every, p.end - 1], p.action[every, p.end - 1]
     own, place = torch.unique(torch.stack([p.start, *last], 1), dim=0, return_inverse=True)
-    if len(own) > most or len(own) * width * 8 > _BYTES_AT_ONCE:
+    if len(own) > most or len(own) * width * 8 > _BYTES_AT_ONCE / 2:
         return None
     rows = every.new_zeros(len(own)).scatter_reduce_(0, place, every, "amin", include_self=False)
     out = torch.empty(len(own), width, dtype=torch.float64, device=table.logits.device)
@@ -192,16 +194,15 @@ def estimates_in_parameters(
         for m, x in enumerate(one_by_one(c, table, index, policy)):
             yield torch.tensor([m], device=index.device), x if onto is None else x @ onto
         return
-    P = sum(p.numel() for p in policy.parameters())
+    plan = _Plan.of(policy, rows=index.shape[1], actions=table.actions, width=0 if onto is None else onto.shape[1])
     where = policy.where.to(index.device)
     last = table.paths.context[index, table.paths.end[index] - 1]
     longest = 1 + where[1][last].amax(-1)  # tokens of each batch's longest row
     order = longest.argsort(stable=True)
     low = 0
     while low < len(order):
-        size = _at_once(int(longest[order[low]]) * index.shape[1], P, table.actions)
-        # rows of those that follow are longer
-        size = _at_once(int(longest[order[min(low + size, len(order)) - 1]]) * index.shape[1], P, table.actions)
+        size = plan.fits(int(longest[order[low]]))
+        size = plan.fits(int(longest[order[min(low + size, len(order)) - 1]]))  # those that follow are longer
         which = order[low : low + size]
         low += size
         weights, rows, found = c[which], index[which], None
@@ -216,9 +217,44 @@ def estimates_in_parameters(
         yield which, found
 
 
-def _at_once(tokens: int, P: int, actions: int) -> int:
-    """Batches of so many tokens that are mapped at once."""
-    return max(1, min(_TOKENS_AT_ONCE // tokens, _BYTES_AT_ONCE // (8 * (3 * P + 2 * tokens * actions))))
+@dataclass(frozen=True)
+class _Plan:
+    """How many batches are mapped at once: their activations, as a straight line in the tokens, and gradients."""
+
+    rows: int  # of a batch
+    actions: int
+    parameters: int
+    of_token: float  # bytes that a backward pass keeps
+    onto: int  # directions; 0: gradients themselves are wanted
+    free: int
+
+    @classmethod
+    def of(cls, policy: LMPolicy, *, rows: int, actions: int, width: int) -> _Plan:
+        """Of the policy's rows, as long as they can be."""
+        L, device = policy.tokens.shape[1], policy.tokens.device
+        P = sum(p.numel() for p in policy.parameters())
+        return cls(rows, actions, P, _MAPPED * policy.bytes_of_row() / L, width, free_memory(device))
+
+    def bytes_of(self, batches: int, longest: int) -> float:
+        """What a backward pass mapped over so many batches takes at its peak."""
+        tokens = self.rows * longest
+        return batches * (tokens * (self.of_token + 24 * self.actions) + 8 * self.parameters * (1 if self.onto else 2))
+
+    def fits(self, longest: int) -> int:
+        """Batches at once, with so many tokens a row.
+
+        Raises:
+            BudgetError: not even one.
+        """
+        each = self.bytes_of(1, longest)
+        if each > self.free / 2:
+            raise BudgetError(
+                f"group_size: a backward pass of one batch of {self.rows} rows of {longest} tokens through a model of"
+                f" {self.parameters:,} weights takes {in_bytes(each)}; {in_bytes(self.free)} are free, of which half may be"
+                " taken. Take smaller groups, shorter texts or a smaller model."
+            )
+        room = min(_BYTES_AT_ONCE, self.free / 2)
+        return max(1, min(_TOKENS_AT_ONCE // (self.rows * longest), int(room / each)))
 
 
 class _Reader(nn.Module):

@@ -25,9 +25,10 @@ from torch import Tensor, nn
 
 from pgcheck.policies.huggingface import TokensToLogits, logits_of
 
-KEPT = 2**30  # bytes of keys and values
-_TOKENS_AT_ONCE = 2**13  # of whole texts, and
-_ROWS_AT_ONCE = 2**9  # that grow: what stays in cache
+KEPT = 2**29  # bytes of keys and values
+_TOKENS_AT_ONCE = 2**13  # of whole texts,
+_ROWS_AT_ONCE = 2**9  # that grow: what stays in cache, and
+_SEEN_AT_ONCE = 2**15  # tokens that are looked back at
 _TRIED = 32  # prefixes that are read both ways at first
 _FORGETFUL: WeakSet[nn.Module] = WeakSet()  # models whose keys and values say something else
 
@@ -95,7 +96,8 @@ class Growing:
         ).tril()  # padding sees itself, so that it sees something
         attend = torch.cat([seen.unsqueeze(1).expand(U, m, -1), before.expand(U, m, m)], -1)
         said, kept = [], []
-        for part in torch.arange(U, device=device).split(_ROWS_AT_ONCE):
+        most = min(_ROWS_AT_ONCE, _TOKENS_AT_ONCE // m, _SEEN_AT_ONCE // attend.shape[-1])
+        for part in torch.arange(U, device=device).split(max(1, most)):
             past = [(k[:, rows[part]].transpose(0, 1), v[:, rows[part]].transpose(0, 1)) for k, v in self._store]
             z, now = reader(self.model, new[part], position[part], attend[part], past)
             said.append(z[torch.arange(len(part), device=device), (length - old)[part] - 1])

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -101,7 +101,6 @@ class TinyGPT(nn.Module):
 
 
 _CHECKED = 256  # prefixes of each length
-_LARGE = 10**6  # weights of a model of which a pass may not fit
 PASS = 1.25  # what a pass takes at its peak, of what it keeps: gradients of activations come and go
 
 
@@ -167,10 +166,22 @@ class LMPolicy(nn.Module):
 
     def bytes_of_pass(self, rows: int) -> float:
         """What a forward and a backward pass of so many rows take at their peak: what they keep, and gradients of weights."""
+        one, two = self._kept
+        weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        return PASS * (one + (two - one) * (rows - 1)) + 2 * weights
+
+    def bytes_of_row(self) -> float:
+        """What one more row takes."""
+        one, two = self._kept
+        return PASS * max(two - one, one if len(self.tokens) == 1 else 0)
+
+    @cached_property
+    def _kept(self) -> tuple[int, int]:
+        """By a pass of one row, and of two."""
         weights = list(self.model.parameters())
         first = [min(k, len(self.tokens)) for k in (1, 2)]
         one, two = (kept_by(partial(self._says, self.tokens[:k], self.length[:k]), besides=weights) for k in first)
-        return PASS * (one + (two - one) * (rows - 1)) + 2 * sum(p.numel() * p.element_size() for p in weights)
+        return one, two
 
     def _copied(self, model: nn.Module) -> nn.Module:
         return copy.deepcopy(model).to(self.dtype)  # the caller's own stays as it is
@@ -185,9 +196,8 @@ class LMPolicy(nn.Module):
         policy.register_buffer("tokens", tokens)
         policy.register_buffer("length", torch.full_like(tokens[:, 0], tokens.shape[1]))
         policy.register_buffer("where", where)
-        if sum(p.numel() for p in model.parameters()) > _LARGE:
-            with random_state_kept():
-                policy._fit()
+        with random_state_kept():
+            policy._fit()
         return policy
 
     def _place(self, texts: list[tuple[int, ...]], room: int | None, why: str) -> None:
