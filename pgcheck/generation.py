@@ -27,7 +27,7 @@ from pgcheck.memory import free_memory, in_bytes
 from pgcheck.policies.decoding import Decoding
 from pgcheck.policies.growing import Growing
 from pgcheck.policies.transformer import LanguageModel, LMPolicy
-from pgcheck.sampling import Stream, inverted
+from pgcheck.sampling import Sampler, Stream, inverted
 from pgcheck.trajectories import Paths, Trajectories, row_logp
 
 MEMORY = 2**31  # bytes that the logits of one call may take
@@ -210,6 +210,13 @@ class WritingSampler:
         pairs, back = torch.unique(context * V + token, return_inverse=True)
         texts = [(lines[x // V][0], (*lines[x // V][1], x % V)) for x in pairs.tolist()]
         return torch.tensor(self.task.scores(texts), dtype=torch.float64, device=context.device)[back]
+
+
+def draws_at_once(sampler: Sampler, most: int) -> int:
+    """`most` draws, or a half, a quarter, … of them, so that what a model writes fits `MEMORY`; whatever is free now."""
+    while isinstance(sampler, WritingSampler) and most > 1 and sampler.bytes_of(most) > MEMORY:
+        most //= 2
+    return most
 
 
 def _level(texts: Sequence[Sequence[int]], prompt: Tensor, parent: Tensor, device: torch.device | str) -> _Level:

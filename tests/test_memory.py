@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import pgcheck
+from pgcheck import generation
 from pgcheck.envs import language
 from pgcheck.errors import BudgetError
 from pgcheck.memory import free_memory, in_bytes, kept_by
@@ -134,3 +135,17 @@ def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         written.sampler().draw(0, 1_000)
     written.sampler().draw(0, 22)
     assert pgcheck.BudgetError is BudgetError
+
+
+def test_a_grain_is_drawn_in_parts_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large vocabulary takes more draws of fewer batches, and says the same."""
+    task = language.sum_mod(3, max_new_tokens=16, vocab_size=8)
+    p, e = Problem(task, TinyGPT(8, context=18, width=8), group_size=4), pgcheck.as_estimator("grpo")
+    (whole,) = pgcheck.sketch_moments([e], p, batches=1_024, directions=3)
+    monkeypatch.setattr("pgcheck.generation.MEMORY", need := p.sampler().bytes_of(300))
+    (some,) = pgcheck.sketch_moments([e], p, batches=1_024, directions=3)
+    torch.testing.assert_close(some.mean, whole.mean, rtol=0, atol=1e-12)
+    torch.testing.assert_close(some.covariance, whole.covariance, rtol=0, atol=1e-12)
+    drawn = generation.draws_at_once(p.sampler(), 1_024)
+    assert drawn == 256
+    assert p.sampler().bytes_of(drawn) <= need

@@ -36,6 +36,7 @@ from pgcheck.engines.workers import Workers, check_workers
 from pgcheck.errors import BudgetError, NotFiniteError, UsageError, names_problem
 from pgcheck.estimators.base import Estimator
 from pgcheck.estimators.from_loss import LossCoefficients
+from pgcheck.generation import draws_at_once
 from pgcheck.problem import Problem
 from pgcheck.sampling import Sampler, as_device
 from pgcheck.statistics.guarded import Floats
@@ -363,7 +364,7 @@ class _Run:
         self._stack, self._workers = ExitStack(), None
         self._processes, self._last, self._given = 1, 0, 0
         positions = self.problem.rows * self.problem.steps
-        self._rows = GRAIN
+        self._rows = min([GRAIN, *(draws_at_once(sampler, GRAIN) for sampler in self._samplers.values())])
         while self._rows > 1 and self._rows * positions > _BLOCK_ELEMENTS:
             self._rows //= 2
 

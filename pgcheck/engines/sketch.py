@@ -48,7 +48,7 @@ from pgcheck.engines.threads import one_thread
 from pgcheck.engines.trusted import BETA, PILOT, Paired, coefficients_on, paired, trusted_estimator, trusted_estimators
 from pgcheck.errors import BudgetError, UsageError, names_problem
 from pgcheck.estimators.base import Estimator
-from pgcheck.generation import MEMORY, Written
+from pgcheck.generation import MEMORY, Written, draws_at_once
 from pgcheck.policies.tabular import in_parts
 from pgcheck.policies.transformer import LMPolicy
 from pgcheck.problem import Problem
@@ -480,8 +480,9 @@ def sketch_moments(
     centers: list[Tensor] = []
     samplers = {e.needs: problem.sampler(seed=seed, needs=e.needs) for e in asked}
     began = time.monotonic()
-    for first in range(0, batches, GRAIN):
-        drawn = {needs: s.draw(first, min(GRAIN, batches - first)) for needs, s in samplers.items()}
+    size = min(draws_at_once(s, GRAIN) for s in samplers.values())
+    for first in range(0, batches, size):
+        drawn = {needs: s.draw(first, min(size, batches - first)) for needs, s in samplers.items()}
         found = []
         for e in asked:
             table, index = drawn[e.needs]
@@ -493,7 +494,7 @@ def sketch_moments(
             if space.reference is None:
                 gaps[j].add(x - found[-1])
         if progress is not None and time.monotonic() - began > 2.0:
-            progress(f"{problem.name}: sketch", min(first + GRAIN, batches), batches)
+            progress(f"{problem.name}: sketch", min(first + size, batches), batches)
     along = int(space.reference is not None and bool(space.reference[0]))
     out = []
     for total, gap, square in list(zip(sums, gaps, squares, strict=True))[: len(estimators)]:

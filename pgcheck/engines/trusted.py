@@ -29,6 +29,7 @@ from pgcheck.engines.moments import Moments, View
 from pgcheck.engines.parameters import by_draws, policy_of, tightened, total_in_parameters
 from pgcheck.errors import UsageError
 from pgcheck.estimators.base import Estimator, registered_estimators
+from pgcheck.generation import draws_at_once
 from pgcheck.problem import Problem
 from pgcheck.statistics.guarded import Scores, interval
 from pgcheck.statistics.sequential import GRAIN, Interval, Settings
@@ -158,8 +159,8 @@ def _piloted(
 
     def drawn(first: int, last: int) -> Iterator[tuple[Tensor, Trajectories, Tensor]]:
         """Coefficients, tables and rows of those draws."""
-        for low in range(first, last, GRAIN):
-            table, index = sampler.draw(low, min(GRAIN, last - low))
+        for low in range(first, last, size := draws_at_once(sampler, GRAIN)):
+            table, index = sampler.draw(low, min(size, last - low))
             yield coefficients_on(r, table, index, sampler.labels), table, index
 
     def total(first: int, last: int) -> Tensor:
