@@ -431,14 +431,14 @@ def number_of(n: int) -> str:
 
 
 def sketched(problem: Problem, *, batches: int, directions: int = 32, rounds: int = ROUNDS) -> list[Ratio]:
-    """A sketch of one estimator from nothing, against a backward pass a group on as many draws; and ĝ_θ itself, by backward
-    passes mapped over the groups.
+    """A sketch of one estimator, and of ten, from nothing, against a backward pass a group of each on as many draws; and ĝ_θ
+    itself, by backward passes mapped over the groups.
 
     Along ∇J a draw tells both the same, so that the first ratio is one of equal information about a scale or a bias there.
     Of tr Cov a backward pass tells more: the last line is the time to the same standard error, of the directions and the
     draws for the sketch, of the draws alone (fewer of them) for the backward passes.
     """
-    e = as_estimator("grpo")
+    e, ten = as_estimator("grpo"), [as_estimator(name) for name in TEN]
     space = SketchSpace.of(problem, directions=directions)
     few = max(2, min(batches, LOOP_SAMPLES))
     table, index = problem.sampler().draw(0, few)
@@ -453,6 +453,11 @@ def sketched(problem: Problem, *, batches: int, directions: int = 32, rounds: in
         c, table, index = drawn(few)
         return torch.cat(list(one_by_one(c, table, index, policy_of(table, problem))))
 
+    def loop_of_ten() -> list[tuple[Tensor, Tensor]]:
+        table, index = problem.sampler().draw(0, few)
+        given = [coefficients_of(one, table.batch(index, problem.group_labels)) for one in ten]
+        return [(c, torch.cat(list(one_by_one(c, table, index, policy_of(table, problem))))) for c in given]
+
     def mapped() -> Tensor:
         return whole.project(*drawn(MAPPED))
 
@@ -462,6 +467,11 @@ def sketched(problem: Problem, *, batches: int, directions: int = 32, rounds: in
         ("mapped backward passes", whole.project(c, table, index), each),
     ):
         _refuse_unless_equal(name, (there.mean(0), float((there**2).mean())), (here.mean(0), float((here**2).mean())))
+    for one, (c, x) in zip(ten, loop_of_ten(), strict=True):
+        here, there = space.project(c, table, index), x @ space.directions.T
+        _refuse_unless_equal(
+            one.name, (there.mean(0), float((there**2).mean())), (here.mean(0), float((here**2).mean()))
+        )
     (found,) = sketch_moments([e], problem, batches=batches, directions=directions)
     x = mapped()
     square = (x - x.mean(0)).square().sum(1)
@@ -473,6 +483,11 @@ def sketched(problem: Problem, *, batches: int, directions: int = 32, rounds: in
     size = f"{problem.name}, G = {problem.rows}, P = {x.shape[1]:,}"
     subject = f"{size}, {batches:,} draws, {len(space.directions)} directions"
     (of_draws,) = _ratios("sketch", subject, "draws/s", in_turns(contenders, rounds=rounds))
+    contenders = {
+        "sketch engine": (lambda: sketch_moments(ten, problem, batches=batches, directions=directions), batches),
+        "backward passes": (loop_of_ten, few),
+    }
+    of_ten = _ratios("sketch", f"ten estimators, {subject}", "draws/s", in_turns(contenders, rounds=rounds))
     per = {name: getattr(of_draws, name) * enough / batches for name in ("ratio", "least", "largest")}
     error = f"{100 * found.total_variance_error / found.total_variance:.2g}%"
     of_trace = replace(
@@ -486,7 +501,12 @@ def sketched(problem: Problem, *, batches: int, directions: int = 32, rounds: in
     )
     contenders = {"mapped backward passes": (mapped, MAPPED), "one a draw": (loop, few)}
     rates = in_turns(contenders, rounds=rounds)
-    return [of_draws, of_trace, *_ratios("estimates in parameters", f"{size}, {MAPPED:,} draws", "draws/s", rates)]
+    return [
+        of_draws,
+        *of_ten,
+        of_trace,
+        *_ratios("estimates in parameters", f"{size}, {MAPPED:,} draws", "draws/s", rates),
+    ]
 
 
 def tenth_in_a_sketch(problem: Problem, *, batches: int, directions: int = 32, rounds: int = ROUNDS) -> list[Ratio]:

@@ -557,6 +557,11 @@ with memory(2**10, "{where}"):
 case("estimates in parameters that do not fit", '''
 pgcheck.ParameterSpace(pgcheck.Problem(task(), pgcheck.TinyGPT(3, width=256)))
 ''')  # fmt: skip
+case("a backward pass of one batch that does not fit", '''
+written = pgcheck.Problem(task(vocab_size=50, max_new_tokens=8), pgcheck.TinyGPT(50, width=8), group_size=64)
+with memory(2**19, "engines.parameters"):
+    pgcheck.check_estimator("leave_one_out", written)
+''')  # fmt: skip
 case("a device that is not there", '''
 pgcheck.Problem(task(), pgcheck.TinyGPT(3)).sample(1, device="gpu")
 ''')  # fmt: skip

@@ -76,8 +76,8 @@ def moments_by(
     rest = [i for i in range(len(estimators)) if i not in found]
     drawn = [estimators[i] for i in rest]
     space = default_space(
-        problem, parameters=parameters, directions=how.directions, seed=how.seed, device=how.device,
-        reference=how.reference, first_look=how.settings.first_look,
+        problem, parameters=parameters, directions=how.directions, seed=how.seed, beta=how.beta,
+        device=how.device, reference=how.reference, first_look=how.settings.first_look,
     )  # fmt: skip
     sampled = monte_carlo(
         drawn,

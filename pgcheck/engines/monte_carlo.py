@@ -37,6 +37,7 @@ from pgcheck.engines.workers import Workers, check_workers
 from pgcheck.errors import BudgetError, NotFiniteError, UsageError, names_problem
 from pgcheck.estimators.base import Estimator
 from pgcheck.estimators.from_loss import LossCoefficients
+from pgcheck.generation import draws_at_once
 from pgcheck.problem import Problem
 from pgcheck.sampling import Sampler, as_device
 from pgcheck.statistics.grain import Grain
@@ -221,7 +222,8 @@ def monte_carlo(
     checkpoint: Path | None = None,
     progress: Progress | None = None,
 ) -> list[Moments]:
-    """Draw until every estimator is judged, or the draws are spent. Where ∇J = 0, nothing can be judged relative to it.
+    """Draw until every estimator is judged, or the draws are spent. Where ∇J = 0, nothing can be judged relative
+    to it, and what was to be judged gets as many draws as a first look.
 
     Args:
         scales: for each estimator the κ of claims E ĝ = κ ∇J to judge, None for "some κ > 0"; without any, all draws are used.
@@ -258,6 +260,7 @@ def monte_carlo(
             " monte_carlo(…, space=pgcheck.SketchSpace.of(problem, directions=32))."
         )
     if float(where.reference.norm()) <= _ROUNDING * problem.reward_size:
+        draws = min(draws, settings.first_look) if any(scales) else draws  # enough to say what cannot be judged
         scales = [()] * len(estimators)
     run = _Run(estimators, problem, where, seed, device, settings, scales, beside)
     last = -(-draws // GRAIN)
@@ -381,7 +384,7 @@ class _Run:
         self._stack, self._workers = ExitStack(), None
         self._processes, self._last, self._given = 1, 0, 0
         positions = self.problem.rows * self.problem.steps
-        self._rows = GRAIN
+        self._rows = min([GRAIN, *(draws_at_once(sampler, GRAIN) for sampler in self._samplers.values())])
         while self._rows > 1 and self._rows * positions > _BLOCK_ELEMENTS:
             self._rows //= 2
 

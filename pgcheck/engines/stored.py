@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pgcheck.engines.parameters import estimates_in_parameters, number_of_parameters
+from pgcheck.engines.parameters import by_draws, number_of_parameters
 from pgcheck.engines.trusted import Beside, Seen, coefficients_on
 from pgcheck.errors import NotFiniteError, UsageError
 from pgcheck.estimators.base import Estimator
@@ -121,5 +121,5 @@ def reference_draws(estimator: Estimator, problem: Problem, *, draws: int, seed:
     for first in range(0, draws, GRAIN):
         table, index = sampler.draw(first, min(GRAIN, draws - first))
         c = coefficients_on(estimator, table, index, sampler.labels)
-        parts += [x.cpu() for x in estimates_in_parameters(c, table, index, problem)]
+        parts.append(by_draws(c, table, index, problem).cpu())
     return torch.cat(parts)

@@ -15,9 +15,10 @@ what it says; what is estimated of a bias does not depend on the pilot.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -25,9 +26,10 @@ from torch import Tensor
 from pgcheck.batch import Batch
 from pgcheck.engines.coefficients import coefficients_of
 from pgcheck.engines.moments import Moments, View
-from pgcheck.engines.parameters import estimates_in_parameters, tightened
+from pgcheck.engines.parameters import by_draws, policy_of, tightened, total_in_parameters
 from pgcheck.errors import UsageError
 from pgcheck.estimators.base import Estimator, registered_estimators
+from pgcheck.generation import draws_at_once
 from pgcheck.problem import Problem
 from pgcheck.statistics.guarded import Scores, interval
 from pgcheck.statistics.open_scale import OpenJudge
@@ -37,7 +39,9 @@ from pgcheck.trajectories import Trajectories
 TRUSTED = ("leave_one_out", "reinforce", "trajectory_is", "kl_in_reward(k1)", "entropy_in_reward")
 PILOT = 2 * GRAIN  # draws of each half of a pilot at first, and
 MOST_PILOT = 8 * GRAIN  # where that does not tell ∇J from 0
+BETA = 1e-3  # of a verdict, if not told otherwise
 _PART = 1 / 32  # of the other trusted estimator
+_PILOTS: WeakKeyDictionary[Problem, dict[tuple[object, ...], tuple[Tensor, Scores, bool]]] = WeakKeyDictionary()
 
 
 class Seen(Protocol):
@@ -81,7 +85,7 @@ class Beside:
         """That of `inside`, and of ⟨∇J, û⟩ as it is at least over what it is about."""
         if self.length is None:
             return self.inside.shows(beta)
-        low, about = float(interval(self.length, confidence=1 - beta / 2, sides=1)[0][0]), float(self.length.mean[0])
+        low, about = _at_least(self.length, beta), float(self.length.mean[0])
         return self.inside.shows(beta / 2) * max(low, 0.0) / about if about > 0 and low > 0 else 0.0
 
     def settings(self, asked: Settings) -> Settings:
@@ -133,10 +137,16 @@ def _with_pilot(found: Moments, length: Scores) -> Moments:
 
 
 def paired(
-    problem: Problem, around: Callable[[Tensor | None], Seen], *, seed: int = 0, pilot: int = PILOT, device: str = "cpu"
+    problem: Problem,
+    around: Callable[[Tensor | None], Seen],
+    *,
+    seed: int = 0,
+    pilot: int = PILOT,
+    beta: float = BETA,
+    device: str = "cpu",
 ) -> Paired:
     """Beside a trusted estimator, in the space `around` ∇J (None), or where this is not known around the direction of a
-    pilot's mean.
+    pilot's mean, which is drawn once for a problem; `beta` as of the verdict.
 
     Raises:
         UsageError: no estimator is known to be unbiased there.
@@ -145,31 +155,50 @@ def paired(
     if not problem.written:
         inside = around(None)
         return Paired(inside, inside.seen(problem.parameter_gradient()), None, r.name, r)
+    kept, key = _PILOTS.setdefault(problem, {}), (seed, pilot, beta, device)
+    if key not in kept:
+        kept[key] = _piloted(r, problem, seed=seed, pilot=pilot, beta=beta, device=device)
+    u, scores, told = kept[key]
+    inside = around(u)
+    return Paired(inside, inside.seen(u) * (float(scores.mean[0]) if told else 0.0), scores, r.name, r)
+
+
+def _piloted(
+    r: Estimator, problem: Problem, *, seed: int, pilot: int, beta: float, device: str
+) -> tuple[Tensor, Scores, bool]:
+    """û `[P]`, the scores ⟨r, û⟩, and whether they tell ∇J from 0 at the level that a tolerance is given."""
     sampler = problem.sampler(seed=-1 - seed, device=device)  # users' seeds are ≥ 0
-    P = sum(p.numel() for p in problem.policy.parameters())
 
-    def half(first: int, along: Tensor | None) -> tuple[Tensor, Scores]:
-        """Σ r of `pilot` draws, and the scores ⟨r, û⟩."""
-        total, scores = torch.zeros(P, dtype=torch.float64), Scores.none(1)
-        for low in range(first, first + pilot, GRAIN):
-            table, index = sampler.draw(low, min(GRAIN, first + pilot - low))
-            c = coefficients_on(r, table, index, sampler.labels)
-            for x in estimates_in_parameters(c, table, index, problem):
-                total += x.sum(0).cpu()
-                if along is not None:
-                    scores = scores.merge(Scores.of((x.cpu() @ along).unsqueeze(1).numpy()))
-        return total, scores
+    def drawn(first: int, last: int) -> Iterator[tuple[Tensor, Trajectories, Tensor]]:
+        """Coefficients, tables and rows of those draws."""
+        for low in range(first, last, size := draws_at_once(sampler, GRAIN)):
+            table, index = sampler.draw(low, min(size, last - low))
+            yield coefficients_on(r, table, index, sampler.labels), table, index
 
-    total, _ = half(0, None)
+    def total(first: int, last: int) -> Tensor:
+        """Σ r, by one backward pass."""
+        each = (
+            total_in_parameters(c.flatten(0, 1), table, index.flatten(), policy_of(table, problem)).cpu()
+            for c, table, index in drawn(first, last)
+        )
+        return torch.stack(list(each)).sum(0)
+
+    direction = total(0, pilot)
     while True:
-        u = total / size if (size := float(total.norm())) > 0 else total
-        more, scores = half(pilot, u)
+        u = direction / size if (size := float(direction.norm())) > 0 else direction
+        scores = Scores.none(1)
+        for c, table, index in drawn(pilot, 2 * pilot):
+            x = by_draws(c, table, index, problem, u.unsqueeze(1).to(c.device))
+            scores = scores.merge(Scores.of(x.cpu().numpy()))
         low = float(interval(scores)[0][0])
         if low > 0.5 * float(scores.mean[0]) or 2 * pilot > MOST_PILOT:
-            break
-        total, pilot = total + more, 2 * pilot
-    inside = around(u)
-    return Paired(inside, inside.seen(u) * (float(scores.mean[0]) if low > 0 else 0.0), scores, r.name, r)
+            return u, scores, _at_least(scores, beta / 2) > 0
+        direction, pilot = direction + total(pilot, 2 * pilot), 2 * pilot
+
+
+def _at_least(length: Scores, beta: float) -> float:
+    """A bound of ⟨∇J, û⟩ from below, wrong with probability β/2 at most; NaN where there is none."""
+    return float(interval(length, confidence=1 - beta / 2, sides=1)[0][0])
 
 
 def coefficients_on(e: Estimator, table: Trajectories, index: Tensor, labels: Tensor) -> Tensor:

@@ -95,9 +95,12 @@ def test_coordinates_are_products(kind: str, name: str) -> None:
     p = problem(kind, language.tool_dialogue(), groups=2)
     expected, table, index, c = by_hand(p, name, 4)
     space = SketchSpace.of(p, directions=5, seed=1)
-    assert space.lane == "forward"
+    assert space.lane == ("backward" if kind == "written" else "forward")
     x = space.project(c, table, index)
     torch.testing.assert_close(x, expected @ space.directions.T, rtol=0, atol=1e-12)
+    for how in ("forward", "backward"):
+        y = replace(space, how=how).project(c, table, index)
+        torch.testing.assert_close(y, expected @ space.directions.T, rtol=0, atol=1e-12)
     torch.testing.assert_close(space.project(c, table, index), x, rtol=0, atol=0)  # asked again, from what it kept
     torch.testing.assert_close(ParameterSpace(p).project(c, table, index), expected, rtol=0, atol=1e-12)
 
@@ -106,7 +109,8 @@ def test_coordinates_are_products(kind: str, name: str) -> None:
 def test_without_a_forward_mode(kind: str) -> None:
     """A module whose autograd function has only a backward pass: the same numbers as its twin."""
     plain, odd = (problem(kind, model=Odd(backward_only=x)) for x in (False, True))
-    spaces = [SketchSpace.of(p, directions=4) for p in (plain, odd)]
+    forward = "forward" if kind == "written" else None
+    spaces = [SketchSpace.of(plain, directions=4, how=forward), SketchSpace.of(odd, directions=4)]
     assert [s.lane for s in spaces] == ["forward", "backward"]
     assert plain.digest == odd.digest
     torch.testing.assert_close(spaces[0].directions, spaces[1].directions, rtol=0, atol=1e-12)

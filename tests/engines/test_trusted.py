@@ -12,7 +12,7 @@ import torch
 from scipy import stats
 
 import pgcheck
-from pgcheck.engines import sketch
+from pgcheck.engines import sketch, trusted
 from pgcheck.engines.coefficients import coefficients_of
 from pgcheck.engines.exact import exact_moments
 from pgcheck.engines.monte_carlo import monte_carlo
@@ -21,6 +21,7 @@ from pgcheck.engines.sketch import SketchSpace, default_space
 from pgcheck.engines.trusted import Paired, trusted_estimator, trusted_mixture
 from pgcheck.errors import UsageError
 from pgcheck.policies import Decoding, TinyGPT
+from pgcheck.problem import Problem
 from pgcheck.runs.runner import run
 from pgcheck.statistics.guarded import interval
 from pgcheck.statistics.sequential import Settings
@@ -152,3 +153,26 @@ def test_a_scale_that_is_not_named(tmp_path: Path) -> None:
     report = run(e[1:2], [p], checks=["proportional"], engine="auto", sampling=pgcheck.Sampling(draws=8_192))
     (verdict,) = report.verdicts
     assert verdict.status == "FAIL"
+
+
+def test_a_gradient_that_a_pilot_does_not_tell_from_0() -> None:
+    """Of a reward that is the same for all completions: there is no tolerance, which takes no more draws than a first look."""
+    task = replace(problem("written").env, reward=lambda prompt, text: 1.0)
+    p = Problem(task, TinyGPT(3, width=8), group_size=2)
+    with pytest.raises(pgcheck.BiasError, match="does not tell it from 0: there is no tolerance") as caught:
+        pgcheck.check_estimator("reinforce", p, checks=["unbiased"])
+    (m,) = caught.value.report.measurements
+    assert m.batches == pgcheck.Sampling().settings.first_look
+
+
+def test_a_pilot_is_drawn_once_for_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    p, drawn = problem("written"), []
+    original = trusted.coefficients_on
+    monkeypatch.setattr(trusted, "coefficients_on", lambda *a: drawn.append(a) or original(*a))
+    first = default_space(p)
+    often = len(drawn)
+    again, other = default_space(p), default_space(p, seed=1)
+    assert often > 0
+    assert len(drawn) == 2 * often
+    assert torch.equal(first.reference, again.reference)
+    assert not torch.equal(first.reference, other.reference)
