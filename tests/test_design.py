@@ -71,7 +71,7 @@ def test_a_pilot_against_the_exact_design(name: str, problem: str) -> None:
 def test_a_pilot_where_the_gradient_is_not_known() -> None:
     """A model writes: the noise is that of the difference from a trusted estimator, against a length that ∇J has at least."""
     e = as_estimator("grpo")
-    drawn = plan(e, written("written", group_size=4), Settings(), pilot=1_024)
+    drawn = plan(e, written("written", group_size=(4,)), Settings(), pilot=4_096)  # a tuple: no other sizes are tried
     (x, r), g = (
         [estimates_of(e), estimates_of(as_estimator("leave_one_out"))],
         written(group_size=4).parameter_gradient(),
@@ -82,7 +82,7 @@ def test_a_pilot_where_the_gradient_is_not_known() -> None:
     assert drawn.pilot.loudest is not None
     assert drawn.pilot.quietest.noise.nsr < 1.05 * exact  # r is leave-one-out but for a 32nd part
     assert drawn.pilot.loudest.noise.nsr > 0.95 * exact
-    assert drawn.best is not None
+    assert drawn.best is None
 
 
 def estimates_of(e: Estimator) -> Tensor:
