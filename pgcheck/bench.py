@@ -178,7 +178,7 @@ def by_backward(data: Gathered, estimator: str) -> tuple[Tensor, float]:
     return mean / len(data.returns), float(second.trace()) / len(data.returns)
 
 
-def by_vmap(data: Gathered, estimator: str, *, block: int) -> tuple[Tensor, float]:
+def by_vmap(data: Gathered, estimator: str, *, block: int = 4_096) -> tuple[Tensor, float]:
     """`torch.func.vmap(torch.func.grad(loss))` in blocks."""
 
     loss = functools.partial(torch_loss, estimator)
@@ -192,7 +192,7 @@ def by_vmap(data: Gathered, estimator: str, *, block: int) -> tuple[Tensor, floa
     return mean / len(data.returns), float(second.trace()) / len(data.returns)
 
 
-def jax_rival(data: Gathered, estimator: str, *, block: int) -> Callable[[], tuple[Tensor, float]]:
+def jax_rival(data: Gathered, estimator: str, *, block: int = 4_096) -> Callable[[], tuple[Tensor, float]]:
     """`jax.jit(jax.vmap(jax.grad(loss)))` with the sums inside; compiled before the clock runs.
 
     Raises:

@@ -103,11 +103,12 @@ def exact_moments(
         for size in sizes:
             plan = _Plan(e.couples, e.needs, ordered, size, e.leaf == "logits")
             lumps = None if ordered else lump(e, table, _sizes_of(plan, problem))
+            if lumps is not None:
+                verify_reads(e, table, lumps, problem.name)
             if lumps is None or not _pays(lumps, e, Batches(table, _sizes_of(plan, problem)).count, budget):
                 plans.setdefault(plan, []).append(i)
                 continue
             _refuse_if_too_large(e, problem, table, lumps.evaluations, plan, budget)
-            verify_reads(e, table, lumps, problem.name)
             parts.setdefault(i, {})[size] = (lumped_sums if keep else lumped_traces)(e, table, lumps, progress)
     for plan, members in plans.items():
         table = problem.trajectories_with(plan.needs)
