@@ -47,7 +47,7 @@ from pgcheck.trajectories import SideTable, Trajectories, is_count
 
 DEFAULT_DRAWS = 262_144  # most draws of one problem
 MOST_COORDINATES = 16_384  # P: a grain of them is 128 MiB
-_BLOCK_ELEMENTS = 120_000  # positions evaluated at once
+_BLOCK_ELEMENTS = 240_000  # positions evaluated at once
 _GRAMS = 32  # grains of each doubling whose spectrum is taken
 _FORMAT = "pgcheck-checkpoint/4"
 _SCORES_A_POSITION = 8  # entries of a table of scores that cost as much as one position of the draws
