@@ -303,6 +303,7 @@ class _Lane:
         account = Account.of_grain(draws, reference, gram=gram and not (self._judged and r is None))
         if r is None:
             return _Grain(draws, None, account, None)
+        r = r.detach().to(torch.float64)
         beside = Grain.of(draws.x - r + reference, reference)
         return _Grain(draws, r, account, Account.of_grain(beside, reference, gram=gram and not self._judged))
 
