@@ -21,7 +21,7 @@ from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -100,6 +100,14 @@ class Known:
         return moments
 
 
+class _Shared(NamedTuple):
+    """What estimators with one weight a row have in common on the same draws."""
+
+    table: Trajectories
+    scores: Tensor  # [N, K·A]
+    draws: Draws
+
+
 @dataclass(frozen=True)
 class LogitSpace(Known):
     """ĝ in logit space, against ∇J."""
@@ -122,14 +130,12 @@ class LogitSpace(Known):
         N, cells, positions = len(table), table.contexts * table.actions, index.numel() * table.paths.steps
         if w.device.type != "cpu" or N * cells > _SCORES_A_POSITION * positions or cells > 32 * table.paths.steps:
             return None
-        (of, scores), (rows, draws) = self.__dict__.get("_made", ((None, None), (None, None)))
-        if of is not table or scores is None:
-            scores = scores_of(table)
-        if rows is not index or draws is None:
-            draws = Draws.plain(index)
-        self.__dict__["_made"] = ((table, scores), (index, draws))
+        shared: _Shared | None = self.__dict__.get("_shared")
+        if shared is None or shared.table is not table or shared.draws.index is not index:
+            scores = scores_of(table) if shared is None or shared.table is not table else shared.scores
+            shared = self.__dict__["_shared"] = _Shared(table, scores, Draws.plain(index))
         x = w.new_empty(len(w), cells, dtype=torch.float64)
-        draws.combine(w.to(torch.float64), scores, x)
+        shared.draws.combine(w.to(torch.float64), shared.scores, x)
         return x
 
 
