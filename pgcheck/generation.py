@@ -12,6 +12,7 @@ on what else is read in the same call; rewards are asked for as for a table, twi
 from __future__ import annotations
 
 import copy
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
@@ -24,8 +25,9 @@ from pgcheck.envs.language import LMTask, Tokens
 from pgcheck.errors import BudgetError
 from pgcheck.memory import free_memory, in_bytes
 from pgcheck.policies.decoding import Decoding
+from pgcheck.policies.growing import Growing
 from pgcheck.policies.transformer import LanguageModel, LMPolicy
-from pgcheck.sampling import Stream, inverted
+from pgcheck.sampling import Sampler, Stream, inverted
 from pgcheck.trajectories import Paths, Trajectories, row_logp
 
 MEMORY = 2**31  # bytes that the logits of one call may take
@@ -56,6 +58,11 @@ class _Level:
     length: Tensor  # [U]
     prompt: Tensor  # [U]
     parent: Tensor  # [U], the prefix of the level before it (of a prompt: itself)
+
+    def read(self, reader: Growing, t: int) -> Tensor:
+        """Logits `[U, V]`, float64 numbers; the level is number t of those that the reader is given."""
+        with torch.no_grad():
+            return reader.read(self.tokens, self.length, self.parent if t else None).to(torch.float64)
 
     def texts(self, task: LMTask) -> list[tuple[int, Tokens]]:
         """Number of the prompt, and what follows it."""
@@ -89,9 +96,9 @@ class WritingSampler:
 
     @cached_property
     def _writer(self) -> nn.Module:
-        assert self.decoding.model is not None
-        own = self.decoding.dtype != torch.float64
-        return copy.deepcopy(self.decoding.model).to(self.decoding.dtype) if own else self.decoding.model
+        assert isinstance(self.decoding.model, LanguageModel)
+        own, model = self.decoding.dtype != torch.float64, self.decoding.model.model
+        return copy.deepcopy(model).to(self.decoding.dtype) if own else model
 
     def draw(self, first: int, count: int) -> tuple[Written, Tensor]:
         """As `Sampler.draw`: a table of `count` · B rows, each drawn once.
@@ -109,8 +116,10 @@ class WritingSampler:
         prompts = torch.arange(len(task.prompts), device=self.device)
         levels = [_level(task.prompts, prompts, prompts, self.device)]
         row, at, steps = torch.arange(N, device=self.device), start, []
+        writer, said = Growing(self._writer), []
         for t in range(task.max_new_tokens):
-            logp = torch.log_softmax(self._next(levels[-1]), -1)
+            said.append(levels[-1].read(writer, t))
+            logp = torch.log_softmax(self.decoding(said[-1]), -1)
             law = logp.exp().cumsum(-1)
             token = inverted((law / law[:, -1:])[at], u[row, t])
             steps.append(_Step(row, at, token, logp[at, token]))
@@ -120,28 +129,34 @@ class WritingSampler:
             row = row[onward]
             pairs, at = torch.unique(at[onward] * V + token[onward], return_inverse=True)
             levels.append(self._grown(levels[-1], pairs // V, pairs % V))
-        return self._table(levels, steps, start), torch.arange(N, device=self.device).reshape(count, -1)
+        return self._table(levels, steps, start, said), torch.arange(N, device=self.device).reshape(count, -1)
+
+    def bytes_of(self, count: int) -> int:
+        """What so many draws take at most, in logits (of every prefix, as they come and in a table; of a level, with its law)
+        and in texts."""
+        task, V, longest = self.task, int(self.task.vocab_size), max(map(len, self.task.prompts))
+        rows = count * len(self.labels)
+        prefixes = [min(rows, len(task.prompts) * V ** min(t, 40)) for t in range(task.max_new_tokens)]
+        return (2 * sum(prefixes) + 6 * prefixes[-1]) * V * 8 + sum(
+            n * (200 + 40 * (longest + t)) for t, n in enumerate(prefixes)
+        )
 
     def _refuse_if_too_large(self, count: int) -> None:
-        rows, T, V = count * len(self.labels), self.task.max_new_tokens, int(self.task.vocab_size)
-        need = rows * T * V * 8 * 3
+        T, V, need = self.task.max_new_tokens, int(self.task.vocab_size), self.bytes_of(count)
         if need > (room := min(MEMORY, free_memory(self.device))):
-            fits = max(1, count * room // need)
+            fits = max(1, bisect_right(range(1, count), room, key=self.bytes_of))
             raise BudgetError(
                 f"{count:,} batches of {len(self.labels)} rows and {T} tokens of a vocabulary of {V:,} take up to"
-                f" {in_bytes(need)} of logits; {in_bytes(room)} are allowed. Draw {fits:,} at a time, or restrict"
+                f" {in_bytes(need)} of logits and texts; {in_bytes(room)} are allowed. Draw {fits:,} at a time, or restrict"
                 " the vocabulary."
             )
 
-    def _next(self, level: _Level) -> Tensor:
-        """Logits of the next token's law, `[U, V]`."""
-        out = []
-        with torch.no_grad():
-            size = max(1, LMPolicy.tokens_at_once // level.tokens.shape[1])
-            for tokens, length in zip(level.tokens.split(size), level.length.split(size), strict=True):
-                z = self._writer(tokens)[torch.arange(len(tokens), device=tokens.device), length - 1]
-                out.append(self.decoding(z))
-        return torch.cat(out)
+    def _logits(self, model: LanguageModel, levels: list[_Level], written: list[Tensor]) -> Tensor:
+        """What a model says at every prefix, `[K, V]`; `written`: what the writer said."""
+        if model.model is self._writer:
+            return torch.cat(written)
+        reader = Growing(model.model)
+        return torch.cat([level.read(reader, t) for t, level in enumerate(levels)])
 
     def _grown(self, level: _Level, parent: Tensor, token: Tensor) -> _Level:
         """The next level: those prefixes with these tokens, and what a tool says to them."""
@@ -157,7 +172,7 @@ class WritingSampler:
         ]
         return _level(spoken, prompt, parent, self.device)
 
-    def _table(self, levels: list[_Level], steps: list[_Step], start: Tensor) -> Written:
+    def _table(self, levels: list[_Level], steps: list[_Step], start: Tensor, written: list[Tensor]) -> Written:
         task, N, device = self.task, len(start), self.device
         offsets = list(accumulate((len(level.length) for level in levels), initial=0))
         told = torch.tensor([len(p) for p in task.prompts], device=device)
@@ -176,12 +191,12 @@ class WritingSampler:
             env_probability=torch.ones(N, dtype=torch.float64, device=device),
             start_probability=torch.full((len(told),), 1.0 / len(told), dtype=torch.float64, device=device),
         )  # fmt: skip
-        read = _whole_texts(levels, offsets)
-        policy, ref = (LMPolicy.reading(m.model, *read) for m in (self.policy, self.ref))
-        with torch.no_grad():
-            logits = policy()
-            logp = row_logp(logits, context, action, mask)
-            ref_logp = logp if self.ref is self.policy else row_logp(ref(), context, action, mask)
+        policy = LMPolicy.reading(self.policy.model, *_whole_texts(levels, offsets))
+        logits = self._logits(self.policy, levels, written)
+        logp = row_logp(logits, context, action, mask)
+        ref_logp = logp
+        if self.ref is not self.policy:
+            ref_logp = row_logp(self._logits(self.ref, levels, written), context, action, mask)
         unknown = torch.full((N, T + 1), torch.nan, dtype=torch.float64, device=device)
         return Written(
             paths, logits, logp, behavior_logp, ref_logp, unknown, unknown[:, 0], unknown[:, 0],
@@ -195,6 +210,13 @@ class WritingSampler:
         pairs, back = torch.unique(context * V + token, return_inverse=True)
         texts = [(lines[x // V][0], (*lines[x // V][1], x % V)) for x in pairs.tolist()]
         return torch.tensor(self.task.scores(texts), dtype=torch.float64, device=context.device)[back]
+
+
+def draws_at_once(sampler: Sampler, most: int) -> int:
+    """`most` draws, or a half, a quarter, … of them, so that what a model writes fits `MEMORY`; whatever is free now."""
+    while isinstance(sampler, WritingSampler) and most > 1 and sampler.bytes_of(most) > MEMORY:
+        most //= 2
+    return most
 
 
 def _level(texts: Sequence[Sequence[int]], prompt: Tensor, parent: Tensor, device: torch.device | str) -> _Level:

@@ -127,6 +127,9 @@ def test_facts_without_a_list() -> None:
             assert getattr(large, fact) == getattr(small, fact), (decoding, fact)
     model = TinyGPT(3, width=8)
     assert Problem(written(task), model, behavior_logits=Decoding(TinyGPT(3, width=8))).on_policy
+    assert not Problem(
+        written(task), model, behavior_logits=Decoding(TinyGPT(3, width=8, heads=4))
+    ).on_policy  # same weights
     assert not Problem(written(task), model).binary_return  # who knows
     assert Problem(replace(written(task), returns=(0, 1)), model).binary_return
     assert not Problem(replace(written(task), returns=(0, 0.5, 1)), model).binary_return
@@ -144,6 +147,7 @@ def test_a_digest_is_of_everything_that_is_known() -> None:
         Problem(task, model, ref_logits=TinyGPT(4, width=8, seed=5)),
         Problem(task, model, entropy_coefficient=0.1),
         Problem(replace(task, reward=lambda prompt, text: task.reward(prompt, text) + 1), model),
+        Problem(replace(task, reward=lambda prompt, text: 0.0 + task.reward(prompt, text)), model),  # another text
         Problem(replace(task, prompts=[(1, 2), (3, 2)]), model),
         Problem(task, model).at(1),
     ]
@@ -234,8 +238,8 @@ def test_what_needs_a_list_is_refused() -> None:
         Problem(written(TASKS["parity"]), torch.zeros(14, 3))
     task = LMTask([(1,)], vocab_size=50_000, eos=0, max_new_tokens=20, reward=lambda prompt, text: 0.0)
     sampler = Problem(task, TinyGPT(50_000, width=2, context=20), group_size=2).sampler()
-    with pytest.raises(BudgetError, match=r"44\.7 GiB of logits; 2 GiB are allowed\. Draw 44 at a time"):
-        sampler.draw(0, 1_000)  # 2 · 20 · 50 000 logits of 8 bytes, three times, in each batch: 46 MiB
+    with pytest.raises(BudgetError, match=r"32\.8 GiB of logits and texts; 2 GiB are allowed\. Draw 60 at a time"):
+        sampler.draw(0, 1_000)  # 2 · (1 + 19 · 2 000) + 6 · 2 000 times 50 000 logits of 8 bytes
 
 
 def test_rewards_are_asked_for_once_a_completion() -> None:

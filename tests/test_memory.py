@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import pgcheck
+from pgcheck import generation
 from pgcheck.envs import language
 from pgcheck.errors import BudgetError
 from pgcheck.memory import free_memory, in_bytes, kept_by
@@ -49,9 +50,45 @@ print(task.tree_bytes, peak() - base)
 """
 
 
+MAPPED = """
+from pgcheck.engines import parameters
+from pgcheck.envs.language import LMTask
+from pgcheck.policies import TinyGPT
+from pgcheck.problem import Problem
+width, layers, tokens, draws, onto = {size}
+task = LMTask([(1, 2)], vocab_size=8, eos=None, max_new_tokens=tokens, reward=lambda prompt, text: 1.0)
+p = Problem(task, TinyGPT(8, context=tokens + 2, width=width, layers=layers), group_size=4)
+table, index = p.sampler().draw(0, draws)
+v = torch.ones(parameters.number_of_parameters(p), onto, dtype=torch.float64) if onto else None
+plan = parameters._Plan.of(table.policy, rows=4, actions=8, width=onto)
+parameters._TOKENS_AT_ONCE, parameters._BYTES_AT_ONCE = 10**9, 10**12
+predicted = plan.bytes_of(draws, tokens + 1)
+few = parameters.by_draws(torch.ones(2, 4, tokens), table, index[:2], p, v)  # what comes with the first call
+base = now()
+for which, x in parameters.estimates_in_parameters(torch.ones(draws, 4, tokens), table, index, p, v):
+    assert len(x) == draws
+print(predicted, peak() - base)
+"""
+DRAWN = """
+from pgcheck.engines import parameters
+from pgcheck.envs.language import LMTask
+from pgcheck.policies import TinyGPT
+from pgcheck.problem import Problem
+vocabulary, tokens, draws = {size}
+task = LMTask([(1, 2)], vocab_size=vocabulary, eos=None, max_new_tokens=tokens, reward=lambda prompt, text: 1.0)
+sampler = Problem(task, TinyGPT(vocabulary, context=tokens + 2, width=4, layers=1), group_size=4).sampler()
+sampler.draw(0, 1)
+base = now()
+table = sampler.draw(0, draws)
+print(sampler.bytes_of(draws), peak() - base)
+"""
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what a process took")
 @pytest.mark.parametrize(("code", "size"), [(PASS, (64, 2, 16, 600)), (PASS, (128, 3, 8, 900)), (PASS, (48, 2, 48, 300)),
-                                            (TREE, (8, 6, 2)), (TREE, (30, 4, 2)), (TREE, (3, 14, 1))])  # fmt: skip
+                                            (TREE, (8, 6, 2)), (TREE, (30, 4, 2)), (TREE, (3, 14, 1)),
+                                            (MAPPED, (64, 2, 24, 40, 3)), (MAPPED, (96, 2, 24, 40, 0)),
+                                            (DRAWN, (500, 6, 3_000)), (DRAWN, (50, 16, 4_000))])  # fmt: skip
 def test_what_is_predicted_is_taken(code: str, size: tuple[int, ...]) -> None:
     """Within a factor of 1.5 either way."""
     ran = subprocess.run(
@@ -94,6 +131,21 @@ def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     written = Problem(
         language.sum_mod(3, max_new_tokens=16, vocab_size=8), TinyGPT(8, context=18, width=8), group_size=4
     )
-    with pytest.raises(BudgetError, match=r"11\.7 MiB of logits; 977 KiB are allowed\. Draw 81 at a time"):
+    with pytest.raises(BudgetError, match=r"38\.1 MiB of logits and texts; 977 KiB are allowed\. Draw 22 at a time"):
         written.sampler().draw(0, 1_000)
+    written.sampler().draw(0, 22)
     assert pgcheck.BudgetError is BudgetError
+
+
+def test_a_grain_is_drawn_in_parts_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large vocabulary takes more draws of fewer batches, and says the same."""
+    task = language.sum_mod(3, max_new_tokens=16, vocab_size=8)
+    p, e = Problem(task, TinyGPT(8, context=18, width=8), group_size=4), pgcheck.as_estimator("grpo")
+    (whole,) = pgcheck.sketch_moments([e], p, batches=1_024, directions=3)
+    monkeypatch.setattr("pgcheck.generation.MEMORY", need := p.sampler().bytes_of(300))
+    (some,) = pgcheck.sketch_moments([e], p, batches=1_024, directions=3)
+    torch.testing.assert_close(some.mean, whole.mean, rtol=0, atol=1e-12)
+    torch.testing.assert_close(some.covariance, whole.covariance, rtol=0, atol=1e-12)
+    drawn = generation.draws_at_once(p.sampler(), 1_024)
+    assert drawn == 256
+    assert p.sampler().bytes_of(drawn) <= need

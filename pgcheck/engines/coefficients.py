@@ -156,4 +156,8 @@ def estimates(estimator: Estimator, table: Trajectories, index: Tensor, labels: 
     """ĝ in logit space of the batches `index` `[M, B]` in groups `labels` `[B]`, `[M, K·A]`."""
     logits, cells = estimator.leaf == "logits", table.contexts * table.actions
     c = coefficients_of(estimator, table.batch(index, labels, logits=logits))
-    return scattered(c, cells_of(table, index, logits=logits), cells) @ gradient_map(table, logits=logits).T
+    x = scattered(c, cells_of(table, index, logits=logits), cells)
+    if logits:
+        return x
+    pi, parts = torch.softmax(table.logits, -1), x.unflatten(-1, table.logits.shape)
+    return (parts - pi * parts.sum(-1, keepdim=True)).flatten(-2)  # L C, without L: contexts may be many

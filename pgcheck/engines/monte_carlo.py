@@ -37,10 +37,12 @@ from pgcheck.engines.workers import Workers, check_workers
 from pgcheck.errors import BudgetError, NotFiniteError, UsageError, names_problem
 from pgcheck.estimators.base import Estimator
 from pgcheck.estimators.from_loss import LossCoefficients
+from pgcheck.generation import draws_at_once
 from pgcheck.problem import Problem
 from pgcheck.sampling import Sampler, as_device
 from pgcheck.statistics.grain import Grain
 from pgcheck.statistics.guarded import Floats
+from pgcheck.statistics.open_scale import OpenJudge
 from pgcheck.statistics.sequential import CONFIDENCE, GRAIN, SHARE, Interval, Judge, Settings, confidence_after
 from pgcheck.statistics.variance import Pairs
 from pgcheck.trajectories import SideTable, Trajectories, is_count
@@ -55,6 +57,7 @@ _ROUNDING = 1e-14  # a gradient below this part of the rewards is 0
 _FIRST = 64  # draws whose estimates are part of a checkpoint's identity
 
 Scale = float | None
+AnyJudge = Judge | OpenJudge
 
 
 class Space(Protocol):
@@ -67,11 +70,11 @@ class Space(Protocol):
     def project(self, c: Tensor, table: Trajectories, index: Tensor) -> Tensor:
         """Estimates `[count, P]` from coefficients `[count, B, T]` (or `[count, B, T, A]`) of the rows `index` `[count, B]`."""
 
-    def drawn(self, table: Trajectories, index: Tensor) -> Tensor | None:
-        """An unbiased estimate of ∇J from every draw, `[count, P]`, where `reference` is not ∇J itself."""
+    def drawn(self, table: Trajectories, index: Tensor, first: int) -> Tensor | None:
+        """An unbiased estimate of ∇J beside draw `first` and those after it, `[count, P]`, where `reference` is not ∇J."""
 
-    def judges(self, scale: Scale) -> bool:
-        """Whether E x = κ ∇J can be judged here; None: some κ > 0."""
+    def judge_of(self, scale: Scale) -> type[AnyJudge]:
+        """What judges E x = κ ∇J here; None: some κ > 0."""
 
     def settings(self, asked: Settings) -> Settings:
         """Those of a judge in this space, whose verdict then keeps what was asked for."""
@@ -83,13 +86,13 @@ class Space(Protocol):
 class Known:
     """What a space does in which ∇J is known and nothing of an estimate is out of sight."""
 
-    def drawn(self, table: Trajectories, index: Tensor) -> Tensor | None:
+    def drawn(self, table: Trajectories, index: Tensor, first: int) -> Tensor | None:
         """None."""
         return None
 
-    def judges(self, scale: Scale) -> bool:
-        """Any."""
-        return True
+    def judge_of(self, scale: Scale) -> type[AnyJudge]:
+        """One to whom ∇J is known."""
+        return Judge
 
     def settings(self, asked: Settings) -> Settings:
         """As asked."""
@@ -155,6 +158,9 @@ class Sampling:
         directions: random ones along which estimates are seen where there are too many logits and parameters.
         bounds: (lo, hi) with lo ≤ ⟨ĝ − κ ∇J, v⟩ ≤ hi for every unit v, if they are known: verdicts then rest on them alone,
             and not on what the draws show of their tails.
+        reference: `[n, P]`, n independent unbiased estimates of ∇_θ J that were made before, each of one batch, or a file of
+            them (.npy, or .pt as of torch.save): verdicts are then given against these, and their noise is in both error rates.
+            A draw of the run is put beside each, so that n is the most that are drawn (`pgcheck.engines.stored`).
     """
 
     seed: int = 0
@@ -167,6 +173,7 @@ class Sampling:
     checkpoint: Path | str | None = None
     directions: int = 32
     bounds: tuple[float, float] | None = None
+    reference: Tensor | Path | str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         _check_counts(seed=self.seed, draws=self.draws, workers=self.workers, directions=self.directions)
@@ -221,7 +228,8 @@ def monte_carlo(
     checkpoint: Path | None = None,
     progress: Progress | None = None,
 ) -> list[Moments]:
-    """Draw until every estimator is judged, or the draws are spent. Where ∇J = 0, nothing can be judged relative to it.
+    """Draw until every estimator is judged, or the draws are spent. Where ∇J = 0, nothing can be judged relative
+    to it, and what was to be judged gets as many draws as a first look.
 
     Args:
         scales: for each estimator the κ of claims E ĝ = κ ∇J to judge, None for "some κ > 0"; without any, all draws are used.
@@ -258,6 +266,7 @@ def monte_carlo(
             " monte_carlo(…, space=pgcheck.SketchSpace.of(problem, directions=32))."
         )
     if float(where.reference.norm()) <= _ROUNDING * problem.reward_size:
+        draws = min(draws, settings.first_look) if any(scales) else draws  # enough to say what cannot be judged
         scales = [()] * len(estimators)
     run = _Run(estimators, problem, where, seed, device, settings, scales, beside)
     last = -(-draws // GRAIN)
@@ -296,7 +305,7 @@ class _Lane:
     """One estimator: what is known of it."""
 
     estimator: Estimator
-    judges: dict[Scale, Judge]
+    judges: dict[Scale, AnyJudge]
     account: Account | None = None
     paired: Account | None = None  # of x − r + reference, where an estimate r of ∇J is drawn beside x
     centre: Tensor | None = None  # the mean of the first grain
@@ -324,8 +333,8 @@ class _Lane:
         self.account = new.account if self.account is None else self.account.merge(new.account)
         if new.paired is not None:
             self.paired = new.paired if self.paired is None else self.paired.merge(new.paired)
-        for κ, judge in self.judges.items():
-            judge.update(new.draws, None if κ is None else new.r)
+        for judge in self.judges.values():
+            judge.update(new.draws, new.r if judge.paired else None)
 
     @property
     def _judged(self) -> bool:
@@ -373,8 +382,7 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.lanes = [
-            _Lane(e, {κ: self._judge(κ) for κ in asked if self.space.judges(κ)})
-            for e, asked in zip(self.estimators, self.scales, strict=True)
+            _Lane(e, {κ: self._judge(κ) for κ in asked}) for e, asked in zip(self.estimators, self.scales, strict=True)
         ]
         needs = dict.fromkeys(e.needs for e in self.estimators)
         self._samplers: dict[tuple[SideTable, ...], Sampler] = {
@@ -383,12 +391,12 @@ class _Run:
         self._stack, self._workers = ExitStack(), None
         self._processes, self._last, self._given = 1, 0, 0
         positions = self.problem.rows * self.problem.steps
-        self._rows = GRAIN
+        self._rows = min([GRAIN, *(draws_at_once(sampler, GRAIN) for sampler in self._samplers.values())])
         while self._rows > 1 and self._rows * positions > _BLOCK_ELEMENTS:
             self._rows //= 2
 
-    def _judge(self, scale: Scale) -> Judge:
-        return Judge(self.reference, self.space.settings(self.settings), scale=scale)
+    def _judge(self, scale: Scale) -> AnyJudge:
+        return self.space.judge_of(scale)(self.reference, self.space.settings(self.settings), scale=scale)
 
     @cached_property
     def reference(self) -> Tensor:
@@ -463,7 +471,7 @@ class _Run:
                     except NotFiniteError:
                         self._name_draw(estimators[i], low, len(index))
                         raise
-                    if (r := self.space.drawn(table, index)) is not None:
+                    if (r := self.space.drawn(table, index, low)) is not None:
                         others[i].append(r)
         return [(_joined(x), _joined(r) if r else None) for x, r in zip(parts, others, strict=True)]
 
@@ -523,8 +531,9 @@ class _Run:
     @cached_property
     def _first_estimates(self) -> str:
         h = hashlib.sha256()
-        for x, _ in self._estimates(self.estimators, 0, _FIRST):
-            h.update(x.cpu().numpy().tobytes())
+        for x, r in self._estimates(self.estimators, 0, _FIRST):
+            for part in (x,) if r is None else (x, r):
+                h.update(part.cpu().numpy().tobytes())
         return h.hexdigest()
 
     def _identity(self, draws: int) -> dict[str, Any]:
@@ -574,7 +583,8 @@ class _Run:
         here = self._identity(draws)
         for name, x in here.items():
             if there.get(name) != x:
-                how = "are others" if name == "first estimates" else f"is {there.get(name)!r}, not {x!r}"
+                verb = "are" if name.endswith("s") else "is"
+                how = f"{verb} others" if name == "first estimates" else f"{verb} {there.get(name)!r}, not {x!r}"
                 raise UsageError(
                     f"checkpoint: {path} is of another run: its {name} {how}. Delete it, or keep this run elsewhere."
                 )
@@ -587,8 +597,8 @@ class _Run:
             )
             settings = self.space.settings(self.settings)
             lane.judges = {
-                κ: Judge.from_state(self.reference, settings, state=s, scale=κ)
-                for κ, s in zip(lane.judges, state["judges"], strict=True)
+                κ: type(judge).from_state(self.reference, settings, state=s, scale=κ)
+                for (κ, judge), s in zip(lane.judges.items(), state["judges"], strict=True)
             }
 
 

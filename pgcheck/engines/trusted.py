@@ -15,9 +15,10 @@ what it says; what is estimated of a bias does not depend on the pilot.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -25,18 +26,22 @@ from torch import Tensor
 from pgcheck.batch import Batch
 from pgcheck.engines.coefficients import coefficients_of
 from pgcheck.engines.moments import Moments, View
-from pgcheck.engines.parameters import estimates_in_parameters, tightened
+from pgcheck.engines.parameters import by_draws, policy_of, tightened, total_in_parameters
 from pgcheck.errors import UsageError
 from pgcheck.estimators.base import Estimator, registered_estimators
+from pgcheck.generation import draws_at_once
 from pgcheck.problem import Problem
 from pgcheck.statistics.guarded import Scores, interval
-from pgcheck.statistics.sequential import GRAIN, Interval, Settings
+from pgcheck.statistics.open_scale import OpenJudge
+from pgcheck.statistics.sequential import GRAIN, Interval, Judge, Settings
 from pgcheck.trajectories import Trajectories
 
 TRUSTED = ("leave_one_out", "reinforce", "trajectory_is", "kl_in_reward(k1)", "entropy_in_reward")
 PILOT = 2 * GRAIN  # draws of each half of a pilot at first, and
 MOST_PILOT = 8 * GRAIN  # where that does not tell ∇J from 0
+BETA = 1e-3  # of a verdict, if not told otherwise
 _PART = 1 / 32  # of the other trusted estimator
+_PILOTS: WeakKeyDictionary[Problem, dict[tuple[object, ...], tuple[Tensor, Scores, bool]]] = WeakKeyDictionary()
 
 
 class Seen(Protocol):
@@ -60,38 +65,27 @@ class Seen(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Paired:
-    """Another space, in which an unbiased estimate is drawn beside every other."""
+class Beside:
+    """Another space, in which an unbiased estimate of ∇J lies beside every other."""
 
     inside: Seen
-    reference: Tensor  # [R], ∇J, or what the pilot says of it: 0 if it does not tell it from 0
-    trusted: Estimator
-    length: Scores | None = None  # of ⟨r, û⟩; None: ∇J is known
+    reference: Tensor  # [R], ∇J, or what a pilot says of it: 0 if it does not tell it from 0
+    length: Scores | None  # of ⟨r, û⟩; None: ∇J is known
+    against: str  # what r is, in a report
 
     def project(self, c: Tensor, table: Trajectories, index: Tensor) -> Tensor:
         """As `inside`."""
         return self.inside.project(c, table, index)
 
-    def drawn(self, table: Trajectories, index: Tensor) -> Tensor:
-        """What the trusted estimator says of the same rollouts; made once for all that are compared with it."""
-        last = self.__dict__.get("_drawn", (None, None, None))
-        if last[0] is not table or last[1] is not index:
-            labels = self.inside.problem.group_labels.to(index.device)
-            r = self.project(coefficients_on(self.trusted, table, index, labels), table, index)
-            last = self.__dict__["_drawn"] = (table, index, r)
-        r = last[2]
-        assert r is not None
-        return r
-
-    def judges(self, scale: float | None) -> bool:
-        """A κ that is named; an open one where ∇J is known, without r: it would have to be found from the noise of r."""
-        return scale is not None or self.length is None
+    def judge_of(self, scale: float | None) -> type[Judge | OpenJudge]:
+        """Of an open κ, one that finds it from the noise of r, unless ∇J is known."""
+        return OpenJudge if scale is None and self.length is not None else Judge
 
     def shows(self, beta: float) -> float:
         """That of `inside`, and of ⟨∇J, û⟩ as it is at least over what it is about."""
         if self.length is None:
             return self.inside.shows(beta)
-        low, about = float(interval(self.length, confidence=1 - beta / 2, sides=1)[0][0]), float(self.length.mean[0])
+        low, about = _at_least(self.length, beta), float(self.length.mean[0])
         return self.inside.shows(beta / 2) * max(low, 0.0) / about if about > 0 and low > 0 else 0.0
 
     def settings(self, asked: Settings) -> Settings:
@@ -101,8 +95,26 @@ class Paired:
     def told(self, moments: Moments, asked: Settings) -> Moments:
         """With what it was compared with."""
         view = self.inside.view(self.shows(asked.beta / 2) if moments.judgements else 1.0)
-        found = self.inside.said(moments, replace(view, reference=self.reference, against=self.trusted.name))
+        found = self.inside.said(moments, replace(view, reference=self.reference, against=self.against))
         return found if self.length is None else _with_pilot(found, self.length)
+
+
+@dataclass(frozen=True, eq=False)
+class Paired(Beside):
+    """r is what a trusted estimator says of the same rollouts."""
+
+    trusted: Estimator
+
+    def drawn(self, table: Trajectories, index: Tensor, first: int) -> Tensor:
+        """Made once for all that are compared with it."""
+        last = self.__dict__.get("_drawn", (None, None, None))
+        if last[0] is not table or last[1] is not index:
+            labels = self.inside.problem.group_labels.to(index.device)
+            r = self.project(coefficients_on(self.trusted, table, index, labels), table, index)
+            last = self.__dict__["_drawn"] = (table, index, r)
+        r = last[2]
+        assert r is not None
+        return r
 
 
 def _with_pilot(found: Moments, length: Scores) -> Moments:
@@ -117,14 +129,24 @@ def _with_pilot(found: Moments, length: Scores) -> Moments:
         1 + (x - 1) * (more if (x < 1) is low_end else less) for x, low_end in ((scale.low, True), (scale.high, False))
     ]
     said = {"rel": Interval(rel.value, rel.low * less, rel.high * more), "scale": Interval(scale.value, *ends)}
-    return replace(found, intervals={**found.intervals, **said})
+    judged = dict(found.judgements)
+    if None in judged:  # which has its κ from r itself
+        off = judged[None].off_axis
+        judged[None] = replace(judged[None], off_axis=replace(off, high=min(off.high * more, 1.0)))
+    return replace(found, intervals={**found.intervals, **said}, judgements=judged)
 
 
 def paired(
-    problem: Problem, around: Callable[[Tensor | None], Seen], *, seed: int = 0, pilot: int = PILOT, device: str = "cpu"
+    problem: Problem,
+    around: Callable[[Tensor | None], Seen],
+    *,
+    seed: int = 0,
+    pilot: int = PILOT,
+    beta: float = BETA,
+    device: str = "cpu",
 ) -> Paired:
     """Beside a trusted estimator, in the space `around` ∇J (None), or where this is not known around the direction of a
-    pilot's mean.
+    pilot's mean, which is drawn once for a problem; `beta` as of the verdict.
 
     Raises:
         UsageError: no estimator is known to be unbiased there.
@@ -132,32 +154,51 @@ def paired(
     r = trusted_mixture(problem)
     if not problem.written:
         inside = around(None)
-        return Paired(inside, inside.seen(problem.parameter_gradient()), r)
+        return Paired(inside, inside.seen(problem.parameter_gradient()), None, r.name, r)
+    kept, key = _PILOTS.setdefault(problem, {}), (seed, pilot, beta, device)
+    if key not in kept:
+        kept[key] = _piloted(r, problem, seed=seed, pilot=pilot, beta=beta, device=device)
+    u, scores, told = kept[key]
+    inside = around(u)
+    return Paired(inside, inside.seen(u) * (float(scores.mean[0]) if told else 0.0), scores, r.name, r)
+
+
+def _piloted(
+    r: Estimator, problem: Problem, *, seed: int, pilot: int, beta: float, device: str
+) -> tuple[Tensor, Scores, bool]:
+    """û `[P]`, the scores ⟨r, û⟩, and whether they tell ∇J from 0 at the level that a tolerance is given."""
     sampler = problem.sampler(seed=-1 - seed, device=device)  # users' seeds are ≥ 0
-    P = sum(p.numel() for p in problem.policy.parameters())
 
-    def half(first: int, along: Tensor | None) -> tuple[Tensor, Scores]:
-        """Σ r of `pilot` draws, and the scores ⟨r, û⟩."""
-        total, scores = torch.zeros(P, dtype=torch.float64), Scores.none(1)
-        for low in range(first, first + pilot, GRAIN):
-            table, index = sampler.draw(low, min(GRAIN, first + pilot - low))
-            c = coefficients_on(r, table, index, sampler.labels)
-            for x in estimates_in_parameters(c, table, index, problem):
-                total += x.sum(0).cpu()
-                if along is not None:
-                    scores = scores.merge(Scores.of((x.cpu() @ along).unsqueeze(1).numpy()))
-        return total, scores
+    def drawn(first: int, last: int) -> Iterator[tuple[Tensor, Trajectories, Tensor]]:
+        """Coefficients, tables and rows of those draws."""
+        for low in range(first, last, size := draws_at_once(sampler, GRAIN)):
+            table, index = sampler.draw(low, min(size, last - low))
+            yield coefficients_on(r, table, index, sampler.labels), table, index
 
-    total, _ = half(0, None)
+    def total(first: int, last: int) -> Tensor:
+        """Σ r, by one backward pass."""
+        each = (
+            total_in_parameters(c.flatten(0, 1), table, index.flatten(), policy_of(table, problem)).cpu()
+            for c, table, index in drawn(first, last)
+        )
+        return torch.stack(list(each)).sum(0)
+
+    direction = total(0, pilot)
     while True:
-        u = total / size if (size := float(total.norm())) > 0 else total
-        more, scores = half(pilot, u)
+        u = direction / size if (size := float(direction.norm())) > 0 else direction
+        scores = Scores.none(1)
+        for c, table, index in drawn(pilot, 2 * pilot):
+            x = by_draws(c, table, index, problem, u.unsqueeze(1).to(c.device))
+            scores = scores.merge(Scores.of(x.cpu().numpy()))
         low = float(interval(scores)[0][0])
         if low > 0.5 * float(scores.mean[0]) or 2 * pilot > MOST_PILOT:
-            break
-        total, pilot = total + more, 2 * pilot
-    inside = around(u)
-    return Paired(inside, inside.seen(u) * (float(scores.mean[0]) if low > 0 else 0.0), r, scores)
+            return u, scores, _at_least(scores, beta / 2) > 0
+        direction, pilot = direction + total(pilot, 2 * pilot), 2 * pilot
+
+
+def _at_least(length: Scores, beta: float) -> float:
+    """A bound of ⟨∇J, û⟩ from below, wrong with probability β/2 at most; NaN where there is none."""
+    return float(interval(length, confidence=1 - beta / 2, sides=1)[0][0])
 
 
 def coefficients_on(e: Estimator, table: Trajectories, index: Tensor, labels: Tensor) -> Tensor:

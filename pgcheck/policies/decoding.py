@@ -90,3 +90,15 @@ def truncated(logits: Tensor, *, top_k: int | None = None, top_p: float | None =
         keep = keep & (left.cumsum(-1) - left < top_p - 1e-12)
     keep = keep.expand_as(mass)
     return logits.masked_fill(~torch.zeros_like(keep).scatter(-1, order, keep), -math.inf)
+
+
+class Between(nn.Module):
+    """Logits `fraction` of the way from those of one language model to those of another at a temperature."""
+
+    def __init__(self, model: nn.Module, old: nn.Module, *, fraction: float, temperature: float = 1.0) -> None:
+        super().__init__()
+        self.model, self.old, self.fraction, self.temperature = model, old, fraction, temperature
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        z: Tensor = (1.0 - self.fraction) * self.model(tokens) + self.fraction / self.temperature * self.old(tokens)
+        return z

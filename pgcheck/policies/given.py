@@ -84,7 +84,7 @@ def writers(
     if behavior is None:
         return model, None, reference
     how = behavior if isinstance(behavior, Decoding) else Decoding(behavior)
-    writer = taken("behavior_logits", how.by(model).model)
+    writer = model if how.model is None else taken("behavior_logits", how.model)
     if how.dtype != torch.float64:
         LanguageModel(writer.model, task.probes(), vocab_size=task.vocab_size, dtype=how.dtype)  # it runs
     return model, replace(how, model=writer), reference

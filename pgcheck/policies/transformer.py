@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -24,6 +24,9 @@ from pgcheck.errors import BudgetError, ProblemError, in_words
 from pgcheck.memory import free_memory, in_bytes, kept_by
 from pgcheck.policies.prefixes import LEAST_TOKENS, MOST_PAIRS, Branching, branching
 from pgcheck.seeding import random_state_kept
+
+Keep = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+# (keys, values) `[n, heads, L, d]` of a layer's tokens -> those of the S tokens that `attend` is about, kept ones first
 
 
 class Block(nn.Module):
@@ -36,11 +39,15 @@ class Block(nn.Module):
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
-    def forward(self, x: Tensor, attend: Tensor) -> Tensor:  # [n, L, D], [L, L] or [n, 1, L, L]
+    def forward(
+        self, x: Tensor, attend: Tensor, keep: Keep | None = None
+    ) -> Tensor:  # [n, L, D], [L, S] or [n, 1, L, S]
         q, k, v = (
             y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in self.qkv(self.norm_attention(x)).chunk(3, -1)
         )
-        score = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # [n, heads, L, L]
+        if keep is not None:
+            k, v = keep(k, v)
+        score = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # [n, heads, L, S]
         seen = torch.softmax(score.masked_fill(~attend, -math.inf), -1) @ v
         x = x + self.out(seen.transpose(1, 2).flatten(2))
         return x + self.down(nn.functional.gelu(self.up(self.norm_mlp(x))))
@@ -51,7 +58,7 @@ class TinyGPT(nn.Module):
 
     Weights have standard deviation 1/√fan-in and three decimals, so that they do not depend on the machine; with the default
     width two layers have 25 thousand. Given `position` `[n, L]` and `attend` `[n, L, L]`, where each token stands and what it
-    sees, it reads texts with branches (`pgcheck.policies.prefixes`).
+    sees, it reads texts with branches (`pgcheck.policies.prefixes`); with `keep`, texts that go on (`Keep`).
     """
 
     reads_branches = True
@@ -77,18 +84,23 @@ class TinyGPT(nn.Module):
                 elif name.endswith("bias"):
                     p.zero_()
 
-    def forward(self, tokens: Tensor, position: Tensor | None = None, attend: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        position: Tensor | None = None,
+        attend: Tensor | None = None,
+        keep: Keep | None = None,
+    ) -> Tensor:
         L, device = tokens.shape[1], tokens.device
         x = self.token(tokens) + self.position(torch.arange(L, device=device) if position is None else position)
         seen = torch.ones(L, L, dtype=torch.bool, device=device).tril() if attend is None else attend.unsqueeze(1)
         for block in self.blocks:
-            x = block(x, seen)
+            x = block(x, seen, keep)
         logits: Tensor = self.head(self.norm(x))
         return logits
 
 
 _CHECKED = 256  # prefixes of each length
-_LARGE = 10**6  # weights of a model of which a pass may not fit
 PASS = 1.25  # what a pass takes at its peak, of what it keeps: gradients of activations come and go
 
 
@@ -154,10 +166,22 @@ class LMPolicy(nn.Module):
 
     def bytes_of_pass(self, rows: int) -> float:
         """What a forward and a backward pass of so many rows take at their peak: what they keep, and gradients of weights."""
+        one, two = self._kept
+        weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        return PASS * (one + (two - one) * (rows - 1)) + 2 * weights
+
+    def bytes_of_row(self) -> float:
+        """What one more row takes."""
+        one, two = self._kept
+        return PASS * max(two - one, one if len(self.tokens) == 1 else 0)
+
+    @cached_property
+    def _kept(self) -> tuple[int, int]:
+        """By a pass of one row, and of two."""
         weights = list(self.model.parameters())
         first = [min(k, len(self.tokens)) for k in (1, 2)]
         one, two = (kept_by(partial(self._says, self.tokens[:k], self.length[:k]), besides=weights) for k in first)
-        return PASS * (one + (two - one) * (rows - 1)) + 2 * sum(p.numel() * p.element_size() for p in weights)
+        return one, two
 
     def _copied(self, model: nn.Module) -> nn.Module:
         return copy.deepcopy(model).to(self.dtype)  # the caller's own stays as it is
@@ -172,9 +196,8 @@ class LMPolicy(nn.Module):
         policy.register_buffer("tokens", tokens)
         policy.register_buffer("length", torch.full_like(tokens[:, 0], tokens.shape[1]))
         policy.register_buffer("where", where)
-        if sum(p.numel() for p in model.parameters()) > _LARGE:
-            with random_state_kept():
-                policy._fit()
+        with random_state_kept():
+            policy._fit()
         return policy
 
     def _place(self, texts: list[tuple[int, ...]], room: int | None, why: str) -> None:

@@ -16,7 +16,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor
 
 from pgcheck.engines.choice import Engine, moments_by
 from pgcheck.engines.exact import DEFAULT_BUDGET
@@ -24,6 +23,7 @@ from pgcheck.engines.moments import Moments, Progress
 from pgcheck.engines.monte_carlo import Sampling
 from pgcheck.errors import BudgetError, UsageError
 from pgcheck.estimators.base import Estimator
+from pgcheck.policies.decoding import Between, Decoding
 from pgcheck.policies.tabular import SoftmaxTable
 from pgcheck.problem import Problem
 from pgcheck.runs.report import EstimatorRow, ProblemRow, estimator_row, problem_row
@@ -235,7 +235,7 @@ def _points(problem: Problem, sweeps: Sweeps) -> Iterable[tuple[str, dict[str, f
     for name, groups, G in plans:
         moved: dict[str, float] = {"groups": groups, "group_size": G, "rows": groups * G}
         yield name, moved, problem.with_sampling(groups=groups, group_size=G)
-    for fraction in () if problem.written else sweeps.staleness:  # there are no logits to move
+    for fraction in sweeps.staleness:
         stale = replace(problem, behavior_logits=stale_logits(problem, fraction))
         rows = math.nan
         if problem.enumerable:
@@ -248,8 +248,12 @@ def _point_name(sweep: str, moved: Mapping[str, float]) -> str:
     return f"{name} = {moved[name]:g}"
 
 
-def stale_logits(problem: Problem, fraction: float) -> Tensor:
-    """Logits `fraction` of the way to an older policy's; where that one never acts so, nor do these, but at 0."""
+def stale_logits(problem: Problem, fraction: float) -> Any:
+    """Logits `fraction` of the way to an older policy's; where that one never acts so, nor do these, but at 0. Of a task that
+    models write: a model that says them, in float64 and without cuts; None at 0."""
+    if problem.written:
+        how: Any = problem.behavior_logits or Decoding(problem.at(1).policy)
+        return Between(problem.policy, how.model, fraction=fraction, temperature=how.temperature) if fraction else None
     old = problem.at(1).logits if problem.behavior_logits is None else problem.behavior_logits
     if fraction == 0.0:
         return problem.logits

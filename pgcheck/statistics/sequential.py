@@ -74,7 +74,7 @@ __all__ = [
 
 _TAIL = 256  # largest scores kept for the tail index
 _PILOT_GRAMS = 32  # Gram blocks of each doubling
-_SLACK = 32  # roundings of the draws' own dtype that may look like a bias
+SLACK = 32  # roundings of the draws' own dtype that may look like a bias
 _W = len(WITNESSES)
 _ASIDE, _CONFIRM = _W, _W + 1  # columns of the directions after the witnesses
 _LOUDEST, _SPREAD = _CONFIRM + 1, _CONFIRM + 2  # and of the scores after those
@@ -136,6 +136,11 @@ class Judge:
     def draws(self) -> int:
         """Draws eaten so far."""
         return self._ever.n
+
+    @property
+    def paired(self) -> bool:
+        """Whether it can be given draws of the reference."""
+        return self.scale is not None
 
     @property
     def spectrum(self) -> Spectrum:
@@ -210,11 +215,11 @@ class Judge:
         if isinstance(draws, Tensor):
             draws = Grain.of(draws.to(device), self._centre if self.draws else None)
         self._eps = max(self._eps, draws.eps)
-        self._refuse_not_finite(draws.total, draws.x)
+        refuse_not_finite(draws.x, self.draws, total=draws.total)
         if reference_draws is None:
             return draws, None
         r = reference_draws.detach().to(device=device, dtype=torch.float64).contiguous()
-        self._refuse_not_finite(r.sum(), r)
+        refuse_not_finite(r, self.draws)
         return draws, r
 
     def _scores(self, x: Grain, d: Grain, at: Tensor) -> Tensor:
@@ -246,13 +251,6 @@ class Judge:
         both = torch.cat([y[:, :_W], -y[:, :TWO_SIDED]], 1).cpu().numpy()
         self._wealth = self._wealth.after(both, np.concatenate([shifts, shifts[:TWO_SIDED]]), bound)
         self._q = self._q.merge(Scores.of(norms2.unsqueeze(1).cpu().numpy()))
-
-    def _refuse_not_finite(self, total: Tensor, x: Tensor) -> None:
-        if bool(torch.isfinite(total.sum())):
-            return
-        bad = ~torch.isfinite(x).all(1)
-        if bool(bad.any()):
-            raise NotFiniteError(f"draw {self.draws + int(bad.nonzero()[0, 0])} of the stream is NaN or infinite.")
 
     def _add_spectrum(self, d: Tensor, at: Tensor) -> None:
         """The Gram block of this grain, if it is one of about 32 in each doubling of n."""
@@ -360,7 +358,7 @@ class Judge:
 
     def _shifts(self) -> Floats:
         """What a mean must exceed, for each witness: Δ in mode `exceeds`, and what rounding of the draws could make."""
-        slack = _SLACK * self._eps * (self._size @ self._v[:, :_W].abs()).cpu().numpy()
+        slack = SLACK * self._eps * (self._size @ self._v[:, :_W].abs()).cpu().numpy()
         if self.settings.mode == "exceeds" and self.scale is not None:
             slack = slack + self._allowed
         return np.asarray(slack)
@@ -395,7 +393,7 @@ class Judge:
         return [float(z_scores(part.plus(-shift))[0]) for part in self._parts]
 
     def _confirming_shift(self) -> float:
-        slack = _SLACK * self._eps * float(self._size @ self._v[:, _CONFIRM].abs())
+        slack = SLACK * self._eps * float(self._size @ self._v[:, _CONFIRM].abs())
         if self.settings.mode == "exceeds" and self.scale is not None:
             slack += self._allowed
         return slack
@@ -638,6 +636,15 @@ _NUMBERS = (
     "decided", "next_look", "_norms2", "_norms", "_weight2", "_looked", "_spent", "_eps", "_frozen", "_frozen_at",
     "_shown", "_failed", "_passed", "_last", "_aside_low",
 )  # fmt: skip
+
+
+def refuse_not_finite(x: Tensor, before: int, *, total: Tensor | None = None) -> None:
+    """Raise for the first of draws `[n, P]` that is not finite; so many came before them. `total`: some sum of all of them."""
+    if bool(torch.isfinite((x if total is None else total).sum())):
+        return
+    bad = ~torch.isfinite(x).all(1)
+    if bool(bad.any()):
+        raise NotFiniteError(f"draw {before + int(bad.nonzero()[0, 0])} of the stream is NaN or infinite.")
 
 
 def total_variance(spread: Scores, gap: Floats, *, confidence: float = CONFIDENCE) -> tuple[Floats, Floats, Floats]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pgcheck.errors import BudgetError
+from pgcheck.fingerprint import described
 from pgcheck.generation import WritingSampler
 from pgcheck.policies.decoding import Decoding
 from pgcheck.policies.transformer import LanguageModel
@@ -52,7 +53,17 @@ class ByModels(OfTask):
     @property
     def on_policy(self) -> bool:
         how = self.behavior
-        return how is None or (how.plain and _same_weights(self._writer, self.policy))
+        return how is None or (how.plain and self._says_the_same(self._writer))
+
+    def _says_the_same(self, writer: nn.Module) -> bool:
+        """As the policy: it has the same weights, and does the same with them."""
+        if writer is self.policy:
+            return True
+        texts = [torch.tensor([text]) for text in self.task.probes()[:8]]
+        with torch.no_grad():
+            return _same_weights(writer, self.policy) and all(
+                torch.allclose(writer(x), self.policy(x), rtol=0, atol=1e-12) for x in texts
+            )
 
     @property
     def full_support(self) -> bool:
@@ -95,12 +106,14 @@ class ByModels(OfTask):
     # -- identity
 
     def identity(self, tables: Sequence[bytes], sizes: tuple[int, ...]) -> Iterator[bytes]:
-        """Over the weights, what the models say on a few texts, and what those are paid: all that is known of a reward."""
+        """Over the weights, what the models say on a few texts, what those are paid, and the source of reward and tool: all
+        that is known of them."""
         task, how = self.task, self.behavior
         yield repr((task.prompts, task.vocab_size, task.eos, task.max_new_tokens, task.returns)).encode()
         texts = task.probes()
         yield repr(texts).encode()
         yield repr(task.scores([(s, t) for s, t, _ in task.probe_completions()])).encode()
+        yield f"{described(task.reward)}\n{described(task.tool)}".encode()
         yield b"none" if how is None else repr((how.temperature, how.top_k, how.top_p, how.dtype)).encode()
         for model in (self.policy, None if how is None else how.model, self.ref):
             yield b"none" if model is None else b"model"

@@ -12,7 +12,7 @@ import torch
 from scipy import stats
 
 import pgcheck
-from pgcheck.engines import sketch
+from pgcheck.engines import sketch, trusted
 from pgcheck.engines.coefficients import coefficients_of
 from pgcheck.engines.exact import exact_moments
 from pgcheck.engines.monte_carlo import monte_carlo
@@ -21,8 +21,11 @@ from pgcheck.engines.sketch import SketchSpace, default_space
 from pgcheck.engines.trusted import Paired, trusted_estimator, trusted_mixture
 from pgcheck.errors import UsageError
 from pgcheck.policies import Decoding, TinyGPT
+from pgcheck.problem import Problem
+from pgcheck.runs.runner import run
 from pgcheck.statistics.guarded import interval
 from pgcheck.statistics.sequential import Settings
+from pgcheck.statistics.status import Status
 from tests.engines.test_sketch import problem
 
 LIGHT = Settings(alpha=1e-4, first=2_048)
@@ -118,3 +121,58 @@ def test_where_a_sampled_verdict_is_given(monkeypatch: pytest.MonkeyPatch) -> No
     assert isinstance(default_space(cut), SketchSpace)  # nothing is known to be unbiased
     with pytest.raises(UsageError, match="no estimator is known to be unbiased"):
         default_space(problem("written", behavior_logits=Decoding(top_k=2)))
+
+
+def test_a_scale_that_is_not_named(tmp_path: Path) -> None:
+    """Some κ > 0, judged against draws of the reference, as the same task tells exactly as a table; also interrupted."""
+    p, table = problem("written", group_size=4), problem(group_size=4)
+    names = ("leave_one_out", "grpo")
+    e = [replace(pgcheck.as_estimator(n), claims=(pgcheck.proportional(),)) for n in names]
+    given: dict[str, Any] = {"scales": [[None]] * 2, "space": default_space(p), "draws": 8_192, "settings": LIGHT}
+    found = monte_carlo(e, p, **given)
+    g = table.parameter_gradient()
+    for m, exact in zip(found, exact_moments(e, table), strict=True):
+        mean = exact.mean_in_parameters()
+        κ = float(mean @ g / (g @ g))
+        off = float((mean - κ * g).norm() / mean.norm())
+        v = m.judgements[None]
+        assert v.status is (Status.PASS if off < 1e-9 else Status.FAIL)
+        assert v.off_axis.low <= off <= v.off_axis.high + 1e-9
+    assert [m.judgements[None].status for m in found] == [Status.PASS, Status.FAIL]
+    kept = tmp_path / "kept"
+
+    class StopError(Exception): ...
+
+    def stop(what: str, done: int, total: int) -> None:
+        raise StopError
+
+    with pytest.raises(StopError):
+        monte_carlo(e, p, checkpoint=kept, block=3, progress=stop, **given)
+    again = monte_carlo(e, p, checkpoint=kept, **given)
+    assert [repr(m.judgements) for m in again] == [repr(m.judgements) for m in found]
+    report = run(e[1:2], [p], checks=["proportional"], engine="auto", sampling=pgcheck.Sampling(draws=8_192))
+    (verdict,) = report.verdicts
+    assert verdict.status == "FAIL"
+
+
+def test_a_gradient_that_a_pilot_does_not_tell_from_0() -> None:
+    """Of a reward that is the same for all completions: there is no tolerance, which takes no more draws than a first look."""
+    task = replace(problem("written").env, reward=lambda prompt, text: 1.0)
+    p = Problem(task, TinyGPT(3, width=8), group_size=2)
+    with pytest.raises(pgcheck.BiasError, match="does not tell it from 0: there is no tolerance") as caught:
+        pgcheck.check_estimator("reinforce", p, checks=["unbiased"])
+    (m,) = caught.value.report.measurements
+    assert m.batches == pgcheck.Sampling().settings.first_look
+
+
+def test_a_pilot_is_drawn_once_for_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    p, drawn = problem("written"), []
+    original = trusted.coefficients_on
+    monkeypatch.setattr(trusted, "coefficients_on", lambda *a: drawn.append(a) or original(*a))
+    first = default_space(p)
+    often = len(drawn)
+    again, other = default_space(p), default_space(p, seed=1)
+    assert often > 0
+    assert len(drawn) == 2 * often
+    assert torch.equal(first.reference, again.reference)
+    assert not torch.equal(first.reference, other.reference)

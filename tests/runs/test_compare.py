@@ -12,8 +12,11 @@ import pytest
 import torch
 
 import pgcheck
+from pgcheck.envs import language
+from pgcheck.policies import Decoding, TinyGPT
 from pgcheck.problem import Problem
 from pgcheck.registry import find_problem
+from pgcheck.runs import compare
 from pgcheck.runs.compare import Comparison, Sweeps, stale_logits
 from tests.engines.oracle import rollout_chances
 
@@ -183,3 +186,34 @@ def test_a_sample_in_parameters() -> None:
             assert low - (high - low) <= exact[name][i] <= high + (high - low), name
         assert not found["variance_low"][i] <= logits["variance"][i] <= found["variance_high"][i]
     assert list(found["batches"]) == [4096, 4096]
+
+
+@pytest.mark.parametrize("how", [None, Decoding(TinyGPT(3, width=8, seed=5), temperature=0.8)])
+def test_an_old_model_that_writes(how: Decoding | None) -> None:
+    """Its law, where completions are too many to be listed, is that of the logits where they can be; and it is swept over."""
+    task, model = language.parity(), TinyGPT(3, width=8, seed=3)
+    listed, written = (
+        Problem(t, model, behavior_logits=how, group_size=2)
+        for t in (task, replace(task, max_completions=1, max_prefixes=1))
+    )
+    for fraction in (0.0, 0.5, 1.0):
+        known = torch.log_softmax(stale_logits(listed, fraction), -1)
+        moved = replace(written, behavior_logits=stale_logits(written, fraction))
+        assert moved.on_policy == (fraction == 0)
+        table, _ = moved.sampler(seed=1).draw(0, 40)
+        number = {text: k for k, text in enumerate(task.contexts)}
+        texts = table.policy.texts
+        for n, t in (table.paths.mask > 0).nonzero().tolist():
+            k = number[texts[int(table.paths.context[n, t])]]
+            expected = float(known[k, table.paths.action[n, t]])
+            assert float(table.behavior_logp[n, t]) == pytest.approx(expected, abs=1e-12)
+    e = [pgcheck.as_estimator("trajectory_is")]
+    found = compare.comparison(
+        e,
+        [written],
+        sweeps=Sweeps((), (), (1.0,), draws=4_096),
+        engine="auto",
+        sampling=pgcheck.Sampling(draws=4_096),
+    ).tables["staleness"]
+    assert list(found["staleness"]) == [1.0]
+    assert bool((found["variance"] > 0).all())

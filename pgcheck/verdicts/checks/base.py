@@ -21,6 +21,7 @@ from pgcheck.problem import Problem
 from pgcheck.verdicts.verdict import Status, Verdict
 
 PROBES = 48  # random batches a check looks at
+_BYTES_AT_ONCE = 2**28  # that estimates in logits may take: of a task that is written, K·A may be many millions
 SAME = 1e-5  # of the largest: below, two implementations of one formula may differ by their ε
 
 Kind = Literal["bias", "invariance", "hygiene"]
@@ -99,8 +100,12 @@ def estimates_gap(estimator: Estimator, other: Estimator, problem: Problem) -> f
     """The largest difference between the ĝ of both over `PROBES` random batches, relative to the largest of `other`'s."""
     table = problem.probe_table(tuple(dict.fromkeys((*estimator.needs, *other.needs))))
     index = Batches(table, problem.sizes).random(PROBES, seed=7)
-    found, expected = (estimates(e, table, index, problem.group_labels) for e in (estimator, other))
-    size, gap = float(expected.abs().max()), float((found - expected).abs().max())
+    sizes, gaps = [], []
+    for some in index.split(max(1, _BYTES_AT_ONCE // (8 * 6 * table.contexts * table.actions))):
+        found, expected = (estimates(e, table, some, problem.group_labels) for e in (estimator, other))
+        sizes.append(expected.abs().max())
+        gaps.append((found - expected).abs().max())
+    size, gap = float(torch.stack(sizes).max()), float(torch.stack(gaps).max())
     return gap / size if size > 0 else gap
 
 
