@@ -21,7 +21,7 @@ from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ from pgcheck.trajectories import SideTable, Trajectories, is_count
 
 DEFAULT_DRAWS = 262_144  # most draws of one problem
 MOST_COORDINATES = 16_384  # P: a grain of them is 128 MiB
-_BLOCK_ELEMENTS = 120_000  # positions evaluated at once
+_BLOCK_ELEMENTS = 240_000  # positions evaluated at once
 _GRAMS = 32  # grains of each doubling whose spectrum is taken
 _FORMAT = "pgcheck-checkpoint/4"
 _SCORES_A_POSITION = 8  # entries of a table of scores that cost as much as one position of the draws
@@ -103,6 +103,14 @@ class Known:
         return moments
 
 
+class _Shared(NamedTuple):
+    """What estimators with one weight a row have in common on the same draws."""
+
+    table: Trajectories
+    scores: Tensor  # [N, K·A]
+    draws: Draws
+
+
 @dataclass(frozen=True)
 class LogitSpace(Known):
     """ĝ in logit space, against ∇J."""
@@ -125,14 +133,12 @@ class LogitSpace(Known):
         N, cells, positions = len(table), table.contexts * table.actions, index.numel() * table.paths.steps
         if w.device.type != "cpu" or N * cells > _SCORES_A_POSITION * positions or cells > 32 * table.paths.steps:
             return None
-        (of, scores), (rows, draws) = self.__dict__.get("_made", ((None, None), (None, None)))
-        if of is not table or scores is None:
-            scores = scores_of(table)
-        if rows is not index or draws is None:
-            draws = Draws.plain(index)
-        self.__dict__["_made"] = ((table, scores), (index, draws))
+        shared: _Shared | None = self.__dict__.get("_shared")
+        if shared is None or shared.table is not table or shared.draws.index is not index:
+            scores = scores_of(table) if shared is None or shared.table is not table else shared.scores
+            shared = self.__dict__["_shared"] = _Shared(table, scores, Draws.plain(index))
         x = w.new_empty(len(w), cells, dtype=torch.float64)
-        draws.combine(w.to(torch.float64), scores, x)
+        shared.draws.combine(w.to(torch.float64), shared.scores, x)
         return x
 
 
@@ -312,6 +318,7 @@ class _Lane:
         account = Account.of_grain(draws, reference, gram=gram and not (self._judged and r is None))
         if r is None:
             return _Grain(draws, None, account, None)
+        r = r.detach().to(torch.float64)
         beside = Grain.of(draws.x - r + reference, reference)
         return _Grain(draws, r, account, Account.of_grain(beside, reference, gram=gram and not self._judged))
 

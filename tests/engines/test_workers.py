@@ -43,6 +43,32 @@ def test_results_come_in_the_order_of_tasks(count):
     assert os.getpid() not in {x["pid"] for x in found}
 
 
+def test_tensors_arrive_as_they_are():
+    """Of every dtype and shape, strided, empty, and one that is there twice."""
+    x = torch.arange(12, dtype=torch.float64).reshape(3, 4)
+    sent = [
+        x,
+        x.T,
+        x[:, 1],
+        x[0, 0],
+        x.to(torch.float32),
+        x > 3,
+        x.long(),
+        torch.zeros(0, 5),
+        x,
+        {"in": (x.requires_grad_(),)},
+    ]
+    with Workers(1, lambda number: sent) as workers:
+        workers.give(0)
+        found = workers.take()
+    for here, there in zip(sent[:-1], found[:-1], strict=True):
+        assert torch.equal(here, there)
+        assert here.dtype == there.dtype
+        assert there.data_ptr() % 64 == 0 or there.numel() == 0  # aligned as torch does it
+    assert torch.equal(found[-1]["in"][0], x)
+    assert found[0] is found[8]
+
+
 def test_an_error_is_raised_where_the_result_is_taken():
     class Unpicklable(Exception):
         def __init__(self, one, two):
