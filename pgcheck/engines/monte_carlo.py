@@ -65,8 +65,8 @@ class Space(Protocol):
     def project(self, c: Tensor, table: Trajectories, index: Tensor) -> Tensor:
         """Estimates `[count, P]` from coefficients `[count, B, T]` (or `[count, B, T, A]`) of the rows `index` `[count, B]`."""
 
-    def drawn(self, table: Trajectories, index: Tensor) -> Tensor | None:
-        """An unbiased estimate of ∇J from every draw, `[count, P]`, where `reference` is not ∇J itself."""
+    def drawn(self, table: Trajectories, index: Tensor, e: Estimator) -> Tensor | None:
+        """An unbiased estimate of ∇J from every draw, `[count, P]`, to compare `e` with; None: `reference` alone."""
 
     def judges(self, scale: Scale) -> bool:
         """Whether E x = κ ∇J can be judged here; None: some κ > 0."""
@@ -74,14 +74,14 @@ class Space(Protocol):
     def settings(self, asked: Settings) -> Settings:
         """Those of a judge in this space, whose verdict then keeps what was asked for."""
 
-    def told(self, moments: Moments, asked: Settings) -> Moments:
-        """What a judge and an account found here, as said of ĝ."""
+    def told(self, moments: Moments, asked: Settings, e: Estimator) -> Moments:
+        """What a judge and an account of `e` found here, as said of ĝ."""
 
 
 class Known:
     """What a space does in which ∇J is known and nothing of an estimate is out of sight."""
 
-    def drawn(self, table: Trajectories, index: Tensor) -> Tensor | None:
+    def drawn(self, table: Trajectories, index: Tensor, e: Estimator) -> Tensor | None:
         """None."""
         return None
 
@@ -93,7 +93,7 @@ class Known:
         """As asked."""
         return asked
 
-    def told(self, moments: Moments, asked: Settings) -> Moments:
+    def told(self, moments: Moments, asked: Settings, e: Estimator) -> Moments:
         """As found."""
         return moments
 
@@ -449,7 +449,7 @@ class _Run:
                         self._name_draw(estimators[i], low, len(index))
                         raise
                     parts[i].append(self.space.project(c, table, index))
-                    if (r := self.space.drawn(table, index)) is not None:
+                    if (r := self.space.drawn(table, index, estimators[i])) is not None:
                         others[i].append(r)
         return [(torch.cat(x), torch.cat(r) if r else None) for x, r in zip(parts, others, strict=True)]
 
@@ -488,7 +488,7 @@ class _Run:
         )
         if paired is not None:
             found = _with_bias_of(found, paired, self.reference, confidence)
-        found = self.space.told(found, self.settings)
+        found = self.space.told(found, self.settings, lane.estimator)
         # a sketch's variance is a guess of that of ĝ, whose error no pair of draws shows
         sketched = found.view is not None and found.view.directions is not None
         if sketched or lane.pairs is None or self.beside is None:
