@@ -22,6 +22,7 @@ _WHERE = {
     "pgcheck.engines.moments": ("Moments",),
     "pgcheck.engines.monte_carlo": ("Sampling", "monte_carlo"),
     "pgcheck.engines.parameters": ("ParameterSpace",),
+    "pgcheck.engines.stored": ("reference_draws",),
     "pgcheck.engines.sketch": ("SketchSpace", "sketch_moments"),
     "pgcheck.envs.language": ("LMTask",),
     "pgcheck.envs.tabular": ("TabularMDP",),
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from pgcheck.engines.monte_carlo import Sampling, monte_carlo
     from pgcheck.engines.parameters import ParameterSpace
     from pgcheck.engines.sketch import SketchSpace, sketch_moments
+    from pgcheck.engines.stored import reference_draws
     from pgcheck.envs.language import LMTask
     from pgcheck.envs.tabular import TabularMDP
     from pgcheck.envs.text import text_task

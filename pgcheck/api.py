@@ -92,6 +92,7 @@ def check_estimator(
     search: bool = False,
     engine: Engine | None = None,
     sampling: Sampling | None = None,
+    space: Space = "logits",
     progress: Progress | None = None,
 ) -> Report:
     """Judge an estimator's claims, exactly, and everything else a correct loss has.
@@ -113,6 +114,8 @@ def check_estimator(
             verdict may be INCONCLUSIVE, which is raised like a failure.
         sampling: `pgcheck.Sampling(tolerance=.05, alpha=1e-6, beta=1e-3, draws=262144, seed=0)`: what sampled verdicts call
             biased, how often they may be wrong, and how many batches they may draw.
+        space: where E ĝ is held against ∇J. Unbiased in `"logits"` is unbiased in every parametrisation; `"parameters"` asks
+            less, and only of the policy that a problem has.
         search: hunt for a counterexample among random problems as well, of the same kind as `problems` (on-policy if those
             are); the smallest ends the message, as code. A few seconds; the same problems every time.
 
@@ -126,6 +129,10 @@ def check_estimator(
     """
     if not (isinstance(rtol, (int, float)) and 0.0 < rtol < 1.0):
         raise UsageError(f"rtol: {rtol!r}; it must lie between 0 and 1.")
+    if space not in get_args(Space):
+        raise UsageError(f"space: {space!r}; expected 'logits' or 'parameters'.")
+    if search and space != "logits":
+        raise UsageError("search: counterexamples are looked for in logits; leave out space='parameters'.")
     e = as_estimator(estimator)
     if same_as is not None:
         other = find_estimator(same_as)
@@ -136,7 +143,7 @@ def check_estimator(
     with ProgressBar() as bar:
         report = run(
             [e], chosen, suite="check", checks=checks, budget=budget, rtol=rtol, engine=engine_on(engine, chosen),
-            sampling=sampling, progress=progress or bar,
+            sampling=sampling, space=space, progress=progress or bar,
         )  # fmt: skip
     named, words = report, ""
     smallest: list[Problem] = []

@@ -7,12 +7,14 @@ Where ĝ can be enumerated it has a finite law, and a sample of n draws is a mul
   a false FAIL takes both, on independent draws;
 * **certificate** with a bias planted exactly at the tolerance, in four directions: a false PASS;
 * both stages of mode `exceeds`, with a bias planted exactly at the tolerance;
+* a confirming part where κ is open and the reference drawn as well (`pgcheck.statistics.open_scale`);
 * **intervals**: how often one that is given misses, after a fixed number of draws and at whichever look a run stopped;
 * **power**: draws to a FAIL, against the test that knows the direction of the bias beforehand.
 
 Guarantee: rates carry Clopper–Pearson bounds (99%); families are never pooled, as one in which the guard refuses would
-flatter another; every law and question has a stream of its own, so that neither the set of laws nor the number of processes
-moves a number. The error rate of a whole verdict, 1e-6 for a run, is *inferred* from the stages and their independence.
+flatter another; every law and question has a stream of its own, so that neither the set of laws, nor that of questions, nor the
+number of processes moves a number, and more looks go on where fewer ended. The error rate of a whole verdict, 1e-6 for a run,
+is *inferred* from the stages and their independence.
 """
 
 from __future__ import annotations
@@ -37,12 +39,14 @@ from pgcheck.engines.coefficients import estimates
 from pgcheck.engines.enumeration import Batches
 from pgcheck.engines.moments import Progress
 from pgcheck.engines.threads import one_thread
-from pgcheck.errors import UsageError
+from pgcheck.errors import UnknownNameError, UsageError
 from pgcheck.estimators.lookup import as_estimator
 from pgcheck.registry import find_problem
 from pgcheck.statistics.certificate import upper_bound
 from pgcheck.statistics.finite import Law
+from pgcheck.statistics.grain import Grain
 from pgcheck.statistics.guarded import Floats, interval, z_of
+from pgcheck.statistics.open_scale import ON_SCALE, scales_left, unexplained
 from pgcheck.statistics.sequential import (
     CONFIDENCE,
     GRAIN,
@@ -63,6 +67,7 @@ ALLOWED = 1.3  # an upper bound below this times nominal is what the calibration
 SHAPES = ("along the gradient", "dense", "one coordinate", "noisiest direction")
 RATIOS = (0.1, 0.05, 0.025)  # of a planted bias to the standard deviation along it
 RUNS = 32_000
+QUESTIONS = ("null", "planted", "exceeds", "open", "ratio", "verdicts", "power")  # what a stream is for
 _PARTS = 4  # confirming parts of each look: twice what the settings take
 _CHUNK = 250  # looks at once
 _PILOT = 1_000  # looks that decide how many follow
@@ -113,6 +118,21 @@ def _around(noise: Floats, P: int) -> Tensor:
 
 def _equal(number: int) -> Floats:
     return np.full(number, 1 / number)
+
+
+def laws_named(starts: Sequence[str]) -> tuple[Law, ...]:
+    """Those of `laws()` whose names start so.
+
+    Raises:
+        UnknownNameError: none does.
+    """
+    every = laws()
+    for start in starts:
+        if not any(law.name.startswith(start) for law in every):
+            raise UnknownNameError(
+                "law", start, [law.name for law in every], hint="`reports/calibration/` names them all."
+            )
+    return tuple(law for law in every if law.name.startswith(tuple(starts)))
 
 
 def laws() -> tuple[Law, ...]:
@@ -212,12 +232,39 @@ class Calibration:
     rates: tuple[Rate, ...]
     power: tuple[Power, ...]
     verdicts: tuple[EndToEnd, ...]
+    made_by: tuple[str, ...] = ()  # commands that give it again, in this order
+
+    def with_more(self, other: Calibration) -> Calibration:
+        """With what the other measured in the place of what this has of the same law and question.
+
+        Raises:
+            UsageError: it is of another seed.
+        """
+        if other.seed != self.seed:
+            raise UsageError(
+                f"seed: {other.seed}, and what is there was measured with {self.seed}; figures of two seeds are not mixed."
+            )
+        new = {_key(r): r for r in other.rates}
+        rates = [new.pop(_key(r), r) for r in self.rates]
+        powered, ended = {p.law for p in other.power}, {v.law: v for v in other.verdicts}
+        verdicts = [ended.pop(v.law, v) for v in self.verdicts]
+        return replace(
+            self,
+            rates=(*rates, *new.values()),
+            power=(*(p for p in self.power if p.law not in powered), *other.power),
+            verdicts=(*verdicts, *ended.values()),
+            made_by=(*self.made_by, *other.made_by),
+        )
 
     @property
     def rates_by_question(self) -> list[Rate]:
         """The rates of all laws, question by question, in the order in which the questions came up."""
         order = {what: i for i, what in enumerate(dict.fromkeys(r.what for r in self.rates))}
         return sorted(self.rates, key=lambda r: order[r.what])
+
+
+def _key(r: Rate) -> tuple[str, str, str, float]:
+    return r.what, r.law, r.detail, r.nominal
 
 
 def planted(law: Law, shape: str, size: float) -> Tensor:
@@ -342,6 +389,54 @@ def _false_passes(
     ]
 
 
+# -- an open κ, the reference drawn as well
+
+_OPEN = 0.5  # κ
+_SHARED = 0.8  # correlation of the noise of x and of r
+_LENGTHS = (8, 30)  # ‖g‖ in standard errors of ⟨r̄, g⟩/‖g‖
+
+
+def open_rates(law: Law, *, runs: int, rng: np.random.Generator) -> list[Rate]:
+    """False alarms of a confirming part where E x = κ g, and g is known only from an r beside each x.
+
+    The noise of both is the law's. û is 45° off g, and so is the witness, across û: it sees as much of g as û does, so that an
+    error in κ looks like a bias. Refused: κ is not bounded.
+    """
+    if len(law.mean) == 1:
+        return []
+    n = Settings().first_look // (Settings().stages - 1)
+    g = law.mean.numpy() / float(law.mean.norm())
+    turned = rng.standard_normal(len(g))
+    turned -= g * (turned @ g)
+    turned /= np.linalg.norm(turned)
+    û, v = (g + turned) / math.sqrt(2), (g - turned) / math.sqrt(2)
+    noise = (law.values - law.mean).numpy()
+    error = math.sqrt(float(law.probability @ (noise @ g) ** 2) / n)
+    out = []
+    for length in _LENGTHS:
+        events, refused = Counter[float](), 0
+        for _ in range(runs):
+            i, j = rng.choice(len(noise), (2, n), p=law.probability)
+            along, across = (
+                Pairs.counted(
+                    _OPEN * (length * error * (g @ w) + _SHARED * e[i] + math.sqrt(1 - _SHARED**2) * e[j]),
+                    length * error * (g @ w) + e[i],
+                    np.ones(n),
+                )
+                for w, e in ((û, noise @ û), (v, noise @ v))
+            )
+            for τ in NOMINAL:
+                places = scales_left(along, ON_SCALE * τ)
+                refused += places is None and τ == NOMINAL[0]
+                events[τ] += unexplained(across, places, (0.0, 0.0))[0] >= z_of((1 - ON_SCALE) * τ)
+        detail = f"‖g‖ {length} standard errors"
+        out += [
+            rate("confirm of open κ", law, detail, τ, runs=runs, events=events[τ], refused=refused / runs)
+            for τ in NOMINAL
+        ]
+    return out
+
+
 # -- intervals
 
 
@@ -391,9 +486,9 @@ def run_to_the_end(law: Law, rng: np.random.Generator, *, bias: Tensor, settings
     target = law.mean - bias
     judge, account, centre = Judge(target, settings), None, None
     while not judge.decided:
-        x = law.draws(GRAIN, rng)
-        centre = x.mean(0) if centre is None else centre
-        new = Account.of(x, target, centre=centre)
+        x = Grain.of(law.draws(GRAIN, rng), centre)
+        centre = x.centre
+        new = Account.of_grain(x, target, gram=True)
         account = new if account is None else account.merge(new)
         judge.update(x)
     assert account is not None
@@ -467,23 +562,32 @@ def _stream(law: Law, what: str, seed: int) -> np.random.Generator:
 
 
 @one_thread()
-def _of_looks(law: Law, runs: int, seed: int) -> list[Rate]:
+def _of_looks(law: Law, runs: int, seed: int, questions: Sequence[str]) -> list[Rate]:
     """What single looks say; those with a bias take four times as long in many coordinates, and are half as many."""
-    out = null_rates(law, runs=runs, rng=_stream(law, "null", seed))
-    runs = runs if len(law.mean) <= _MANY else max(100, runs // 2)
-    out += false_passes(law, runs=2 * runs, rng=_stream(law, "planted", seed))
-    out += exceeding_rates(law, runs=max(100, runs // 2), rng=_stream(law, "exceeds", seed))
-    return [*out, ratio_misses(law, runs=max(20, runs // 25), rng=_stream(law, "ratio", seed))]
+    half = runs if len(law.mean) <= _MANY else max(100, runs // 2)
+    of = {
+        "null": lambda rng: null_rates(law, runs=runs, rng=rng),
+        "planted": lambda rng: false_passes(law, runs=2 * half, rng=rng),
+        "exceeds": lambda rng: exceeding_rates(law, runs=max(100, half // 2), rng=rng),
+        "open": lambda rng: open_rates(law, runs=max(10, half // 8), rng=rng),
+        "ratio": lambda rng: [ratio_misses(law, runs=max(20, half // 25), rng=rng)],
+    }
+    return [r for name, ask in of.items() if name in questions for r in ask(_stream(law, name, seed))]
 
 
 @one_thread()
-def _of_whole_runs(law: Law, runs: int, seed: int) -> tuple[EndToEnd, list[Power], list[Rate]]:
+def _of_whole_runs(
+    law: Law, runs: int, seed: int, questions: Sequence[str]
+) -> tuple[list[EndToEnd], list[Power], list[Rate]]:
     """What judges say that look until they have decided."""
-    verdict, misses = end_to_end(law, runs=max(4, runs // 320), rng=_stream(law, "verdicts", seed))
-    if law.family not in ("light", "skewed"):
-        return verdict, [], misses
-    power, more = powers(law, runs=max(2, runs // 2000), rng=_stream(law, "power", seed))
-    return verdict, power, misses + more
+    verdicts, power, misses = list[EndToEnd](), list[Power](), list[Rate]()
+    if "verdicts" in questions:
+        ended, misses = end_to_end(law, runs=max(4, runs // 320), rng=_stream(law, "verdicts", seed))
+        verdicts.append(ended)
+    if "power" in questions and law.family in ("light", "skewed"):
+        power, more = powers(law, runs=max(2, runs // 2000), rng=_stream(law, "power", seed))
+        misses = misses + more
+    return verdicts, power, misses
 
 
 def calibrate(
@@ -492,21 +596,29 @@ def calibrate(
     runs: int = RUNS,
     seed: int = 0,
     workers: int = 1,
+    questions: Sequence[str] = QUESTIONS,
     progress: Progress | None = None,
 ) -> Calibration:
-    """Measure all of it.
+    """Measure all of it, or some questions.
 
     Args:
         over: the laws; None: `laws()`.
         runs: looks of each law without a bias; twice as many with one (as many in more than 16 coordinates); whole runs are
             fewer, as they take longer.
         workers: processes; any number gives the same figures.
+        questions: some of `QUESTIONS`.
         progress: called before each law.
+
+    Raises:
+        UsageError: fewer than 100 runs, or a question that there is not.
     """
     if runs < 100:
         raise UsageError(f"runs: {runs}; fewer than 100 say nothing about a rate.")
+    for q in questions:
+        if q not in QUESTIONS:
+            raise UnknownNameError("question", q, QUESTIONS, hint=f"Questions: {', '.join(QUESTIONS)}.")
     chosen = laws() if over is None else tuple(over)
-    every = (chosen, [runs] * len(chosen), [seed] * len(chosen))
+    every = (chosen, *([x] * len(chosen) for x in (runs, seed, questions)))
 
     def told(what: str, found: Iterator[Any]) -> list[Any]:
         out = []
@@ -525,7 +637,7 @@ def calibrate(
         seed,
         (*rates, *(r for _, _, misses in ended for r in misses)),
         tuple(p for _, power, _ in ended for p in power),
-        tuple(verdict for verdict, _, _ in ended),
+        tuple(v for verdicts, _, _ in ended for v in verdicts),
     )
 
 

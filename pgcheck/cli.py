@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -116,6 +117,21 @@ Resume = Annotated[
     typer.Option(
         help="keep there how far sampling is; the same command again goes on where it was cut off, to the same report",
         metavar="DIR",
+    ),
+]
+Bounds = Annotated[
+    tuple[float, float] | None,
+    typer.Option(
+        help="known of every estimator here: ⟨ĝ − κ ∇J, v⟩ lies between them for every unit v; sampled verdicts then rest on"
+        " them and not on tails",
+        metavar="LO HI",
+    ),
+]
+Reference = Annotated[
+    Path | None,
+    typer.Option(
+        help="estimates [n, P] of ∇J that were made before, .npy or .pt, which sampled verdicts are given against",
+        metavar="FILE",
     ),
 ]
 Device = Annotated[str | None, typer.Option(help="where sampled batches are evaluated: cpu, cuda", metavar="NAME")]
@@ -236,6 +252,9 @@ def run(
     beta: Beta = None,
     draws: Draws = None,
     seed: Seed = None,
+    bounds: Bounds = None,
+    reference: Reference = None,
+    space: Annotated[Space | None, typer.Option(help="where E ĝ is held against ∇J (default: logits)")] = None,
     device: Device = None,
     workers: Workers = None,
     resume: Resume = None,
@@ -248,8 +267,6 @@ def run(
 ) -> None:
     """Run a suite: every estimator on every problem, against its claims. `[tool.pgcheck]` of pyproject.toml says
     what is run; each argument takes the place of its line there."""
-    from dataclasses import replace
-
     from pgcheck.render.ci import on_github, outcomes_of_run, places_of, tell_github
     from pgcheck.render.files import write_report
     from pgcheck.render.progress import ProgressBar
@@ -259,9 +276,9 @@ def run(
     form = Format.json if as_json else form
     planned = plan(load_config(Path.cwd()), suite=suite, estimators=estimator or (), budget=budget)
     settings = {"engine": engine and engine.value, "tolerance": tolerance, "alpha": alpha, "beta": beta, "draws": draws,
-                "seed": seed, "device": device}  # fmt: skip
+                "seed": seed, "bounds": bounds, "space": space and space.value, "device": device}  # fmt: skip
     planned = planned.with_settings(**{name: x for name, x in settings.items() if x is not None})
-    sampling = replace(planned.suite.sampling, workers=workers or 1, checkpoint=resume)
+    sampling = replace(planned.suite.sampling, workers=workers or 1, checkpoint=resume, reference=reference)
     with ProgressBar() as progress:
         report = planned.run(sampling=sampling, progress=progress)
         report, messages = _searched(report, planned) if search else (report, _explained(report, planned))
@@ -461,6 +478,8 @@ def compare(
     tolerance: Tolerance = None,
     alpha: Alpha = None,
     beta: Beta = None,
+    bounds: Bounds = None,
+    reference: Reference = None,
     device: Device = None,
     workers: Workers = None,
     resume: Resume = None,
@@ -477,7 +496,7 @@ def compare(
         raise UsageError(f"out: {out.name}; its ending must be one of {', '.join(endings)}.")
     swept = _sweeps(sweeps, groups, group_sizes, staleness)
     sampled = {"draws": draws, "seed": seed, "tolerance": tolerance, "alpha": alpha, "beta": beta, "device": device,
-               "workers": workers, "checkpoint": resume}  # fmt: skip
+               "bounds": bounds, "reference": reference, "workers": workers, "checkpoint": resume}  # fmt: skip
     given: dict[str, Any] = {
         "relative_to": relative_to,
         "space": space.value,
@@ -589,13 +608,20 @@ def design(
     beta: Annotated[float, typer.Option(help="false PASSes of a check", metavar="P")] = 1e-3,
     mode: Annotated[str, typer.Option(help="what FAIL proves: nonzero or exceeds", metavar="MODE")] = "nonzero",
     draws: Annotated[int | None, typer.Option(min=1, help="batches that may be drawn", metavar="N")] = None,
+    engine: Annotated[
+        Engines, typer.Option(help="exact: from the exact covariance; monte_carlo: from a pilot; auto: what fits")
+    ] = Engines.auto,
+    pilot: Annotated[
+        int | None, typer.Option(min=1, help="batches of a pilot, and for each group size (default: 2048)", metavar="N")
+    ] = None,
+    seed: Seed = None,
     budget: Budget = None,
     as_json: AsJson = False,
 ) -> None:
     """Plan a sampled verdict: batches it takes, the bias a budget shows, the group size that wastes the fewest rollouts."""
     from typing import cast
 
-    from pgcheck.design import plan
+    from pgcheck.design import PILOT, plan
     from pgcheck.engines.exact import DEFAULT_BUDGET
     from pgcheck.estimators.lookup import as_estimator
     from pgcheck.registry import find_problem
@@ -611,6 +637,9 @@ def design(
             settings,
             draws=draws,
             budget=budget or DEFAULT_BUDGET,
+            engine=engine.value,
+            pilot=pilot or PILOT,
+            seed=seed or 0,
             progress=progress,
         )
     typer.echo(json.dumps(design_json(made), indent=1, ensure_ascii=False) if as_json else design_text(made))
@@ -621,22 +650,42 @@ def calibrate(
     out: Annotated[Path | None, typer.Option(help="write calibration.md, .json and .svg there", metavar="DIR")] = None,
     runs: Annotated[int, typer.Option(min=100, help="runs of one look for each law", metavar="N")] = 20_000,
     seed: Annotated[int, typer.Option(min=0, metavar="N")] = 0,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="measure only null, planted, exceeds, ratio, verdicts or power; what DIR has of the rest stays",
+            metavar="QUESTION",
+        ),
+    ] = None,
+    law: Annotated[
+        list[str] | None, typer.Option(help="measure only laws whose names start so; the rest stays", metavar="START")
+    ] = None,
     workers: Workers = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure how often each stage of a sampled verdict is wrong, against what it promises; takes minutes."""
+    from shlex import quote
+
     from pgcheck import calibrate as calibration
-    from pgcheck.render.calibration import calibration_figure, calibration_json, calibration_markdown
+    from pgcheck.render import calibration as words
     from pgcheck.render.files import write_all
     from pgcheck.render.progress import ProgressBar
 
+    over = calibration.laws_named(law) if law else None
+    before = words.read_calibration(out / "calibration.json") if out is not None and (only or law) else None
     with ProgressBar() as progress:
-        measured = calibration.calibrate(runs=runs, seed=seed, workers=workers or 1, progress=progress)
-    as_text = json.dumps(calibration_json(measured), indent=1, ensure_ascii=False) + "\n"
+        measured = calibration.calibrate(
+            over, runs=runs, seed=seed, workers=workers or 1, questions=only or calibration.QUESTIONS, progress=progress
+        )
+    part = [f" --{name} {quote(x)}" for name, given in (("only", only), ("law", law)) for x in given or ()]
+    measured = replace(measured, made_by=(f"pgcheck calibrate --runs {runs} --seed {seed}" + "".join(part),))
+    if before is not None:
+        measured = before.with_more(measured)
+    as_text = json.dumps(words.calibration_json(measured), indent=1, ensure_ascii=False) + "\n"
     if out is not None:
-        texts = {"md": calibration_markdown(measured), "json": as_text, "svg": calibration_figure(measured)}
+        texts = {"md": words.calibration_markdown(measured), "json": as_text, "svg": words.calibration_figure(measured)}
         write_all({out / f"calibration.{ending}": text for ending, text in texts.items()})
-    typer.echo(as_text if as_json else calibration_markdown(measured), nl=False)
+    typer.echo(as_text if as_json else words.calibration_markdown(measured), nl=False)
 
 
 def main() -> None:

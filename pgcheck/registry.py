@@ -84,9 +84,19 @@ def find_problem(name: str) -> Problem:
     Raises:
         UnknownNameError: no such problem; suggests the nearest.
     """
+    base, draw = known_problem(name)
+    return _BUILDERS[base]().at(draw)
+
+
+def known_problem(name: str) -> tuple[str, int]:
+    """`family/setting` and the number of its θ, of the name of a registered problem; nothing is built.
+
+    Raises:
+        UnknownNameError: no such problem; suggests the nearest.
+    """
     base, _, draw = name.partition("@")
     if base in _BUILDERS and draw and not draw.isdecimal():
         raise UnknownNameError("problem", name, (), hint=f"After the @ stands the number of a θ: {base}@1.")
     if base not in _BUILDERS:
         raise UnknownNameError("problem", name, _BUILDERS)
-    return _BUILDERS[base]().at(int(draw or 0))
+    return base, int(draw or 0)

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pgcheck.batch import gathered_rows
 from pgcheck.envs.language import PrefixTree
 from pgcheck.errors import UsageError
 from pgcheck.trajectories import Paths, Trajectories
@@ -113,11 +114,11 @@ class TableSampler:
             max=len(self._starts) - 1
         )
         order, upto, begins = self._rows
-        of_row = start[:, self.labels]
-        place = torch.searchsorted(upto, (of_row + u[:, groups:]).contiguous(), right=True)
+        of_row = start.index_select(1, self.labels)
+        place = torch.searchsorted(upto, of_row + u[:, groups:], right=True)
         # s + u is rounded, and may have become s + 1
-        place = torch.minimum(place, begins[of_row + 1] - 1)
-        return self.table, order[place]
+        place = torch.minimum(place, gathered_rows(begins[1:] - 1, of_row))
+        return self.table, gathered_rows(order, place)
 
 
 def inverted(law: Tensor, u: Tensor) -> Tensor:

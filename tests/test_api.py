@@ -729,3 +729,21 @@ def test_nothing_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == ""
+
+
+def test_the_space_of_a_verdict() -> None:
+    """The report says where; numbers are those of `measure` there."""
+    problem = pgcheck.as_problems("chain/linear-policy")[0]
+    (m,) = pgcheck.exact_moments([pgcheck.as_estimator("grpo")], problem)
+    g = problem.parameter_gradient()
+    rel = float((m.mean_in_parameters() - g).norm() / g.norm())
+    found = pgcheck.check_estimator("grpo", problem, checks=["biased"], space="parameters").measurements[0]
+    assert found.rel == pytest.approx(rel, rel=1e-9)
+    for space, size in (("logits", None), ("parameters", 4)):
+        report = pgcheck.check_estimator("leave_one_out", problem, checks=["unbiased"], space=space)  # type: ignore[arg-type]
+        (row,) = report.measurements
+        assert row.parameters == size
+        assert row.rel is not None
+        assert row.rel < 1e-9
+    with pytest.raises(pgcheck.BiasError, match="in 4 parameters"):
+        pgcheck.check_estimator("grpo", problem, claim="unbiased", space="parameters")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
@@ -25,16 +27,17 @@ from pgcheck.calibrate import (
     estimator_law,
     false_passes,
     laws,
+    laws_named,
     null_rates,
     planted,
     rate,
     ratio_misses,
 )
 from pgcheck.engines.exact import exact_moments
-from pgcheck.errors import UsageError
+from pgcheck.errors import UnknownNameError, UsageError
 from pgcheck.estimators.lookup import as_estimator
 from pgcheck.registry import find_problem
-from pgcheck.render.calibration import calibration_figure, calibration_json, calibration_markdown
+from pgcheck.render.calibration import calibration_figure, calibration_json, calibration_markdown, read_calibration
 from pgcheck.statistics import stacked
 from pgcheck.statistics.certificate import stretch
 from pgcheck.statistics.finite import Law
@@ -270,7 +273,8 @@ def test_skewness_stretches_the_certificate(probability: float) -> None:
 def report(*rates: Rate) -> Calibration:
     """A calibration with one cell of power."""
     cell = Power("coin", "along the gradient", 0.1, 8, 8, 8192.0, 4096.0)
-    return Calibration(3, rates, (cell,), (EndToEnd("coin", "light", 8, 7, 0, 1, 32768),))
+    ended = EndToEnd("coin", "light", 8, 7, 0, 1, 32768)
+    return Calibration(3, rates, (cell,), (ended,), ("pgcheck calibrate --runs 10000 --seed 3",))
 
 
 def test_the_report_answers_first() -> None:
@@ -307,3 +311,57 @@ def test_the_figure_is_one_svg_and_the_same_twice() -> None:
     assert ElementTree.fromstring(pictures[0]).tag.endswith("svg")
     data = calibration_json(report(*rates))
     assert data["rates"][0]["rate"] == 0.003
+
+
+def test_more_looks_go_on_where_fewer_ended_and_questions_have_streams_of_their_own() -> None:
+    x = law("leave_one_out on chain")
+    few, more = (calibrate([x], runs=n, seed=3, questions=["null"]) for n in (250, 500))
+    alone = calibrate([x], runs=100, seed=3, questions=["ratio"])
+    whole = calibrate([x], runs=100, seed=3, questions=["ratio", "null"])
+    for a, b in zip(few.rates, more.rates, strict=True):
+        assert (a.what, a.nominal) == (b.what, b.nominal)
+        assert a.events <= b.events <= a.events + b.runs - a.runs
+    assert {r.runs for r in more.rates if r.what == "trigger"} == {500}
+    assert alone.rates[0] in whole.rates
+    assert alone.verdicts == alone.power == ()
+
+
+def test_what_is_measured_anew_takes_the_place_of_what_was_there() -> None:
+    x, y = law("leave_one_out on chain"), law("leave_one_out on dialogue")
+    old = [rate("trigger", z, "", 0.1, runs=100, events=3, refused=0.0) for z in (x, y)]
+    new = [rate(w, x, "", 0.1, runs=400, events=9, refused=0.0) for w in ("trigger", "confirm")]
+    power = [Power(z.name, SHAPES[0], 0.1, 8, 8, 8192.0, 4096.0) for z in (x, y)]
+    ended = [EndToEnd(z.name, z.family, 4, 4, 0, 0, 8192) for z in (x, y)]
+    before = Calibration(3, tuple(old), tuple(power), tuple(ended), ("first",))
+    mine = Calibration(3, tuple(new), (replace(power[0], runs=9),), (replace(ended[0], runs=9),), ("second",))
+    both = before.with_more(mine)
+    assert both.rates == (new[0], old[1], new[1])
+    assert [(p.law, p.runs) for p in both.power] == [(y.name, 8), (x.name, 9)]
+    assert [(v.law, v.runs) for v in both.verdicts] == [(x.name, 9), (y.name, 4)]
+    assert both.made_by == ("first", "second")
+    assert "* `second`" in calibration_markdown(both)
+    with pytest.raises(UsageError, match="figures of two seeds"):
+        before.with_more(replace(mine, seed=4))
+
+
+def test_a_calibration_reads_back_as_it_was_written(tmp_path: Path) -> None:
+    x = law("leave_one_out on chain")
+    made = replace(calibrate([x], runs=100, questions=["null", "verdicts"]), made_by=("it",))
+    path = tmp_path / "calibration.json"
+    path.write_text(json.dumps(calibration_json(made)))
+    assert read_calibration(path) == made
+    path.write_text("{}")
+    with pytest.raises(UsageError, match="not a calibration"):
+        read_calibration(path)
+    with pytest.raises(UsageError, match="measure all of it first"):
+        read_calibration(tmp_path / "none.json")
+
+
+def test_laws_are_chosen_by_how_their_names_start() -> None:
+    assert [x.name for x in laws_named(["Gaussian", "paid"])] == [
+        "Gaussian values, P = 2", "Gaussian values, P = 32", "paid once in a hundred, P = 32",
+    ]  # fmt: skip
+    with pytest.raises(UnknownNameError, match="Gaussian values"):
+        laws_named(["Gausian values, P = 2"])
+    with pytest.raises(UnknownNameError, match="Questions: null"):
+        calibrate([], questions=["nul"])

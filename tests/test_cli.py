@@ -13,6 +13,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 
 import pgcheck
 from pgcheck import search
@@ -486,6 +487,57 @@ def test_settings_of_samples_on_the_command_line(run: Run) -> None:
     assert run("run", "other.toml", "--json", "--workers", "2") == (code, out, "")
 
 
+def test_bounds_and_space(run: Run) -> None:
+    """On the command line as in the suite's file; verdicts rest on the bounds; bounds that a draw breaks are an error."""
+    more = (
+        'name = "one"\nestimators = ["leave_one_out"]\nproblems = ["dialogue/two-turn"]\nchecks = ["unbiased"]\n'
+        'engine = "monte_carlo"\ndraws = 4096\n'
+    )
+    Path("file.toml").write_text(more + 'bounds = [-20, 20]\nspace = "parameters"\n')
+    Path("line.toml").write_text(more)
+    code, out, _ = run("run", "file.toml", "--json")
+    assert run("run", "line.toml", "--json", "--bounds", "-20", "20", "--space", "parameters") == (code, out, "")
+    bounded, plain = (json.loads(x) for x in (out, run("run", "line.toml", "--json", "--space", "parameters")[1]))
+    assert [m["parameters"] for m in bounded["measurements"]] == [6]
+    assert bounded["verdicts"][0]["sample"]["missed"] > 1.5 * plain["verdicts"][0]["sample"]["missed"]
+    code, _, err = run("run", "line.toml", "--bounds", "-.01", ".01")
+    assert code == 2
+    assert "beyond them, so that nothing is proven" in err
+    assert "lo < 0 < hi" in run("compare", "grpo", "--engine", "monte_carlo", "--bounds", "1", "2")[2]
+    exact = json.loads(run("run", "line.toml", "--json", "--engine", "exact", "--space", "parameters")[1])
+    assert [(m["parameters"], m["batches"]) for m in exact["measurements"]] == [(6, None)]
+
+
+def test_a_reference_that_was_estimated_before(run: Run) -> None:
+    p = pgcheck.as_problems("dialogue/two-turn")[0]
+    torch.save(pgcheck.reference_draws(pgcheck.as_estimator("reinforce"), p, draws=11_000), "reference.pt")
+    line = (
+        "compare",
+        "leave_one_out",
+        "grpo",
+        "--engine",
+        "auto",
+        "--reference",
+        "reference.pt",
+        "--json",
+        "--rtol",
+        "0.5",
+    )
+    code, out, _ = run(*line)
+    assert code == 0
+    rows = json.loads(out)
+    assert [row["against"] for row in rows] == ["estimates of another run"] * 2
+    assert [row["finding"] for row in rows] == ["unbiased", "biased"]
+    assert "no such file" in run(*line[:6], "none.pt")[2]
+
+
+def test_a_design_from_a_pilot(run: Run) -> None:
+    code, out, _ = run("design", "grpo", "--engine", "monte_carlo", "--pilot", "1024", "--seed", "3", "--json")
+    assert code == 0
+    assert json.loads(out)["pilot"]["draws"] == 1024
+    assert "at least 1,024" in run("design", "grpo", "--engine", "monte_carlo", "--pilot", "10")[2]
+
+
 def test_settings_of_samples_compared(run: Run) -> None:
     code, out, _ = run("compare", "reinforce", "grpo", "--json", *SAMPLED, "--workers", "2", "--resume", "kept")
     assert code == 0
@@ -495,5 +547,5 @@ def test_settings_of_samples_compared(run: Run) -> None:
     assert len(list(Path("kept").iterdir())) == 1
     code, _, err = run("compare", "reinforce", "grpo", "--json", *SAMPLED, "--resume", "kept", "--beta", "0.02")
     assert code == 2
-    assert "is of another run: its settings is" in err
+    assert "is of another run: its settings are" in err
     assert run("run", "small.toml", "--workers", "0")[0] == 2

@@ -1,15 +1,22 @@
-"""`plan`: group sizes against moments by hand, and what is refused."""
+"""`plan`: group sizes against moments by hand, pilots against exact designs, and what is refused."""
 
 from __future__ import annotations
 
+import json
+
 import pytest
+from torch import Tensor
 
 from pgcheck.design import plan
 from pgcheck.engines.exact import exact_moments
+from pgcheck.engines.stored import reference_draws
 from pgcheck.errors import BudgetError
+from pgcheck.estimators.base import Estimator
 from pgcheck.estimators.lookup import as_estimator
 from pgcheck.registry import find_problem
+from pgcheck.render.design import design_json, design_text
 from pgcheck.statistics.sequential import Settings
+from tests.engines.test_sketch import problem as written
 
 
 def test_the_best_group_size_of_leave_one_out_on_two_arms() -> None:
@@ -25,6 +32,69 @@ def test_the_best_group_size_of_leave_one_out_on_two_arms() -> None:
         assert g.cost == pytest.approx(g.group_size * float(m.covariance.trace()) / float(m.mean.norm() ** 2))
 
 
-def test_what_cannot_be_enumerated_is_refused() -> None:
+def test_what_cannot_be_enumerated_is_refused_or_drawn() -> None:
+    e, problem = as_estimator("leave_one_out"), find_problem("tree/tokens")
     with pytest.raises(BudgetError):
-        plan(as_estimator("leave_one_out"), find_problem("tree/tokens"), Settings(), budget=10)
+        plan(e, problem, Settings(), budget=10, engine="exact")
+    drawn = plan(e, problem, Settings(), budget=10, pilot=1_024)
+    assert drawn.pilot is not None
+    assert drawn.pilot.draws == 1_024
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [("leave_one_out", "dialogue/two-turn"), ("grpo", "dialogue/two-turn"), ("reinforce", "mdp/two-state")],
+)
+def test_a_pilot_against_the_exact_design(name: str, problem: str) -> None:
+    """What is exact lies between the ends; the seed is fixed, so that this is a fact."""
+    e, p = as_estimator(name), find_problem(problem)
+    exact, drawn = plan(e, p, Settings(), engine="exact"), plan(e, p, Settings(), engine="monte_carlo", pilot=4_096)
+    assert exact.pilot is None
+    assert drawn.pilot is not None
+    low, high = drawn.pilot.quietest, drawn.pilot.loudest
+    assert low is not None
+    assert high is not None
+    assert low.noise.nsr < exact.design.noise.nsr < high.noise.nsr
+    assert low.pass_draws_exactly < exact.design.pass_draws_exactly < high.pass_draws_exactly
+    for get in (lambda d: d.detectable, lambda d: d.certifiable, lambda d: d.oracle_draws):
+        assert get(low) < get(exact.design) < get(high)
+        assert get(low) <= get(drawn.design) <= get(high)
+    costs = {g.group_size: g.cost for g in exact.group_sizes}
+    assert [g.group_size for g in drawn.group_sizes] == [2**k for k in range(6) if 2**k in costs or 2**k > max(costs)]
+    for g in drawn.group_sizes:
+        if g.group_size in costs:
+            assert g.cost_low < costs[g.group_size] < g.cost_high
+    assert drawn.best is not None
+    assert set(drawn.as_good) <= {g.group_size for g in drawn.group_sizes} - {drawn.best.group_size}
+
+
+def test_a_pilot_where_the_gradient_is_not_known() -> None:
+    """A model writes: the noise is that of the difference from a trusted estimator, against a length that ∇J has at least."""
+    e = as_estimator("grpo")
+    drawn = plan(e, written("written", group_size=4), Settings(), pilot=1_024)
+    (x, r), g = (
+        [estimates_of(e), estimates_of(as_estimator("leave_one_out"))],
+        written(group_size=4).parameter_gradient(),
+    )
+    exact = float((x - r).var(0).sum()) ** 0.5 / float(g.norm())
+    assert drawn.pilot is not None
+    assert drawn.pilot.quietest is not None
+    assert drawn.pilot.loudest is not None
+    assert drawn.pilot.quietest.noise.nsr < 1.05 * exact  # r is leave-one-out but for a 32nd part
+    assert drawn.pilot.loudest.noise.nsr > 0.95 * exact
+    assert drawn.best is not None
+
+
+def estimates_of(e: Estimator) -> Tensor:
+    """ĝ_θ of two thousand draws of the table, `[n, P]`."""
+    return reference_draws(e, written(group_size=4), draws=2_048)
+
+
+def test_a_design_in_words_and_as_data() -> None:
+    e, p = as_estimator("leave_one_out"), find_problem("bandit/two-arm")
+    exact, drawn = (plan(e, p, Settings(), engine=x) for x in ("exact", "monte_carlo"))
+    assert "[" not in design_text(exact)
+    assert "a pilot of 2,048 batches; in brackets, what it leaves open" in design_text(drawn)
+    assert design_json(exact)["pilot"] is None
+    assert design_json(drawn)["pilot"]["draws"] == 2_048
+    json.dumps(design_json(drawn), allow_nan=False)

@@ -1337,6 +1337,213 @@ from pgcheck.statistics.power import Noise, design
 from pgcheck.statistics.sequential import Settings
 design(Noise.flat(10.0, 5.0), Settings(rtol=0, atol=0.1))
 ''')  # fmt: skip
+case(
+    "a calibration of a question that there is not",
+    """
+from pgcheck.calibrate import calibrate
+calibrate(questions=["confirm"])
+""",
+)
+
+case(
+    "a calibration of a law that there is not",
+    """
+from pgcheck.calibrate import laws_named
+laws_named(["Gaussian, P = 3"])
+""",
+)
+
+case(
+    "a calibration of two seeds",
+    """
+from pgcheck.calibrate import Calibration
+Calibration(0, (), (), ()).with_more(Calibration(1, (), (), ()))
+""",
+)
+
+case(
+    "part of a calibration, into nothing",
+    """
+from pathlib import Path
+from pgcheck.render.calibration import read_calibration
+read_calibration(Path("nowhere/calibration.json"))
+""",
+)
+
+case(
+    "part of a calibration, into something else",
+    """
+from pathlib import Path
+from pgcheck.render.calibration import read_calibration
+Path("calibration.json").write_text("{}")
+read_calibration(Path("calibration.json"))
+""",
+)
+
+case(
+    "an open scale in a mode that there is not for it",
+    """
+from pgcheck.statistics.open_scale import OpenJudge
+from pgcheck.statistics.sequential import Settings
+OpenJudge(torch.ones(3), Settings(mode="exceeds"))
+""",
+)
+
+case(
+    "an open judge with a scale",
+    """
+from pgcheck.statistics.open_scale import OpenJudge
+from pgcheck.statistics.sequential import Settings
+OpenJudge(torch.ones(3), Settings(), scale=1.0)
+""",
+)
+
+case(
+    "an open judge without a reference",
+    """
+from pgcheck.statistics.open_scale import OpenJudge
+from pgcheck.statistics.sequential import Settings
+OpenJudge(torch.zeros(3), Settings())
+""",
+)
+
+case(
+    "an open judge without draws of the reference",
+    """
+from pgcheck.statistics.open_scale import OpenJudge
+from pgcheck.statistics.sequential import Settings
+OpenJudge(torch.ones(3), Settings()).update(torch.ones(1024, 3))
+""",
+)
+
+case(
+    "an open judge's state for another reference",
+    """
+from pgcheck.statistics.open_scale import OpenJudge
+from pgcheck.statistics.sequential import Settings
+state = OpenJudge(torch.ones(3), Settings()).state()
+OpenJudge.from_state(torch.ones(4), Settings(), state=state)
+""",
+)
+
+case(
+    "stored estimates for the exact engine",
+    """
+sampling = pgcheck.Sampling(reference=torch.ones(8192, 4))
+pgcheck.check_estimator("rloo", "dialogue/two-turn", sampling=sampling)
+""",
+)
+
+case(
+    "stored estimates of another size",
+    """
+sampling = pgcheck.Sampling(reference=torch.ones(8192, 4))
+pgcheck.check_estimator("rloo", "dialogue/two-turn", engine="auto", sampling=sampling)
+""",
+)
+
+case(
+    "too few stored estimates",
+    """
+sampling = pgcheck.Sampling(reference=torch.ones(5000, 6))
+pgcheck.check_estimator("rloo", "dialogue/two-turn", engine="auto", sampling=sampling)
+""",
+)
+
+case(
+    "a stored estimate that is NaN",
+    """
+sampling = pgcheck.Sampling(reference=torch.full((8192, 6), float("nan")))
+pgcheck.check_estimator("rloo", "dialogue/two-turn", engine="auto", sampling=sampling)
+""",
+)
+
+case(
+    "stored estimates in no file",
+    """
+sampling = pgcheck.Sampling(reference="reference.pt")
+pgcheck.check_estimator("rloo", "dialogue/two-turn", engine="auto", sampling=sampling)
+""",
+)
+
+case(
+    "stored estimates in a file of something else",
+    """
+from pathlib import Path
+Path("reference.pt").write_text("")
+sampling = pgcheck.Sampling(reference="reference.pt")
+pgcheck.check_estimator("rloo", "dialogue/two-turn", engine="auto", sampling=sampling)
+""",
+)
+
+case(
+    "stored estimates in a dict",
+    """
+torch.save({"draws": torch.ones(3)}, "reference.pt")
+sampling = pgcheck.Sampling(reference="reference.pt")
+pgcheck.check_estimator("rloo", "dialogue/two-turn", engine="auto", sampling=sampling)
+""",
+)
+
+case(
+    "no stored estimates",
+    """
+pgcheck.reference_draws(pgcheck.as_estimator("rloo"), pgcheck.as_problems("dialogue/two-turn")[0], draws=0)
+""",
+)
+
+case(
+    "an open judge before its first draw",
+    """
+from pgcheck.statistics.open_scale import OpenJudge
+from pgcheck.statistics.sequential import Settings
+OpenJudge(torch.ones(3), Settings()).verdict()
+""",
+)
+
+case(
+    "a pilot of five draws",
+    """
+from pgcheck.design import plan
+from pgcheck.statistics.sequential import Settings
+plan(pgcheck.as_estimator("rloo"), pgcheck.as_problems("dialogue/two-turn")[0], Settings(), pilot=5)
+""",
+)
+
+case(
+    "a design where no action matters",
+    """
+from pgcheck.design import plan
+from pgcheck.statistics.sequential import Settings
+mdp = pgcheck.TabularMDP(torch.ones(1, 2, 1), torch.ones(1, 2), torch.ones(1), horizon=1)
+plan(pgcheck.as_estimator("reinforce"), pgcheck.Problem(mdp, torch.zeros(1, 2)), Settings(), engine="monte_carlo")
+""",
+)
+
+case(
+    "a design of an estimator without noise",
+    """
+from pgcheck.design import plan
+from pgcheck.statistics.sequential import Settings
+nothing = pgcheck.from_coefficients(lambda batch: 0 * batch.logp, name="nothing")
+plan(nothing, pgcheck.as_problems("dialogue/two-turn")[0], Settings(), engine="monte_carlo")
+""",
+)
+
+case(
+    "a space that there is not",
+    """
+pgcheck.check_estimator("rloo", "dialogue/two-turn", space="weights")
+""",
+)
+
+case(
+    "a search in parameters",
+    """
+pgcheck.check_estimator("rloo", "dialogue/two-turn", space="parameters", search=True)
+""",
+)
+
 case("a calibration of five runs", '''
 from pgcheck.calibrate import calibrate
 calibrate(runs=5)

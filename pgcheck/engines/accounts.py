@@ -14,6 +14,7 @@ one order by whoever needs the same bytes twice.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -24,12 +25,17 @@ from torch import Tensor
 from pgcheck.engines.moments import Moments
 from pgcheck.errors import UsageError
 from pgcheck.statistics.certificate import GRAM, Spectrum, upper_bound
+from pgcheck.statistics.grain import PRODUCTS_UP_TO, Grain
 from pgcheck.statistics.guarded import Scores, interval, z_of
 from pgcheck.statistics.sequential import CONFIDENCE, Interval
 from pgcheck.statistics.two_sample import fixed_directions
 
-COVARIANCE_CELLS = 512  # P up to which Σ(x − x̄)(x − x̄)ᵀ is kept
 _NONE = Interval(math.nan, math.nan, math.nan)
+
+
+@functools.lru_cache(maxsize=8)
+def _seen_along(size: int, device: torch.device) -> Tensor:
+    return torch.from_numpy(fixed_directions(size).T.copy()).to(device)
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ class Account:
 
     n: int
     mean: Tensor  # [P]
-    squares: Tensor  # [P], or [P, P]
+    squares: Tensor  # [P], or [P, P] where P ≤ 512
     scores: Scores  # of y, ‖x − μ‖², ‖x − c‖², and the eight ⟨x, v⟩
     spectrum: Spectrum
 
@@ -47,16 +53,21 @@ class Account:
         """Of draws `[n, P]`; `gram`: their spectrum as well, from the first 256."""
         if x.dim() != 2 or x.shape[1:] != reference.shape:
             raise UsageError(f"reference: {len(reference)} numbers, but a draw has {list(x.shape[1:])}.")
-        mean = x.mean(0)
-        gap = x - mean
+        return cls.of_grain(Grain(x, centre), reference, gram=gram)
+
+    @classmethod
+    def of_grain(cls, draws: Grain, reference: Tensor, *, gram: bool) -> Account:
+        """The same of a grain, around its centre."""
+        n, P = draws.x.shape
         size = float(reference @ reference)
-        y = x @ reference / size if size > 0 else torch.zeros(len(x), dtype=x.dtype, device=x.device)
-        rows = torch.stack([y, (x - reference).square().sum(1), (x - centre).square().sum(1)], 1)
-        seen = x @ torch.from_numpy(fixed_directions(x.shape[1])).to(x).T
-        rows = torch.cat([rows, seen], 1)
-        squares = gap.T @ gap if x.shape[1] <= COVARIANCE_CELLS else gap.square().sum(0)
-        spectrum = Spectrum().add(x[:GRAM] - reference) if gram else Spectrum()
-        return cls(len(x), mean, squares, Scores.of(rows.cpu().numpy()), spectrum)
+        seen = draws.along(torch.cat([_seen_along(P, reference.device), (reference / (size or 1.0)).unsqueeze(1)], 1))
+        rows = [seen[:, -1:], draws.distances_from(reference).unsqueeze(1), draws.spread.unsqueeze(1), seen[:, :-1]]
+        off = draws.total / n
+        squares = (
+            draws.products - torch.outer(off, draws.total) if P <= PRODUCTS_UP_TO else draws.squares - off * draws.total
+        )
+        spectrum = Spectrum().add(draws.x[:GRAM] - reference) if gram else Spectrum()
+        return cls(n, draws.centre + off, squares, Scores.of(torch.cat(rows, 1).cpu().numpy()), spectrum)
 
     def merge(self, other: Account) -> Account:
         """Of the draws of both."""

@@ -13,6 +13,7 @@ from pgcheck.engines.exact import DEFAULT_BUDGET, exact_moments
 from pgcheck.engines.moments import Moments, Progress
 from pgcheck.engines.monte_carlo import Sampling, Scale, monte_carlo
 from pgcheck.engines.sketch import default_space
+from pgcheck.engines.stored import Stored
 from pgcheck.errors import BudgetError, UsageError
 from pgcheck.estimators.base import Estimator
 from pgcheck.problem import Problem
@@ -58,10 +59,14 @@ def moments_by(
         BudgetError: `exact`, and the batches are too many; or what an estimator needs cannot be sampled.
     """
     how = sampling or Sampling()
+    if engine == "exact" and how.reference is not None:
+        raise UsageError(
+            "reference: what was estimated before is for sampled verdicts; engine='auto' or 'monte_carlo'."
+        )
     if engine == "exact":
         return exact_moments(estimators, problem, budget=budget, progress=progress)
     found: dict[int, Moments] = {}
-    if engine == "auto" and problem.enumerable:
+    if engine == "auto" and problem.enumerable and how.reference is None:
         try:
             return exact_moments(estimators, problem, budget=budget, progress=progress)
         except BudgetError:
@@ -70,6 +75,10 @@ def moments_by(
                     found[i] = exact_moments([e], problem, budget=budget, progress=progress)[0]
     rest = [i for i in range(len(estimators)) if i not in found]
     drawn = [estimators[i] for i in rest]
+    space = default_space(
+        problem, parameters=parameters, directions=how.directions, seed=how.seed, beta=how.beta,
+        device=how.device, reference=how.reference, first_look=how.settings.first_look,
+    )  # fmt: skip
     sampled = monte_carlo(
         drawn,
         problem,
@@ -77,10 +86,8 @@ def moments_by(
         beside=rest.index(beside) if beside in rest else None,
         settings=how.settings,
         seed=how.seed,
-        draws=how.draws,
-        space=default_space(
-            problem, parameters=parameters, directions=how.directions, seed=how.seed, beta=how.beta, device=how.device
-        ),
+        draws=min(how.draws, space.most_draws) if isinstance(space, Stored) else how.draws,
+        space=space,
         device=how.device,
         workers=how.workers,
         checkpoint=how.file_of(problem, drawn),

@@ -40,17 +40,22 @@ def verify_purity(estimator: Estimator, problem: Problem, table: Trajectories) -
         raise EstimatorError(f"estimator '{estimator.name}' {impurity.what}: {impurity.mend}.")
 
 
-_Key = tuple[tuple[SideTable, ...], int, bool]
+_Key = tuple[tuple[SideTable, ...], int, bool, bool]
 _probes: WeakKeyDictionary[Problem, dict[_Key, tuple[Tensor, Batch]]] = WeakKeyDictionary()
 
 
-def probe(problem: Problem, table: Trajectories, estimator: Estimator, number: int = PROBES) -> tuple[Tensor, Batch]:
-    """The random batches on which declarations are verified: rollouts `[M, B]`, and the batch; made once a problem."""
+def probe(
+    problem: Problem, table: Trajectories, estimator: Estimator, number: int = PROBES, *, moved: bool = False
+) -> tuple[Tensor, Batch]:
+    """The random batches on which declarations are verified: rollouts `[M, B]`, and the batch; made once a problem. `moved`:
+    with their rows in each of `row_orders`, one after the other."""
     loop = isinstance(estimator.coefficients, LossCoefficients) and estimator.coefficients.lane == "loop"
-    key = (estimator.needs, number // 4 if loop else number, estimator.leaf == "logits")
+    key = estimator.needs, number // 4 if loop else number, estimator.leaf == "logits", moved
     kept = _probes.setdefault(problem, {})
     if key not in kept:
         index = Batches(table, problem.sizes).random(key[1], seed=0)
+        if moved:
+            index = torch.cat([index[:, order] for order in row_orders(problem)])
         kept[key] = index, table.batch(index, problem.group_labels, logits=key[2])
     return kept[key]
 
@@ -96,13 +101,11 @@ def verify_reads(estimator: Estimator, table: Trajectories, lumps: Lumps, proble
 
 def row_order_is_free(estimator: Estimator, problem: Problem, table: Trajectories) -> bool:
     """ĝ does not move when rows are permuted inside their groups and groups of equal size among each other."""
-    index, batch = probe(problem, table, estimator)
     orders = row_orders(problem)
     if not orders:
         return True
-    here = coefficients_of(estimator, batch)
-    moved = torch.cat([index[:, order] for order in orders])
-    found = coefficients_of(estimator, table.batch(moved, problem.group_labels, logits=estimator.leaf == "logits"))
+    here = coefficients_of(estimator, probe(problem, table, estimator)[1])
+    found = coefficients_of(estimator, probe(problem, table, estimator, moved=True)[1])
     return _close(found, torch.cat([here[:, order] for order in orders]))
 
 

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from pgcheck.engines.coefficients import (
     cells_of,
+    evaluated,
     gradient_map,
     per_row,
     scattered,
@@ -37,7 +38,7 @@ from pgcheck.engines.coefficients import (
 )
 from pgcheck.engines.declarations import row_order_is_free, verify_couples, verify_purity, verify_reads
 from pgcheck.engines.enumeration import Batches
-from pgcheck.engines.lumped import lump, lumped_sums
+from pgcheck.engines.lumped import Lumps, lump, lumped_sums
 from pgcheck.engines.moments import Moments, Progress, Sums, covariance_from
 from pgcheck.engines.scores import Draws, RowSums, Scores, compensated_add
 from pgcheck.engines.threads import one_thread
@@ -51,6 +52,8 @@ from pgcheck.trajectories import SideTable, Trajectories, is_count
 DEFAULT_BUDGET = 5_000_000
 LOOP_COST = 300  # one batch in a Python loop costs about this many vectorised ones
 _BLOCK_ELEMENTS = 120_000  # positions of a block: what stays in cache
+_BLOCK_ROWS = 160_000  # rows of a block of which no position is looked at
+_LUMP_COST = 4  # one evaluation given class counts takes about as long as so many batches
 _PAIR_COST = 100  # adding one product to its place costs about this many multiplications of a matrix product
 
 
@@ -100,7 +103,7 @@ def exact_moments(
         for size in sizes:
             plan = _Plan(e.couples, e.needs, ordered, size, e.leaf == "logits")
             lumps = None if ordered else lump(e, table, _sizes_of(plan, problem))
-            if lumps is None or lumps.evaluations >= Batches(table, _sizes_of(plan, problem)).count:
+            if lumps is None or not _pays(lumps, e, Batches(table, _sizes_of(plan, problem)).count, budget):
                 plans.setdefault(plan, []).append(i)
                 continue
             _refuse_if_too_large(e, problem, table, lumps.evaluations, plan, budget)
@@ -158,8 +161,8 @@ def accumulate(
     `by_start`: also Cov_s(E[x | s]), for batches of one row.
     """
     logits = estimators[0].leaf == "logits"
-    block = max(64, _BLOCK_ELEMENTS // (len(batches.labels) * table.paths.steps))
     scores = None if logits else Scores.of(table)
+    block = _block(estimators, table, batches.labels, by_row=scores is not None)
     by_position = [_PositionSums(table, logits=logits, by_start=by_start) for _ in estimators]
     by_row: dict[int, RowSums] = {}
     done, began = 0, time.monotonic()
@@ -179,6 +182,17 @@ def accumulate(
         if progress is not None and time.monotonic() - began > 2.0:
             progress(name, done, batches.count)
     return [s.finished(batches.count, by_row.get(j)) for j, s in enumerate(by_position)]
+
+
+def _block(estimators: Sequence[Estimator], table: Trajectories, labels: Tensor, *, by_row: bool) -> int:
+    """How many batches to evaluate at once: more of them where, as one batch tells, every row has one coefficient."""
+    rows = len(labels)
+    if by_row:
+        one = torch.zeros(1, rows, dtype=torch.int64)
+        tried = (evaluated(e, table.batch(one, labels)) for e in estimators)
+        if all(isinstance(c, Tensor) and c.dim() == 3 and per_row(c) is not None for c in tried):
+            return max(64, _BLOCK_ROWS // rows)
+    return max(64, _BLOCK_ELEMENTS // (rows * table.paths.steps))
 
 
 @dataclass(frozen=True)
@@ -290,11 +304,23 @@ def _assemble(estimator: Estimator, problem: Problem, parts: dict[int, Sums]) ->
 # -- the budget
 
 
+def _cost(estimator: Estimator) -> int:
+    """Of one batch, in vectorised ones."""
+    fn = estimator.coefficients
+    return LOOP_COST if isinstance(fn, LossCoefficients) and fn.lane == "loop" else 1
+
+
+def _pays(lumps: Lumps, estimator: Estimator, batches: int, budget: int) -> bool:
+    """Whether class counts take less time than `batches` batches, or fit where these do not."""
+    n = lumps.evaluations
+    in_time = n * (_LUMP_COST if _cost(estimator) == 1 else 1)
+    return batches > max(n, min(in_time, budget))
+
+
 def _refuse_if_too_large(
     estimator: Estimator, problem: Problem, table: Trajectories, count: int, plan: _Plan, budget: int
 ) -> None:
-    fn = estimator.coefficients
-    cost = LOOP_COST if isinstance(fn, LossCoefficients) and fn.lane == "loop" else 1
+    cost = _cost(estimator)
     if count * cost <= budget:
         return
     why = f", at {LOOP_COST} each because the loss only runs in a loop" if cost > 1 else ""

@@ -23,14 +23,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from pgcheck.batch import Batch
 from pgcheck.engines.accounts import Account
-from pgcheck.engines.coefficients import cells_of, coefficients_of, scattered
+from pgcheck.engines.coefficients import cells_of, coefficients_of, per_row, scattered, unmasked_coefficients
 from pgcheck.engines.declarations import verify_purity
 from pgcheck.engines.moments import Moments, Progress
+from pgcheck.engines.scores import Draws, scores_of
 from pgcheck.engines.threads import one_thread
 from pgcheck.engines.workers import Workers, check_workers
 from pgcheck.errors import BudgetError, NotFiniteError, UsageError, names_problem
@@ -39,7 +40,9 @@ from pgcheck.estimators.from_loss import LossCoefficients
 from pgcheck.generation import draws_at_once
 from pgcheck.problem import Problem
 from pgcheck.sampling import Sampler, as_device
+from pgcheck.statistics.grain import Grain
 from pgcheck.statistics.guarded import Floats
+from pgcheck.statistics.open_scale import OpenJudge
 from pgcheck.statistics.sequential import CONFIDENCE, GRAIN, SHARE, Interval, Judge, Settings, confidence_after
 from pgcheck.statistics.variance import Pairs
 from pgcheck.trajectories import SideTable, Trajectories, is_count
@@ -48,11 +51,13 @@ DEFAULT_DRAWS = 262_144  # most draws of one problem
 MOST_COORDINATES = 16_384  # P: a grain of them is 128 MiB
 _BLOCK_ELEMENTS = 120_000  # positions evaluated at once
 _GRAMS = 32  # grains of each doubling whose spectrum is taken
-_FORMAT = "pgcheck-checkpoint/3"
+_FORMAT = "pgcheck-checkpoint/4"
+_SCORES_A_POSITION = 8  # entries of a table of scores that cost as much as one position of the draws
 _ROUNDING = 1e-14  # a gradient below this part of the rewards is 0
 _FIRST = 64  # draws whose estimates are part of a checkpoint's identity
 
 Scale = float | None
+AnyJudge = Judge | OpenJudge
 
 
 class Space(Protocol):
@@ -65,11 +70,12 @@ class Space(Protocol):
     def project(self, c: Tensor, table: Trajectories, index: Tensor) -> Tensor:
         """Estimates `[count, P]` from coefficients `[count, B, T]` (or `[count, B, T, A]`) of the rows `index` `[count, B]`."""
 
-    def drawn(self, table: Trajectories, index: Tensor, e: Estimator) -> Tensor | None:
-        """An unbiased estimate of ∇J from every draw, `[count, P]`, to compare `e` with; None: `reference` alone."""
+    def drawn(self, table: Trajectories, index: Tensor, first: int, e: Estimator) -> Tensor | None:
+        """An unbiased estimate of ∇J beside draw `first` and those after it, `[count, P]`, to compare `e` with, where
+        `reference` is not ∇J."""
 
-    def judges(self, scale: Scale) -> bool:
-        """Whether E x = κ ∇J can be judged here; None: some κ > 0."""
+    def judge_of(self, scale: Scale) -> type[AnyJudge]:
+        """What judges E x = κ ∇J here; None: some κ > 0."""
 
     def settings(self, asked: Settings) -> Settings:
         """Those of a judge in this space, whose verdict then keeps what was asked for."""
@@ -81,13 +87,13 @@ class Space(Protocol):
 class Known:
     """What a space does in which ∇J is known and nothing of an estimate is out of sight."""
 
-    def drawn(self, table: Trajectories, index: Tensor, e: Estimator) -> Tensor | None:
+    def drawn(self, table: Trajectories, index: Tensor, first: int, e: Estimator) -> Tensor | None:
         """None."""
         return None
 
-    def judges(self, scale: Scale) -> bool:
-        """Any."""
-        return True
+    def judge_of(self, scale: Scale) -> type[AnyJudge]:
+        """One to whom ∇J is known."""
+        return Judge
 
     def settings(self, asked: Settings) -> Settings:
         """As asked."""
@@ -107,13 +113,28 @@ class LogitSpace(Known):
     def project(self, c: Tensor, table: Trajectories, index: Tensor) -> Tensor:
         """ĝ = L C."""
         logits = c.dim() == 4
-        cells = table.contexts * table.actions
-        x = scattered(c, cells_of(table, index, logits=logits), cells)
-        if logits:
-            return x
-        pi = torch.softmax(table.logits, -1)
-        parts = x.unflatten(-1, pi.shape)
-        return (parts - pi * parts.sum(-1, keepdim=True)).flatten(-2)
+        x = scattered(c, cells_of(table, index, logits=logits), table.contexts * table.actions)
+        if not logits:
+            pi = torch.softmax(table.logits, -1)
+            parts = x.unflatten(-1, pi.shape)
+            parts.addcmul_(pi, (parts @ pi.new_ones(table.actions)).unsqueeze(-1), value=-1)
+        return x
+
+    def project_rows(self, w: Tensor, table: Trajectories, index: Tensor) -> Tensor | None:
+        """The same from one number a row, `w` `[count, B]`: Σ_i w_i S_i of scores that all estimators share; None where they
+        would cost more than they save."""
+        N, cells, positions = len(table), table.contexts * table.actions, index.numel() * table.paths.steps
+        if w.device.type != "cpu" or N * cells > _SCORES_A_POSITION * positions or cells > 32 * table.paths.steps:
+            return None
+        (of, scores), (rows, draws) = self.__dict__.get("_made", ((None, None), (None, None)))
+        if of is not table or scores is None:
+            scores = scores_of(table)
+        if rows is not index or draws is None:
+            draws = Draws.plain(index)
+        self.__dict__["_made"] = ((table, scores), (index, draws))
+        x = w.new_empty(len(w), cells, dtype=torch.float64)
+        draws.combine(w.to(torch.float64), scores, x)
+        return x
 
 
 @dataclass(frozen=True)
@@ -132,6 +153,9 @@ class Sampling:
         directions: random ones along which estimates are seen where there are too many logits and parameters.
         bounds: (lo, hi) with lo ≤ ⟨ĝ − κ ∇J, v⟩ ≤ hi for every unit v, if they are known: verdicts then rest on them alone,
             and not on what the draws show of their tails.
+        reference: `[n, P]`, n independent unbiased estimates of ∇_θ J that were made before, each of one batch, or a file of
+            them (.npy, or .pt as of torch.save): verdicts are then given against these, and their noise is in both error rates.
+            A draw of the run is put beside each, so that n is the most that are drawn (`pgcheck.engines.stored`).
     """
 
     seed: int = 0
@@ -144,6 +168,7 @@ class Sampling:
     checkpoint: Path | str | None = None
     directions: int = 32
     bounds: tuple[float, float] | None = None
+    reference: Tensor | Path | str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         _check_counts(seed=self.seed, draws=self.draws, workers=self.workers, directions=self.directions)
@@ -264,7 +289,7 @@ def _check_counts(**given: Any) -> None:
 class _Grain:
     """What one grain of draws has to say of an estimator."""
 
-    x: Tensor  # [GRAIN, P]
+    draws: Grain
     r: Tensor | None  # an unbiased estimate of ∇J drawn beside each
     account: Account
     paired: Account | None
@@ -275,24 +300,21 @@ class _Lane:
     """One estimator: what is known of it."""
 
     estimator: Estimator
-    judges: dict[Scale, Judge]
+    judges: dict[Scale, AnyJudge]
     account: Account | None = None
     paired: Account | None = None  # of x − r + reference, where an estimate r of ∇J is drawn beside x
     centre: Tensor | None = None  # the mean of the first grain
     pairs: Pairs | None = None  # ‖x − centre‖² beside that of the estimator that it is compared to
 
-    def centre_of(self, x: Tensor) -> Tensor:
-        """The mean of the first grain, which x is if there was none before."""
-        return x.mean(0) if self.centre is None else self.centre
-
     def evaluated(self, x: Tensor, r: Tensor | None, reference: Tensor, grain: int) -> _Grain:
         """What is to be taken of a grain with number `grain`."""
         gram = grain % max(1, 2 ** max(grain.bit_length() - 1, 0) // _GRAMS) == 0
-        account = Account.of(x, reference, centre=self.centre_of(x), gram=gram and not (self._judged and r is None))
+        draws = Grain.of(x, self.centre)
+        account = Account.of_grain(draws, reference, gram=gram and not (self._judged and r is None))
         if r is None:
-            return _Grain(x, None, account, None)
-        paired = Account.of(x - r + reference, reference, centre=reference, gram=gram and not self._judged)
-        return _Grain(x, r, account, paired)
+            return _Grain(draws, None, account, None)
+        beside = Grain.of(draws.x - r + reference, reference)
+        return _Grain(draws, r, account, Account.of_grain(beside, reference, gram=gram and not self._judged))
 
     def pair(self, squares: Floats, of_other: Floats) -> None:
         """Squared distances of the next grain, and those of the other."""
@@ -301,12 +323,12 @@ class _Lane:
 
     def take(self, new: _Grain) -> None:
         """The next grain."""
-        self.centre = self.centre_of(new.x)
+        self.centre = new.draws.centre
         self.account = new.account if self.account is None else self.account.merge(new.account)
         if new.paired is not None:
             self.paired = new.paired if self.paired is None else self.paired.merge(new.paired)
-        for κ, judge in self.judges.items():
-            judge.update(new.x, None if κ is None else new.r)
+        for judge in self.judges.values():
+            judge.update(new.draws, new.r if judge.paired else None)
 
     @property
     def _judged(self) -> bool:
@@ -354,8 +376,7 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.lanes = [
-            _Lane(e, {κ: self._judge(κ) for κ in asked if self.space.judges(κ)})
-            for e, asked in zip(self.estimators, self.scales, strict=True)
+            _Lane(e, {κ: self._judge(κ) for κ in asked}) for e, asked in zip(self.estimators, self.scales, strict=True)
         ]
         needs = dict.fromkeys(e.needs for e in self.estimators)
         self._samplers: dict[tuple[SideTable, ...], Sampler] = {
@@ -368,8 +389,8 @@ class _Run:
         while self._rows > 1 and self._rows * positions > _BLOCK_ELEMENTS:
             self._rows //= 2
 
-    def _judge(self, scale: Scale) -> Judge:
-        return Judge(self.reference, self.space.settings(self.settings), scale=scale)
+    def _judge(self, scale: Scale) -> AnyJudge:
+        return self.space.judge_of(scale)(self.reference, self.space.settings(self.settings), scale=scale)
 
     @cached_property
     def reference(self) -> Tensor:
@@ -390,17 +411,13 @@ class _Run:
         evaluated = self._next()
         now = self._undecided
         if self.beside in now:
-            of_other = self._squares(self.beside, evaluated[self.beside].x)
+            of_other = evaluated[self.beside].draws.spread.cpu().numpy()
             for i in now:
                 if i != self.beside:
-                    self.lanes[i].pair(self._squares(i, evaluated[i].x), of_other)
+                    self.lanes[i].pair(evaluated[i].draws.spread.cpu().numpy(), of_other)
         for i in now:
             self.lanes[i].take(evaluated[i])
         self.grain += 1
-
-    def _squares(self, i: int, x: Tensor) -> Floats:
-        """‖x − c‖² of each draw."""
-        return np.asarray((x - self.lanes[i].centre_of(x)).square().sum(1).cpu().numpy())
 
     def _next(self) -> dict[int, _Grain]:
         if self._workers is None:
@@ -444,14 +461,22 @@ class _Run:
                 batch = table.batch(index, sampler.labels, logits=logits)
                 for i in members:
                     try:
-                        c = coefficients_of(estimators[i], batch)
+                        parts[i].append(self._projected(estimators[i], batch, table, index))
                     except NotFiniteError:
                         self._name_draw(estimators[i], low, len(index))
                         raise
-                    parts[i].append(self.space.project(c, table, index))
-                    if (r := self.space.drawn(table, index, estimators[i])) is not None:
+                    if (r := self.space.drawn(table, index, low, estimators[i])) is not None:
                         others[i].append(r)
-        return [(torch.cat(x), torch.cat(r) if r else None) for x, r in zip(parts, others, strict=True)]
+        return [(_joined(x), _joined(r) if r else None) for x, r in zip(parts, others, strict=True)]
+
+    def _projected(self, estimator: Estimator, batch: Batch, table: Trajectories, index: Tensor) -> Tensor:
+        logits = estimator.leaf == "logits"
+        c = unmasked_coefficients(estimator, batch)
+        if isinstance(self.space, LogitSpace) and not logits and (w := per_row(c)) is not None:
+            x = self.space.project_rows(w, table, index)
+            if x is not None:
+                return x
+        return self.space.project(c * (batch.mask.unsqueeze(-1) if logits else batch.mask), table, index)
 
     def _name_draw(self, estimator: Estimator, first: int, count: int) -> None:
         """Raise for the first draw that is not finite, with what reproduces it."""
@@ -500,8 +525,9 @@ class _Run:
     @cached_property
     def _first_estimates(self) -> str:
         h = hashlib.sha256()
-        for x, _ in self._estimates(self.estimators, 0, _FIRST):
-            h.update(x.cpu().numpy().tobytes())
+        for x, r in self._estimates(self.estimators, 0, _FIRST):
+            for part in (x,) if r is None else (x, r):
+                h.update(part.cpu().numpy().tobytes())
         return h.hexdigest()
 
     def _identity(self, draws: int) -> dict[str, Any]:
@@ -551,7 +577,8 @@ class _Run:
         here = self._identity(draws)
         for name, x in here.items():
             if there.get(name) != x:
-                how = "are others" if name == "first estimates" else f"is {there.get(name)!r}, not {x!r}"
+                verb = "are" if name.endswith("s") else "is"
+                how = f"{verb} others" if name == "first estimates" else f"{verb} {there.get(name)!r}, not {x!r}"
                 raise UsageError(
                     f"checkpoint: {path} is of another run: its {name} {how}. Delete it, or keep this run elsewhere."
                 )
@@ -564,9 +591,13 @@ class _Run:
             )
             settings = self.space.settings(self.settings)
             lane.judges = {
-                κ: Judge.from_state(self.reference, settings, state=s, scale=κ)
-                for κ, s in zip(lane.judges, state["judges"], strict=True)
+                κ: type(judge).from_state(self.reference, settings, state=s, scale=κ)
+                for (κ, judge), s in zip(lane.judges.items(), state["judges"], strict=True)
             }
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _with_bias_of(found: Moments, paired: Account, reference: Tensor, confidence: float) -> Moments:

@@ -37,6 +37,17 @@ class Draws:
     index: Tensor  # [M, B]
     probability: Tensor  # [M]
 
+    @classmethod
+    def plain(cls, index: Tensor) -> Draws:
+        """Of batches that were drawn: each counts once."""
+        return cls(index, torch.ones(len(index), dtype=torch.float64))
+
+    @functools.cached_property
+    def shared(self) -> float | None:
+        """The probability of each batch, if all have one."""
+        p = self.probability
+        return float(p[0]) if bool((p == p[0]).all()) else None
+
     @functools.cached_property
     def root(self) -> Tensor:
         """√p of each row, `[M, B]`."""
@@ -45,7 +56,7 @@ class Draws:
     @functools.cached_property
     def _sparse(self) -> tuple[Tensor, Tensor]:
         M, B = self.index.shape
-        return torch.arange(0, M * B + 1, B, dtype=torch.int32), self.index.reshape(-1).to(torch.int32)
+        return torch.arange(0, M * B + 1, B), self.index.reshape(-1)
 
     def combine(self, weight: Tensor, rows: Tensor, out: Tensor) -> None:
         """`out` `[M, r]` = Σ_i weight[m, i] rows[index[m, i]], from `weight` `[M, B]` and `rows` `[N, r]`."""
@@ -69,6 +80,12 @@ def _has_mkl() -> bool:
     return torch.backends.mkl.is_available()
 
 
+def scores_of(table: Trajectories) -> Tensor:
+    """S `[N, K·A]` of every rollout."""
+    counts = torch.zeros(len(table), table.contexts * table.actions, dtype=torch.float64)
+    return into_gradient(counts.scatter_add_(1, table.cell, table.paths.mask), table, logits=False)
+
+
 @dataclass(frozen=True)
 class Scores:
     """The scores of every rollout."""
@@ -82,8 +99,7 @@ class Scores:
         N, cells = len(table), table.contexts * table.actions
         if N * cells > _MOST_SCORES:
             return None
-        counts = torch.zeros(N, cells, dtype=torch.float64).scatter_add_(1, table.cell, table.paths.mask)
-        whole = into_gradient(counts, table, logits=False)
+        whole = scores_of(table)
         kept = (whole != 0).any(0)
         kept.view(table.contexts, table.actions)[:, -1] = False
         return cls(whole, kept)
@@ -126,16 +142,17 @@ class RowSums:
 
     def add(self, weight: Tensor, draws: Draws) -> None:
         """Batches with `weight` `[M, B]`."""
-        N = len(self.expected)
-        w, index = weight * draws.root, draws.index.numpy()
-        sums = np.bincount(index.reshape(-1), (w * draws.root).reshape(-1).numpy(), N)
-        compensated_add(self.expected, self._lost, torch.from_numpy(sums))
+        N, p = len(self.expected), draws.shared
+        w, index = weight if p is not None else weight * draws.root, draws.index.numpy()
+        pw, p = (w, p) if p is not None else (w * draws.root, 1.0)
+        sums = np.bincount(index.reshape(-1), pw.reshape(-1).numpy(), N)
+        compensated_add(self.expected, self._lost, p * torch.from_numpy(sums))
         if not self._paired:
             if len(self._x) < len(w):
                 self._x = torch.empty(len(w), self._x.shape[1], dtype=torch.float64)
             x = self._x[: len(w)]
             draws.combine(w, self.scores.kept, x)
-            self._second.addmm_(x.T, x)
+            self._second.addmm_(x.T, x, alpha=p)
             return
         n, v = np.ascontiguousarray(index.T), np.ascontiguousarray(w.numpy().T)
         places = [n[i] * N + n[i:] for i in range(len(n))]
@@ -143,7 +160,7 @@ class RowSums:
         for x in products:
             x[0] *= 0.5  # a row with itself: it is added to its mirror image, as the others are
         added = np.bincount(np.concatenate(places).reshape(-1), np.concatenate(products).reshape(-1), N * N)
-        self._second += torch.from_numpy(added.reshape(N, N))
+        self._second += p * torch.from_numpy(added.reshape(N, N))
 
     def mean_weights(self) -> Tensor:
         """E Σ_i w_i 1[n_i = n], `[N]`."""

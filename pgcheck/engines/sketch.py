@@ -27,6 +27,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Literal, TypeVar, cast
 
 import torch
@@ -44,6 +45,7 @@ from pgcheck.engines.parameters import (
     number_of_parameters,
     tightened,
 )
+from pgcheck.engines.stored import stored
 from pgcheck.engines.threads import one_thread
 from pgcheck.engines.trusted import BETA, PILOT, Paired, coefficients_on, paired, trusted_estimator, trusted_estimators
 from pgcheck.errors import BudgetError, UsageError, names_problem
@@ -394,15 +396,17 @@ def default_space(
     seed: int = 0,
     beta: float = BETA,
     device: str = "cpu",
+    reference: Tensor | Path | str | None = None,
+    first_look: int = 0,
 ) -> Space | None:
     """Where sampled verdicts are given: None, in logits, as long as these can be listed and are few, and `parameters` are not
     asked for; else in parameters, as long as those are few; else along directions. Beside a trusted estimator where there is
-    one, unless ∇J is known and parameters are asked for.
+    one, unless ∇J is known and parameters are asked for; beside stored estimates if a `reference` is given, in parameters.
 
     Raises:
-        UsageError, BudgetError: as `SketchSpace.paired`.
+        UsageError, BudgetError: as `SketchSpace.paired`; as `stored`.
     """
-    if not parameters and not problem.written and problem.logits.numel() <= MOST_COORDINATES:
+    if reference is None and not parameters and not problem.written and problem.logits.numel() <= MOST_COORDINATES:
         return None
     few = number_of_parameters(problem) <= MOST_COORDINATES
 
@@ -411,6 +415,8 @@ def default_space(
             return ParameterSpace(problem)
         return SketchSpace.of(problem, directions=directions, seed=seed, along=u)
 
+    if reference is not None:
+        return cast(Space, stored(reference, problem, around, first_look=first_look))
     if not problem.written and (parameters or not trusted_estimators(problem)):
         return cast(Space, around(None))  # ∇J is known
     return paired(problem, around, seed=seed, beta=beta, device=device)

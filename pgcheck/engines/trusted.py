@@ -33,7 +33,8 @@ from pgcheck.estimators.base import Estimator, registered_estimators
 from pgcheck.generation import draws_at_once
 from pgcheck.problem import Problem
 from pgcheck.statistics.guarded import Scores, interval
-from pgcheck.statistics.sequential import GRAIN, Interval, Settings
+from pgcheck.statistics.open_scale import OpenJudge
+from pgcheck.statistics.sequential import GRAIN, Interval, Judge, Settings
 from pgcheck.trajectories import Trajectories
 
 TRUSTED = ("leave_one_out", "reinforce", "trajectory_is", "kl_in_reward(k1)", "entropy_in_reward")
@@ -66,20 +67,52 @@ class Seen(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Paired:
-    """Another space, in which an unbiased estimate is drawn beside every other."""
+class Beside:
+    """Another space, in which an unbiased estimate of ∇J lies beside every other."""
 
     inside: Seen
-    reference: Tensor  # [R], ∇J, or what the pilot says of it: 0 if it does not tell it from 0
-    trusted: tuple[Estimator, ...]  # the first is that of the pilot
-    seed: int = 0
-    length: Scores | None = None  # of ⟨r, û⟩; None: ∇J is known
+    reference: Tensor  # [R], ∇J, or what a pilot says of it: 0 if it does not tell it from 0
+    length: Scores | None  # of ⟨r, û⟩; None: ∇J is known
+    against: str  # what r is, in a report
 
     def project(self, c: Tensor, table: Trajectories, index: Tensor) -> Tensor:
         """As `inside`."""
         return self.inside.project(c, table, index)
 
-    def drawn(self, table: Trajectories, index: Tensor, e: Estimator) -> Tensor:
+    def judge_of(self, scale: float | None) -> type[Judge | OpenJudge]:
+        """Of an open κ, one that finds it from the noise of r, unless ∇J is known."""
+        return OpenJudge if scale is None and self.length is not None else Judge
+
+    def shows(self, beta: float) -> float:
+        """That of `inside`, and of ⟨∇J, û⟩ as it is at least over what it is about."""
+        if self.length is None:
+            return self.inside.shows(beta)
+        low, about = _at_least(self.length, beta), float(self.length.mean[0])
+        return self.inside.shows(beta / 2) * max(low, 0.0) / about if about > 0 and low > 0 else 0.0
+
+    def settings(self, asked: Settings) -> Settings:
+        """With a tolerance that allows for what is not seen."""
+        return tightened(asked, self.shows(asked.beta / 2))
+
+    def compared_with(self, e: Estimator) -> str:
+        """What r is for this estimator, in a report."""
+        return self.against
+
+    def told(self, moments: Moments, asked: Settings, e: Estimator) -> Moments:
+        """With what it was compared with."""
+        view = self.inside.view(self.shows(asked.beta / 2) if moments.judgements else 1.0)
+        found = self.inside.said(moments, replace(view, reference=self.reference, against=self.compared_with(e)))
+        return found if self.length is None else _with_pilot(found, self.length)
+
+
+@dataclass(frozen=True, eq=False)
+class Paired(Beside):
+    """r is what a trusted estimator says of the same rollouts."""
+
+    trusted: tuple[Estimator, ...]  # the first is that of the pilot
+    seed: int = 0
+
+    def drawn(self, table: Trajectories, index: Tensor, first: int, e: Estimator) -> Tensor:
         """What the trusted estimator that is nearest to `e` says of the same rollouts; made once for all that are compared
         with it."""
         r = self.nearest(e)
@@ -114,26 +147,9 @@ class Paired:
         gaps = torch.stack([(x - r).square().sum(1).mean() for r in others])
         return self.trusted[int(gaps.argmin())]
 
-    def judges(self, scale: float | None) -> bool:
-        """A κ that is named; an open one where ∇J is known, without r: it would have to be found from the noise of r."""
-        return scale is not None or self.length is None
-
-    def shows(self, beta: float) -> float:
-        """That of `inside`, and of ⟨∇J, û⟩ as it is at least over what it is about."""
-        if self.length is None:
-            return self.inside.shows(beta)
-        low, about = _at_least(self.length, beta), float(self.length.mean[0])
-        return self.inside.shows(beta / 2) * max(low, 0.0) / about if about > 0 and low > 0 else 0.0
-
-    def settings(self, asked: Settings) -> Settings:
-        """With a tolerance that allows for what is not seen."""
-        return tightened(asked, self.shows(asked.beta / 2))
-
-    def told(self, moments: Moments, asked: Settings, e: Estimator) -> Moments:
-        """With what it was compared with."""
-        view = self.inside.view(self.shows(asked.beta / 2) if moments.judgements else 1.0)
-        found = self.inside.said(moments, replace(view, reference=self.reference, against=self.nearest(e).name))
-        return found if self.length is None else _with_pilot(found, self.length)
+    def compared_with(self, e: Estimator) -> str:
+        """The nearest."""
+        return self.nearest(e).name
 
 
 def _with_pilot(found: Moments, length: Scores) -> Moments:
@@ -148,7 +164,11 @@ def _with_pilot(found: Moments, length: Scores) -> Moments:
         1 + (x - 1) * (more if (x < 1) is low_end else less) for x, low_end in ((scale.low, True), (scale.high, False))
     ]
     said = {"rel": Interval(rel.value, rel.low * less, rel.high * more), "scale": Interval(scale.value, *ends)}
-    return replace(found, intervals={**found.intervals, **said})
+    judged = dict(found.judgements)
+    if None in judged:  # which has its κ from r itself
+        off = judged[None].off_axis
+        judged[None] = replace(judged[None], off_axis=replace(off, high=min(off.high * more, 1.0)))
+    return replace(found, intervals={**found.intervals, **said}, judgements=judged)
 
 
 def paired(
@@ -169,13 +189,14 @@ def paired(
     trusted = trusted_mixtures(problem)
     if not problem.written:
         inside = around(None)
-        return Paired(inside, inside.seen(problem.parameter_gradient()), trusted, seed)
+        return Paired(inside, inside.seen(problem.parameter_gradient()), None, trusted[0].name, trusted, seed)
     kept, key = _PILOTS.setdefault(problem, {}), (seed, pilot, beta, device)
     if key not in kept:
         kept[key] = _piloted(trusted[0], problem, seed=seed, pilot=pilot, beta=beta, device=device)
     u, scores, told = kept[key]
     inside = around(u)
-    return Paired(inside, inside.seen(u) * (float(scores.mean[0]) if told else 0.0), trusted, seed, scores)
+    g = inside.seen(u) * (float(scores.mean[0]) if told else 0.0)
+    return Paired(inside, g, scores, trusted[0].name, trusted, seed)
 
 
 def _piloted(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -15,7 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from pgcheck.calibrate import ALLOWED, NOMINAL, SHAPES, Calibration, Rate
+from pgcheck.calibrate import ALLOWED, NOMINAL, SHAPES, Calibration, EndToEnd, Power, Rate
+from pgcheck.errors import UsageError
 from pgcheck.render.messages import number
 
 _COLORS = {"light": "#4c72b0", "skewed": "#dd8452", "heavy-tailed": "#c44e52", "rare event": "#8172b3"}
@@ -31,6 +34,11 @@ _STAGES = {
         "The bias is exactly the tolerance, along the gradient: FAIL must prove more than that.",
     ),
     "confirm of exceeds": ("Confirmation, mode `exceeds`", "The same, of the confirming parts."),
+    "confirm of open κ": (
+        "Confirmation, open κ, reference drawn",
+        "E x = ½ g, and g is known only from an r beside each x, of whose noise x has a part; κ is looked for along a direction"
+        " 45° off g, and what is confirmed lies across that, 45° off g as well. *Refused*: κ is not bounded yet.",
+    ),
 }
 _MISSES = {
     "misses, fixed draws": (
@@ -51,14 +59,13 @@ _MISSES = {
 
 def calibration_markdown(c: Calibration) -> str:
     """The answer first, then tables, one a question; families are never pooled."""
-    runs = max(r.runs for r in c.rates if r.what == "trigger")
     lines = [
         "# How often a sampled verdict is wrong",
         "",
         "Measured on laws whose truth is known: the estimate ĝ of every batch of a small problem, and made-up ones, from light"
-        " tails to a reward that is paid once in a hundred draws. Brackets are Clopper–Pearson bounds at 99%, law by law."
-        f" `pgcheck calibrate --runs {runs} --seed {c.seed}` gives these figures again.",
+        " tails to a reward that is paid once in a hundred draws. Brackets are Clopper–Pearson bounds at 99%, law by law.",
         "",
+        *_again(c),
         "![Measured over nominal rates](calibration.svg)",
         "",
         "**Wrong more often than promised** is a law whose lower bound is above nominal. **Shown to be within"
@@ -92,6 +99,22 @@ _INTERVALS = (
     "How many of those given miss the truth (promised: 5%), in brackets the bounds, and behind it the share that is given where"
     " that is not all; –: none is."
 )
+
+
+def _again(c: Calibration) -> list[str]:
+    """How to have the figures once more."""
+    if not c.made_by:
+        return []
+    first, *more = (f"`{command}`" for command in c.made_by)
+    if not more:
+        return [f"{first} gives these figures again.", ""]
+    return [
+        f"{first} gives these figures again, and these commands those of questions and laws that it had too few runs to tell;"
+        " their numbers of runs were set beforehand, and a stream of looks goes on where the shorter one ended:",
+        "",
+        *(f"* {command}" for command in more),
+        "",
+    ]
 
 
 def _headline(rates: Sequence[Rate]) -> list[str]:
@@ -245,6 +268,25 @@ def _power(c: Calibration) -> list[str]:
 def calibration_json(c: Calibration) -> dict[str, Any]:
     """Everything, with the measured rate of each."""
     return asdict(c) | {"rates": [asdict(r) | {"rate": r.rate if r.runs else None} for r in c.rates]}
+
+
+def read_calibration(path: Path) -> Calibration:
+    """What `calibration_json` was written from.
+
+    Raises:
+        UsageError: it is not there, or is something else.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        rates = tuple(Rate(**{name: x for name, x in r.items() if name != "rate"}) for r in data["rates"])
+        power, verdicts = tuple(Power(**x) for x in data["power"]), tuple(EndToEnd(**x) for x in data["verdicts"])
+        return Calibration(data["seed"], rates, power, verdicts, tuple(data["made_by"]))
+    except OSError as error:
+        raise UsageError(
+            f"{path}: {error.strerror}; what is measured in part goes into what is there, so measure all of it first."
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path}: not a calibration.json of this version ({type(error).__name__}: {error}).") from None
 
 
 def calibration_figure(c: Calibration) -> str:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from pgcheck.engines.direct import DirectMoments
+from pgcheck.engines.stored import STORED
 from pgcheck.estimators.base import registered_estimators
 from pgcheck.registry import heavy_problems, registered_problems
 from pgcheck.render.code import estimator_code
@@ -70,7 +71,8 @@ def seen_words(m: MeasurementRow | None) -> str:
     if m.directions is not None:
         words += f", seen along ∇J (or a pilot's estimate) and {m.directions} random directions"
     if m.against is not None:
-        words += f", by the difference from `{m.against}` on the same rollouts"
+        here = f"`{m.against}` on the same rollouts" if m.against != STORED else STORED
+        words += f", by the difference from {here}"
     if m.shown is not None:
         words += f"; of a bias at least {number(m.shown)} is seen, at a share of the error rate, which is allowed for"
     return words

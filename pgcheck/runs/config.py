@@ -6,7 +6,8 @@
     thetas = 2                                      # optional: each problem at this many θ; default, the suite's
     checks = ["unbiased", "finite"]                 # optional: default, all
     budget = 5000000                                # optional: most batches for one estimator on one problem
-    engine = "auto"                                 # optional, as of a suite: engine, draws, seed, tolerance, alpha, beta
+    engine = "auto"                                 # optional, as of a suite: engine, draws, seed, tolerance, alpha, beta,
+                                                    # bounds, space
     baseline = "tests/pgcheck.json"                 # optional: what `pgcheck gate` and the pytest plugin compare with
     estimators = [                                  # default: the suite's own
       "my_rl.losses:rloo",                          # claims what it declares; a plain loss claims to be unbiased
@@ -40,6 +41,7 @@ from pgcheck.runs.report import Report
 from pgcheck.runs.runner import refuse_duplicates
 from pgcheck.runs.suite import Suite, load_suite, problems_matching
 from pgcheck.verdicts.checks import find_check
+from pgcheck.verdicts.verdict import Space
 
 
 class EstimatorConfig(BaseModel):
@@ -107,6 +109,8 @@ class Config(BaseModel):
     tolerance: float | None = Field(default=None, gt=0, lt=1)
     alpha: float | None = Field(default=None, gt=0, lt=0.5)
     beta: float | None = Field(default=None, gt=0, lt=0.5)
+    bounds: tuple[float, float] | None = Field(default=None, strict=False)
+    space: Space | None = None
     baseline: str | None = Field(default=None, min_length=1)
     estimators: list[EstimatorConfig] | None = Field(default=None, min_length=1)
 
@@ -189,7 +193,7 @@ def plan(
     if suite is None and config.problems is not None:
         problems_matching(config.problems)
         changes |= {"problems": config.problems, "own_problems": None, "expect": [], "case": []}
-    for name in ("thetas", "engine", "draws", "seed", "tolerance", "alpha", "beta"):
+    for name in ("thetas", "engine", "draws", "seed", "tolerance", "alpha", "beta", "bounds", "space"):
         if (x := getattr(config, name)) is not None:
             changes[name] = x
     if config.checks is not None and loaded.checks is None:

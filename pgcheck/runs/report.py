@@ -367,6 +367,8 @@ def measurement_row(m: Measurement, *, space: Space = "logits") -> MeasurementRo
     if m.view is not None:
         seen = {name: getattr(m.view, name) for name in ("parameters", "directions", "against")}
         seen["shown"] = None if m.view.shown == 1.0 else m.view.shown
+    elif space == "parameters":
+        seen = {"parameters": m.truth.numel()}
     space = space if m.view is None else "parameters"
     context, action = m.worst if space == "logits" else (None, None)
     numbers: dict[str, Any] = {name: getattr(m, name) for name in same}

@@ -27,7 +27,7 @@ from pgcheck.runs.cases import Case, judge_case
 from pgcheck.runs.report import CaseRow, Report
 from pgcheck.verdicts.checks import find_check, registered_checks
 from pgcheck.verdicts.checks.bias import claims_on, judge_claims, scales_on
-from pgcheck.verdicts.verdict import RTOL, Finding, Measurement, NotAsked, Status, Verdict, measure
+from pgcheck.verdicts.verdict import RTOL, Finding, Measurement, NotAsked, Space, Status, Verdict, measure
 
 RICH_PROBLEMS = 2  # on how many problems the single-batch checks run, and on one with a single group
 
@@ -86,6 +86,7 @@ def run(
     rtol: float = RTOL,
     engine: Engine = "exact",
     sampling: Sampling | None = None,
+    space: Space = "logits",
     progress: Progress | None = None,
 ) -> Report:
     """Judge every estimator on every problem.
@@ -98,6 +99,7 @@ def run(
         rtol: tolerance of exact verdicts.
         engine: `"auto"` samples where the batches are more than the budget, `"monte_carlo"` everywhere.
         sampling: tolerance, error rates, seed and number of draws of sampled verdicts.
+        space: where E ĝ is held against ∇J; `"parameters"`: those of the policy that the problem has.
 
     Raises:
         UsageError: two estimators of one name, or two problems; an unknown check.
@@ -125,9 +127,9 @@ def run(
                 not_asked.append(NotAsked(e.name, problem.name, why_not))
             else:
                 asked.append(e)
-        for e, moments in _moments(asked, problem, engine, budget, how, progress):
+        for e, moments in _moments(asked, problem, engine, budget, how, space, progress):
             if isinstance(moments, Moments):
-                found[e.name, problem.name] = measure(e, problem, moments, rtol=rtol)
+                found[e.name, problem.name] = measure(e, problem, moments, rtol=rtol, space=space)
                 if not claims_on(e, problem):
                     not_asked.append(NotAsked(e.name, problem.name, "no claim is made under these conditions"))
             else:
@@ -151,7 +153,7 @@ def run(
         version=metadata.version("pgcheck"),
         problems=[rows.problem_row(p) for p in problems],
         estimators=[rows.estimator_row(e) for e in estimators],
-        measurements=[rows.measurement_row(m) for m in found.values()],
+        measurements=[rows.measurement_row(m, space=space) for m in found.values()],
         verdicts=[
             rows.verdict_row(v, alpha=how.alpha, beta=how.beta)
             for v in verdicts
@@ -204,21 +206,23 @@ def _moments(
     engine: Engine,
     budget: int,
     sampling: Sampling,
+    space: Space,
     progress: Progress | None,
 ) -> list[tuple[Estimator, Moments | NotFiniteError | BudgetError]]:
     """Moments of all at once; if one of them cannot be had, by halves."""
     scales = [scales_on(e, problem) for e in estimators]
     try:
         found = moments_by(
-            engine, estimators, problem, budget=budget, sampling=sampling, scales=scales, progress=progress
-        )
+            engine, estimators, problem, budget=budget, sampling=sampling, scales=scales,
+            parameters=space == "parameters", progress=progress,
+        )  # fmt: skip
         return list(zip(estimators, found, strict=True))
     except (NotFiniteError, BudgetError) as error:
         if len(estimators) == 1:
             return [(estimators[0], error)]
         half = len(estimators) // 2
         parts = estimators[:half], estimators[half:]
-        return [pair for part in parts for pair in _moments(part, problem, engine, budget, sampling, progress)]
+        return [pair for part in parts for pair in _moments(part, problem, engine, budget, sampling, space, progress)]
 
 
 def _refused(estimator: Estimator, problem: Problem, error: NotFiniteError | BudgetError) -> Verdict:

@@ -9,6 +9,8 @@
     budget = 5000000                                 # optional: most batches a cell that are enumerated
     engine = "auto"                                  # optional: "exact" (default), "monte_carlo", or "auto": what fits
     tolerance = 0.05                                 # optional, of sampled verdicts, as `alpha`, `beta`, `draws`, `seed`
+    bounds = [-3.0, 3.0]                             # optional: known of every estimator here, as of `pgcheck.Sampling`
+    space = "parameters"                             # optional: where E ĝ is held against ∇J; default, "logits"
     own_problems = ["bandit/*"]                      # optional: what estimators from outside are judged on
 
     [[expect]]                                       # optional: what is expected on one problem
@@ -42,12 +44,19 @@ from pgcheck.errors import SuiteError, UnknownNameError, UsageError
 from pgcheck.estimators.base import Estimator, registered_estimators
 from pgcheck.estimators.lookup import as_estimator
 from pgcheck.problem import Problem
-from pgcheck.registry import find_problem, heavy_problems, problem_names, problem_sets, registered_problems
+from pgcheck.registry import (
+    find_problem,
+    heavy_problems,
+    known_problem,
+    problem_names,
+    problem_sets,
+    registered_problems,
+)
 from pgcheck.runs.cases import Case, check_case
 from pgcheck.runs.report import Report
 from pgcheck.runs.runner import Expectation, run
 from pgcheck.verdicts.checks import find_check
-from pgcheck.verdicts.verdict import Finding
+from pgcheck.verdicts.verdict import Finding, Space
 
 
 class ExpectRow(BaseModel):
@@ -78,6 +87,8 @@ class Suite(BaseModel):
     alpha: float = Field(default=Sampling.alpha, gt=0, lt=0.5)
     beta: float = Field(default=Sampling.beta, gt=0, lt=0.5)
     device: str = Sampling.device
+    bounds: tuple[float, float] | None = Sampling.bounds
+    space: Space = "logits"
     expect: list[ExpectRow] = []
     case: list[Case] = []
 
@@ -136,6 +147,7 @@ class Suite(BaseModel):
             budget=self.budget if budget is None else budget,
             engine=self.engine if engine is None else engine,
             sampling=self.sampling if sampling is None else sampling,
+            space=self.space,
             progress=progress,
         )
 
@@ -146,16 +158,26 @@ def problems_matching(patterns: list[str], *, thetas: int = 1) -> list[Problem]:
     Raises:
         UnknownNameError: a pattern without a match; suggests the nearest id.
     """
+    return [find_problem(name).at(draw) for name in names_matching(patterns) for draw in range(thetas)]
+
+
+def names_matching(patterns: list[str]) -> list[str]:
+    """Their ids; nothing is built, which takes a pretrained model half a minute.
+
+    Raises:
+        UnknownNameError: a pattern without a match; suggests the nearest id.
+    """
     sets = problem_sets()
     names: list[str] = []
     for pattern in patterns:
         found = sets.get(pattern) or problem_names(pattern)
         if not found and "@" in pattern:
+            known_problem(pattern)
             found = [pattern]
         if not found:
             raise UnknownNameError("problem", pattern, [*registered_problems(), *heavy_problems()])
         names += [name for name in found if name not in names]
-    return [find_problem(name).at(draw) for name in names for draw in range(thetas)]
+    return names
 
 
 def _folder() -> Path:
@@ -220,8 +242,12 @@ def _first_fault(error: ValidationError) -> str:
 def _check_names(path: Path, suite: Suite) -> None:
     try:
         estimators = {e.name for e in suite.resolve_estimators()}
-        problems = {p.name for p in suite.resolve_problems()}
-        suite.resolve_problems(own=True)
+        problems = {
+            f"{name}@{draw}" if draw else name
+            for name in names_matching(suite.problems)
+            for draw in range(suite.thetas)
+        }
+        names_matching(suite.own_problems or [])
         _check_cases(suite.case)
         for name in suite.checks or ():
             find_check(name)

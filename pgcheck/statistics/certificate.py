@@ -91,9 +91,26 @@ def of_block(d: Tensor) -> tuple[float, float]:
 
     DᵀD and DDᵀ have the same eigenvalues; the smaller is made.
     """
-    m = len(d)
-    gram = d.T @ d if d.shape[1] < m else d @ d.T
-    off = float((gram * gram).sum()) - float((d * d).sum(1).square().sum())
+    return _of_gram(_gram(d), torch.linalg.vector_norm(d, dim=1).square())
+
+
+def of_block_and_across(d: Tensor, along: Tensor) -> tuple[tuple[float, float], tuple[float, float]]:
+    """That of D, and that of D − ⟨D, a⟩ a for a unit vector a = `along` `[P]`."""
+    gram, norms2, par = _gram(d), torch.linalg.vector_norm(d, dim=1).square(), d @ along
+    if len(gram) < len(d):  # of few coordinates, which D may fill with one direction: what is left is made by itself
+        across = of_block(d - torch.outer(par, along))
+    else:
+        across = _of_gram(gram - torch.outer(par, par), norms2 - par.square())
+    return _of_gram(gram, norms2), across
+
+
+def _gram(d: Tensor) -> Tensor:
+    return d.T @ d if d.shape[1] < len(d) else d @ d.T
+
+
+def _of_gram(gram: Tensor, norms2: Tensor) -> tuple[float, float]:
+    m = len(norms2)
+    off = float((gram * gram).sum() - (norms2 @ norms2))
     return float(torch.linalg.eigvalsh(gram)[-1]) / m, max(off, 0.0) / (m * (m - 1))
 
 
@@ -108,6 +125,11 @@ def p_value(
     U: Numbers, Δ: float, *, n: float, largest: Numbers, square: Numbers, stretch: Numbers = 1.0
 ) -> Any:  # of numbers a number, of arrays `[R]` an array
     """The probability p(U; Δ) of a statistic at most max(U, 0) under a bias of size Δ in the noisiest direction."""
+    if not any(np.ndim(x) for x in (U, largest, square, stretch)):
+        U, A = max(float(U), 0.0), math.sqrt(largest / n) * float(stretch)
+        B = math.sqrt(max(2 * (float(square) - float(largest) ** 2), 0.0)) / n
+        law = _over_par if 2 * Δ * A < B else _without_noise if A <= 0 else _over_rest
+        return float(law(np.asarray(U), Δ, np.asarray(A), np.asarray(B)) @ _WEIGHT)
     rows = np.broadcast_arrays(*(np.atleast_1d(np.asarray(x, dtype=float)) for x in (U, largest, square, stretch)))
     U_, top, square_, factor = (x[:, None] for x in rows)
     U_ = np.maximum(U_, 0.0)
@@ -120,8 +142,7 @@ def p_value(
     for rows_of, law in ((inside, _over_par), (flat, _without_noise), (~inside & ~flat, _over_rest)):
         if rows_of.any():
             inner[rows_of] = law(U_[rows_of], Δ, A[rows_of], B[rows_of])
-    p = inner @ _WEIGHT
-    return p if any(np.ndim(x) for x in (U, largest, square, stretch)) else float(p[0])
+    return inner @ _WEIGHT
 
 
 def _over_par(U: Floats, Δ: float, A: Floats, B: Floats) -> Floats:
@@ -134,7 +155,7 @@ def _over_rest(U: Floats, Δ: float, A: Floats, B: Floats) -> Floats:
 
 
 def _without_noise(U: Floats, Δ: float, A: Floats, B: Floats) -> Floats:
-    return np.asarray(np.broadcast_to(Δ**2 <= U, (len(U), len(_Z))), dtype=float)
+    return np.asarray(np.broadcast_to(Δ**2 <= U, (*U.shape[:-1], len(_Z))), dtype=float)
 
 
 def upper_bound(U: float, β: float, *, n: int, largest: float, square: float, stretch: float = 1.0) -> float:

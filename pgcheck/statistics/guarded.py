@@ -57,10 +57,11 @@ class Scores:
     @staticmethod
     def of(y: Floats) -> Scores:
         """Of scores `[n, kinds]`."""
-        mean = y.mean(0)
-        d = y - mean
+        columns = np.ascontiguousarray(y.T)
+        mean = columns.mean(1)
+        d = columns - mean[:, None]
         d2 = d * d
-        return Scores(len(y), mean, d2.sum(0), (d2 * d).sum(0), y.min(0), y.max(0))
+        return Scores(len(y), mean, d2.sum(1), (d2 * d).sum(1), columns.min(1), columns.max(1))
 
     def merge(self, other: Scores) -> Scores:
         """Moments of both samples together (Pébay 2008)."""
@@ -77,7 +78,7 @@ class Scores:
             np.maximum(self.high, other.high),
         )
 
-    def __getitem__(self, kind: int | slice) -> Scores:
+    def __getitem__(self, kind: int | slice | list[int]) -> Scores:
         """Some of the kinds of score."""
         return Scores(self.n, *(x[kind] for x in (self.mean, self.m2, self.m3, self.low, self.high)))
 

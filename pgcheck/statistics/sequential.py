@@ -36,7 +36,16 @@ from torch import Tensor
 
 from pgcheck.errors import NotFiniteError, UsageError
 from pgcheck.statistics.bounded import Wealth, bounded_bias, bounded_interval
-from pgcheck.statistics.certificate import GRAM, Spectrum, draws_to_certify, p_value, stretch, upper_bound
+from pgcheck.statistics.certificate import (
+    GRAM,
+    Spectrum,
+    draws_to_certify,
+    of_block_and_across,
+    p_value,
+    stretch,
+    upper_bound,
+)
+from pgcheck.statistics.grain import Grain
 from pgcheck.statistics.guarded import Floats, Scores, draws_for_tails, interval, pareto_k, z_of, z_scores
 from pgcheck.statistics.panel import TWO_SIDED, WITNESSES, Loud, directions, loud_directions, thresholds
 from pgcheck.statistics.status import Status
@@ -47,9 +56,10 @@ SHARE = 1024  # one check's share of the error budget of a run is 1/1024
 LEAST_LEVEL = 1e-5  # single tests below this level were not measured
 _TAIL = 256  # largest scores kept for the tail index
 _PILOT_GRAMS = 32  # Gram blocks of each doubling
-_SLACK = 32  # roundings of the draws' own dtype that may look like a bias
+SLACK = 32  # roundings of the draws' own dtype that may look like a bias
 _W = len(WITNESSES)
 _ASIDE, _CONFIRM = _W, _W + 1  # columns of the directions after the witnesses
+_LOUDEST, _SPREAD = _CONFIRM + 1, _CONFIRM + 2  # and of the scores after those
 _TAILS = [0, 2]  # scores that the certificate rests on: along μ*, and along the noisiest direction
 
 Mode = Literal["nonzero", "exceeds"]
@@ -207,7 +217,7 @@ class Judge:
         self.decided = False
         self.next_look = settings.first_look
         zero = torch.zeros_like(self._reference)
-        self._sum, self._total, self._squares, self._absolute = (zero.clone() for _ in range(4))  # X, D, D², |X|
+        self._sum, self._total, self._squares, self._power = (zero.clone() for _ in range(4))  # ΣX, ΣD, ΣD², ΣX²
         self._centre = zero.clone()  # mean X of the first grain
         self._norms2, self._norms = 0.0, 0.0  # Σ‖D‖², Σ‖D‖
         self._v = zero.new_zeros(P, _CONFIRM + 1)
@@ -238,6 +248,11 @@ class Judge:
         return self._ever.n
 
     @property
+    def paired(self) -> bool:
+        """Whether it can be given draws of the reference."""
+        return self.scale is not None
+
+    @property
     def spectrum(self) -> Spectrum:
         """Of the noise of D, from some of the draws."""
         return self._whole
@@ -248,10 +263,11 @@ class Judge:
 
     # -- eating
 
-    def update(self, x: Tensor, reference_draws: Tensor | None = None) -> None:
+    def update(self, draws: Tensor | Grain, reference_draws: Tensor | None = None) -> None:
         """Take the next grain `[1024, P]`; after a verdict nothing is done.
 
         Args:
+            draws: by themselves, or with what others need of them as well, around the mean of the first grain.
             reference_draws: draws r_i of an unbiased estimator on the same random numbers, `[1024, P]`: then D = X − κ r, and
                 `reference` only says where to look and how large the tolerance is.
 
@@ -260,63 +276,78 @@ class Judge:
         """
         if self.decided:
             return
-        P = len(self._reference)
-        for name, given in (("draws", x), ("reference_draws", reference_draws)):
+        x, r = self._checked(draws, reference_draws)
+        if self.draws == 0:
+            self._centre = x.centre
+        # D = d − at; with an open κ what is judged lies across μ*
+        d, at, origin = x, self._target, torch.zeros_like(self._target)
+        if r is not None:
+            d, at = Grain(x.x - r * float(self.scale or 0.0), origin), origin
+        elif self.scale is None:
+            d, at = Grain(x.x - torch.outer(x.along(self._along.unsqueeze(1)).squeeze(1), self._along), origin), origin
+        if self.draws == 0:
+            self._loud = loud_directions(d.x[:GRAM] - at)
+        self._add_spectrum(d.x, at)
+        y, norms2 = self._scores(x, d, at), d.distances_from(at)
+        if self.settings.bounds is not None:
+            self._bet(y, norms2)
+        self._sum += x.total_from(origin)
+        self._power += x.squares_from(origin)
+        self._total += d.total_from(at)
+        self._squares += d.squares_from(at)
+        self._norms2 += float(norms2.sum())
+        self._norms += float(norms2.sqrt().sum())
+        kept = torch.cat([y, x.spread.unsqueeze(1)], 1).cpu().numpy()
+        new = Scores.of(kept)
+        self._ever = self._ever.merge(new[[0, _SPREAD, _LOUDEST]])
+        self._block = self._block.merge(new[:_CONFIRM])
+        if self._frozen >= 0:
+            part = (self.draws - 1 - self._frozen_at) * len(self._parts) // self._frozen_at
+            self._parts[part] = self._parts[part].merge(new[_CONFIRM:_LOUDEST])
+        self._keep_largest(np.abs(kept[:, 0]))
+        if self.draws == self._learns_at:
+            self._learn()
+        if self.draws == self.next_look:
+            self._look()
+
+    def _checked(self, draws: Tensor | Grain, reference_draws: Tensor | None) -> tuple[Grain, Tensor | None]:
+        P, device = len(self._reference), self._reference.device
+        for name, given in (
+            ("draws", draws.x if isinstance(draws, Grain) else draws),
+            ("reference_draws", reference_draws),
+        ):
             if given is not None and tuple(given.shape) != (GRAIN, P):
                 raise UsageError(
                     f"{name}: shape {list(given.shape)}; a grain against this reference is [{GRAIN}, {P}]."
                 )
         if reference_draws is not None and self.scale is None:
             raise UsageError("reference_draws: with an estimated reference the scale must be given.")
-        if x.dtype.is_floating_point:
-            self._eps = max(self._eps, float(torch.finfo(x.dtype).eps))
-        x = x.detach().to(device=self._reference.device, dtype=torch.float64).contiguous()
-        self._refuse_not_finite(x)
+        if isinstance(draws, Tensor):
+            draws = Grain.of(draws.to(device), self._centre if self.draws else None)
+        self._eps = max(self._eps, draws.eps)
+        refuse_not_finite(draws.x, self.draws, total=draws.total)
         if reference_draws is None:
-            d = x - self._target
-        else:
-            r = reference_draws.detach().to(device=x.device, dtype=torch.float64).contiguous()
-            self._refuse_not_finite(r)
-            d = x - r * float(self.scale or 0.0)
-        par = x @ self._along if self.scale is None else d @ self._along
-        if self.scale is None:  # what is judged lies across μ*
-            d = d - torch.outer(par, self._along)
-        if self.draws == 0:
-            self._loud = loud_directions(d[:GRAM])
-            self._centre = x.mean(0)
-        self._add_spectrum(d, par)
-        squares = d * d
-        norms2 = squares.sum(1)
-        if self.settings.bounds is not None:
-            self._bet(d, par, norms2)
-        self._sum += x.sum(0)
-        self._total += d.sum(0)
-        self._squares += squares.sum(0)
-        self._absolute += x.abs().sum(0)
-        self._norms2 += float(norms2.sum())
-        self._norms += float(norms2.sqrt().sum())
-        y = d @ self._v
-        y[:, 0] = par
-        y[:, _CONFIRM] += par * (self._along @ self._v[:, _CONFIRM] if self.scale is None else 0.0)
-        if self.scale is None and self.settings.mode == "exceeds":  # v·b > δ κ‖μ*‖ is (v − δ μ*/‖μ*‖)·E X > 0
-            y[:, 1:] -= self.settings.rtol * par.unsqueeze(1)
-        scores = y.cpu().numpy()
-        spread = (x - self._centre).square().sum(1).cpu().numpy()
-        loudest = d @ self._loud.directions[:, -1] if self._loud.kept.numel() else par
-        self._ever = self._ever.merge(Scores.of(np.stack([scores[:, 0], spread, loudest.cpu().numpy()], 1)))
-        self._block = self._block.merge(Scores.of(scores[:, :_CONFIRM]))
-        if self._frozen >= 0:
-            part = (self.draws - 1 - self._frozen_at) * len(self._parts) // self._frozen_at
-            self._parts[part] = self._parts[part].merge(Scores.of(scores[:, _CONFIRM:]))
-        self._tail = np.sort(np.concatenate([self._tail, np.abs(scores[:, 0])]))[-_TAIL:]
-        if self.draws == self._learns_at:
-            self._learn()
-        if self.draws == self.next_look:
-            self._look()
+            return draws, None
+        r = reference_draws.detach().to(device=device, dtype=torch.float64).contiguous()
+        refuse_not_finite(r, self.draws)
+        return draws, r
 
-    def _bet(self, d: Tensor, par: Tensor, norms2: Tensor) -> None:
-        """On the witnesses as they are; with an open κ `d` is what lies across μ*, and `par` what does not."""
-        whole = norms2 if self.scale is not None else norms2 + par.square()
+    def _scores(self, x: Grain, d: Grain, at: Tensor) -> Tensor:
+        """⟨D, v⟩ of every direction in use, and of the noisiest of the pilot, `[1024, 9]`; with an open κ, X along μ*."""
+        loudest = self._loud.directions[:, -1:] if self._loud.kept.numel() else self._along.unsqueeze(1)
+        v = torch.cat([self._v, loudest], 1)
+        y = d.along(v) - at @ v
+        if self.scale is None:
+            par = x.along(self._along.unsqueeze(1))
+            y[:, :1] = par
+            y[:, _CONFIRM:_LOUDEST] += par * (self._along @ self._v[:, _CONFIRM])
+            if self.settings.mode == "exceeds":  # v·b > δ κ‖μ*‖ is (v − δ μ*/‖μ*‖)·E X > 0
+                y[:, 1:_LOUDEST] -= self.settings.rtol * par
+        return y
+
+    def _bet(self, y: Tensor, norms2: Tensor) -> None:
+        """On the witnesses as they are; with an open κ what lies along μ* is none of `norms2`."""
+        whole = norms2 if self.scale is not None else norms2 + y[:, 0].square()
         far = whole > (self.settings.bound * (1 + 1e-9)) ** 2
         if bool(far.any()):
             first = int(far.nonzero()[0, 0])
@@ -324,32 +355,29 @@ class Judge:
                 f"bounds: {self.settings.bounds}; draw {self.draws + first} of the stream lies {float(whole[first].sqrt()):.6g}"
                 " from the reference, beyond them, so that nothing is proven."
             )
-        y = d @ self._v[:, :_W]
-        y[:, 0] = par
         bound, shifts = self.settings.bound, self._shifts()
         if self.scale is None and self.settings.mode == "exceeds":
-            y[:, 1:] -= self.settings.rtol * par.unsqueeze(1)
             bound *= 1 + self.settings.rtol
-        both = np.concatenate([y.cpu().numpy(), -y[:, :TWO_SIDED].cpu().numpy()], 1)
+        both = torch.cat([y[:, :_W], -y[:, :TWO_SIDED]], 1).cpu().numpy()
         self._wealth = self._wealth.after(both, np.concatenate([shifts, shifts[:TWO_SIDED]]), bound)
         self._q = self._q.merge(Scores.of(norms2.unsqueeze(1).cpu().numpy()))
 
-    def _refuse_not_finite(self, x: Tensor) -> None:
-        if bool(torch.isfinite(x.sum())):
-            return
-        bad = ~torch.isfinite(x).all(1)
-        if bool(bad.any()):
-            raise NotFiniteError(f"draw {self.draws + int(bad.nonzero()[0, 0])} of the stream is NaN or infinite.")
-
-    def _add_spectrum(self, d: Tensor, par: Tensor) -> None:
+    def _add_spectrum(self, d: Tensor, at: Tensor) -> None:
         """The Gram block of this grain, if it is one of about 32 in each doubling of n."""
         grain = self.draws // GRAIN
         if grain % max(1, 2 ** (grain.bit_length() - 1) // _PILOT_GRAMS):
             return
-        d, par = d[:GRAM], par[:GRAM]
-        self._whole = self._whole.add(d)
-        if self.scale is not None:
-            self._across = self._across.add(d - torch.outer(par, self._along))
+        if self.scale is None:
+            self._whole = self._whole.add(d[:GRAM] - at)
+            return
+        whole, across = of_block_and_across(d[:GRAM] - at, self._along)
+        self._whole, self._across = self._whole.with_block(*whole), self._across.with_block(*across)
+
+    def _keep_largest(self, size: Floats) -> None:
+        if len(self._tail) == _TAIL:
+            size = size[size > self._tail[0]]
+        if len(size):
+            self._tail = np.sort(np.concatenate([self._tail, size]))[-_TAIL:]
 
     @property
     def _learns_at(self) -> int:
@@ -440,11 +468,15 @@ class Judge:
 
     def _shifts(self) -> Floats:
         """What a mean must exceed, for each witness: Δ in mode `exceeds`, and what rounding of the draws could make."""
-        size = self._absolute / max(self.draws, 1)
-        slack = _SLACK * self._eps * (size @ self._v[:, :_W].abs()).cpu().numpy()
+        slack = SLACK * self._eps * (self._size @ self._v[:, :_W].abs()).cpu().numpy()
         if self.settings.mode == "exceeds" and self.scale is not None:
             slack = slack + self._allowed
         return np.asarray(slack)
+
+    @property
+    def _size(self) -> Tensor:
+        """√(mean of X²) of each coordinate, `[P]`."""
+        return (self._power / max(self.draws, 1)).sqrt()
 
     def _fires(self, ratio: float) -> bool:
         """Whether the strongest witness, in units of its threshold, triggers."""
@@ -471,8 +503,7 @@ class Judge:
         return [float(z_scores(part.plus(-shift))[0]) for part in self._parts]
 
     def _confirming_shift(self) -> float:
-        size = self._absolute / self.draws
-        slack = _SLACK * self._eps * float(size @ self._v[:, _CONFIRM].abs())
+        slack = SLACK * self._eps * float(self._size @ self._v[:, _CONFIRM].abs())
         if self.settings.mode == "exceeds" and self.scale is not None:
             slack += self._allowed
         return slack
@@ -709,12 +740,21 @@ class Judge:
         return judge
 
 
-_TENSORS = ("total", "sum", "squares", "absolute", "centre", "v")
+_TENSORS = ("total", "sum", "squares", "power", "centre", "v")
 _ARRAYS = ("tail", "z", "effect")
 _NUMBERS = (
     "decided", "next_look", "_norms2", "_norms", "_weight2", "_looked", "_spent", "_eps", "_frozen", "_frozen_at",
     "_shown", "_failed", "_passed", "_last", "_aside_low",
 )  # fmt: skip
+
+
+def refuse_not_finite(x: Tensor, before: int, *, total: Tensor | None = None) -> None:
+    """Raise for the first of draws `[n, P]` that is not finite; so many came before them. `total`: some sum of all of them."""
+    if bool(torch.isfinite((x if total is None else total).sum())):
+        return
+    bad = ~torch.isfinite(x).all(1)
+    if bool(bad.any()):
+        raise NotFiniteError(f"draw {before + int(bad.nonzero()[0, 0])} of the stream is NaN or infinite.")
 
 
 def total_variance(spread: Scores, gap: Floats, *, confidence: float = CONFIDENCE) -> tuple[Floats, Floats, Floats]:

@@ -29,7 +29,7 @@ _FURTHEST = 1e6  # an end further from the ratio than this factor is 0 or ∞
 
 @dataclass(frozen=True)
 class Pairs:
-    """Mergeable moments of n pairs (a, b) of non-negative numbers, a and b deviations from their means below."""
+    """Mergeable moments of n pairs (a, b) of numbers, a and b deviations from their means below."""
 
     n: int
     mean: Floats  # [2]
@@ -93,26 +93,25 @@ class Pairs:
 
     def minus(self, r: float) -> Scores:
         """Scores a − r b, r > 0."""
+        return Scores(self.n, *(np.array([x]) for x in self._sums(r)))
+
+    def difference(self, r: float) -> tuple[float, float, float, float]:
+        """Of y = a − r b: its mean, the error of it, the skewness of it, and the largest share."""
+        mean, m2, m3, low, high = self._sums(r)
+        if m2 == 0:
+            return mean, 0.0, 0.0, 0.0
+        far = max(high - mean, mean - low)
+        return mean, math.sqrt(m2 / self.n / (self.n - 1)), m3 / m2**1.5, far**2 / m2
+
+    def _sums(self, r: float) -> tuple[float, float, float, float, float]:
+        """Of y = a − r b: the mean, Σ(y − ȳ)², Σ(y − ȳ)³, the least and the largest."""
         aa, ab, bb = self.second
         m2 = float(aa - 2 * r * ab + r * r * bb)
         if m2 <= 1e-12 * (aa + r * r * bb):  # rounding: a is r b, but for a constant
             m2 = 0.0
         m3 = float(self.third @ np.array([1.0, -3 * r, 3 * r * r, -(r**3)]))
         ends = self.extremes @ np.array([1.0, -r])
-        return Scores(
-            self.n, *(np.array([x]) for x in (self.mean[0] - r * self.mean[1], m2, m3, ends.min(), ends.max()))
-        )
-
-    def difference(self, r: float) -> tuple[float, float, float, float]:
-        """Of y = a − r b: its mean, the error of it, the skewness of it, and the largest share."""
-        aa, ab, bb = self.second
-        m2 = float(aa - 2 * r * ab + r * r * bb)
-        m3 = float(self.third @ np.array([1.0, -3 * r, 3 * r * r, -(r**3)]))
-        mean = float(self.mean[0] - r * self.mean[1])
-        if m2 <= 1e-12 * (aa + r * r * bb):  # rounding: a is a multiple of b
-            return mean, 0.0, 0.0, 0.0
-        far = float(np.abs(self.extremes @ np.array([1.0, -r]) - mean).max())
-        return mean, math.sqrt(m2 / self.n / (self.n - 1)), m3 / m2**1.5, far**2 / m2
+        return float(self.mean[0] - r * self.mean[1]), m2, m3, float(ends.min()), float(ends.max())
 
 
 def _extremes(rows: Floats) -> Floats:
@@ -144,16 +143,23 @@ def merged(parts: list[Pairs]) -> Pairs:
 
 
 def variance_ratio(pairs: Pairs, *, cost: float = 1.0, confidence: float = 0.95) -> Interval:
-    """V_A/V_B with the guarded Fieller interval, times `cost`.
+    """V_A/V_B with the guarded Fieller interval, times `cost`; bounds as of `ratio_of_means`.
 
     Args:
         cost: cost of one batch of A in batches of B; the ratio is then that of the variances at equal cost.
+    """
+    found = ratio_of_means(pairs, confidence=confidence)
+    return Interval(*(x * cost for x in (found.value, found.low, found.high)))
+
+
+def ratio_of_means(pairs: Pairs, *, confidence: float = 0.95) -> Interval:
+    """E a/E b, both above 0, with the guarded Fieller interval.
 
     Bounds are NaN where the tails do not allow any, 0 or ∞ where the data do not bound the ratio.
     """
     r = float(pairs.mean[0] / pairs.mean[1]) if pairs.mean[1] > 0 else math.nan
     if not (math.isfinite(r) and r > 0 and pairs.n > 1):
-        return Interval(r * cost, math.nan, math.nan)
+        return Interval(r, math.nan, math.nan)
     t = float(special.stdtrit(pairs.n - 1, (1 + confidence) / 2))
 
     def excess(side: float) -> Callable[[float], float]:
@@ -187,8 +193,8 @@ def variance_ratio(pairs: Pairs, *, cost: float = 1.0, confidence: float = 0.95)
         for _, _, a, share in (pairs.difference(x) for x in (ends[0], r, ends[1]) if math.isfinite(x))
     )
     if wild:
-        return Interval(r * cost, math.nan, math.nan)
-    return Interval(r * cost, ends[0] * cost, ends[1] * cost)
+        return Interval(r, math.nan, math.nan)
+    return Interval(r, ends[0], ends[1])
 
 
 def log_ratio_error(pairs: Pairs) -> float:

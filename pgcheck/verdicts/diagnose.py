@@ -120,7 +120,7 @@ def identify(estimator: Estimator, problems: Sequence[Problem], measured: Sequen
     if simple is not None:
         return simple
     left: dict[str, tuple[Candidate, list[_Row]]] = {
-        c.estimator.name: (c, []) for c in candidates() if c.estimator.name != estimator.name
+        c.estimator.name: (c, []) for c in candidates() if c.estimator.coefficients is not estimator.coefficients
     }
     tried = ordered[:TRIED_PROBLEMS]
     for p, m in tried:
@@ -200,7 +200,8 @@ def _sieved(
     out = {}
     for name, (candidate, before) in left.items():
         now = [*before, rows[name]] if name in rows else before
-        if not now or _match(name, now, rtol=NEARLY) is not None or (len(now) == 1 and _parallel(now[0])):
+        telling = [row for row in now if not _both_zero(row)]
+        if not telling or _match(name, now, rtol=NEARLY) is not None or (len(telling) == 1 and _parallel(telling[0])):
             out[name] = (candidate, now)
     return out
 
@@ -238,6 +239,12 @@ def _claimed_scale(e: Estimator, p: Problem) -> float | None:
         return None
     scales = [claim.scale_on(p) for claim in e.claims if claim.kind != "biased" and claim.applies(p)]
     return scales[0] if scales else None
+
+
+def _both_zero(row: _Row) -> bool:
+    """Nothing is expected of either, which every factor explains."""
+    _, m, other = row
+    return all(float(x.norm()) <= RTOL * m.size for x in (m.expected, other))
 
 
 def _parallel(row: _Row) -> bool:

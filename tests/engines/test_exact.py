@@ -288,6 +288,7 @@ def test_moments_do_not_depend_on_the_block(elements: int, monkeypatch: pytest.M
     asked = _sampler(problem)
     usual = exact_moments(asked, problem)
     monkeypatch.setattr(exact, "_BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr(exact, "_BLOCK_ROWS", elements)
     for found, expected in zip(exact_moments(asked, problem), usual, strict=True):
         assert_same(found, (expected.mean, expected.covariance, expected.by_step), 1e-13)
 
@@ -344,6 +345,7 @@ def test_progress_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter(range(0, 10**6, 10))
     monkeypatch.setattr(exact.time, "monotonic", lambda: float(next(ticks)))
     monkeypatch.setattr(exact, "_BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(exact, "_BLOCK_ROWS", 1)
     seen: list[tuple[str, int, int]] = []
     exact_moments(
         [find_estimator("batch_mean")],

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 import pgcheck
 from pgcheck.engines.accounts import Account
-from pgcheck.engines.coefficients import estimates
+from pgcheck.engines.coefficients import estimates, per_row, unmasked_coefficients
 from pgcheck.engines.exact import exact_moments
-from pgcheck.engines.monte_carlo import Sampling, monte_carlo
+from pgcheck.engines.monte_carlo import LogitSpace, Sampling, monte_carlo
 from pgcheck.estimators.lookup import as_estimator
 from pgcheck.registry import find_problem
 from pgcheck.statistics.sequential import Settings
@@ -99,6 +99,45 @@ def test_the_set_of_estimators_the_block_and_the_number_of_them_change_no_byte()
     for e, found in zip(all_of_them, together, strict=True):
         (alone,) = monte_carlo([e], p, scales=asked(1, 1.0), settings=LIGHT, draws=16_384, block=1)
         assert bytes_of(alone) == bytes_of(found), e.name
+
+
+@pytest.mark.parametrize("problem", ["sampled/groups-16", "sampled/token-tree", "sampled/walk-50"])
+def test_no_byte_depends_on_company_or_processes_where_gradients_are_sums_of_scores_and_where_not(problem):
+    """From a fixed table, from rollouts drawn anew with few logits, and with many."""
+    p, how = find_problem(problem), {"settings": LIGHT, "draws": 4096}
+    chosen = estimators("leave_one_out", "batch_mean(reward_to_go)", "grpo")
+    together = monte_carlo(chosen, p, scales=asked(3, 1.0, None), beside=2, block=3, **how)
+    shared = monte_carlo(chosen, p, scales=asked(3, 1.0, None), beside=2, workers=2, **how)
+    for one, other in zip(together, shared, strict=True):
+        assert bytes_of(one) == bytes_of(other)
+    for i, e in enumerate(chosen[:2]):
+        alone, _ = monte_carlo([e, chosen[2]], p, scales=asked(2, 1.0, None), beside=1, **how)
+        assert bytes_of(alone) == bytes_of(together[i]), e.name
+
+
+@pytest.mark.parametrize("problem", ["sampled/groups-16", "sampled/token-tree", "sampled/walk-50", "mdp/two-state"])
+def test_weights_of_rows_give_what_coefficients_of_positions_give(problem):
+    p = find_problem(problem)
+    (e,) = estimators("leave_one_out")
+    table, index = p.sampler(seed=2).draw(0, 64)
+    w = per_row(unmasked_coefficients(e, table.batch(index, p.group_labels)))
+    space = LogitSpace(p.gradient().reshape(-1))
+    x = space.project_rows(w, table, index)
+    if problem == "sampled/token-tree":  # six positions, 336 logits
+        assert x is None
+        x = space.project(w.unsqueeze(-1) * table.paths.mask[index], table, index)
+    assert torch.allclose(x, estimates(e, table, index, p.group_labels), rtol=0, atol=1e-12 * float(x.abs().max()))
+
+
+def test_weights_of_rows_give_the_same_bytes_in_blocks_of_any_size():
+    p = find_problem("sampled/groups-16")
+    table, index = p.sampler(seed=2).draw(0, 64)
+    w = torch.randn(64, p.rows, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    space = LogitSpace(p.gradient().reshape(-1))
+    whole = space.project_rows(w, table, index)
+    for size in (1, 7, 32):
+        parts = [space.project_rows(a, table, b) for a, b in zip(w.split(size), index.split(size), strict=True)]
+        assert torch.equal(torch.cat(parts), whole)
 
 
 def test_pairs_are_those_of_the_two_whatever_is_drawn_beside_them():

@@ -154,6 +154,7 @@ def test_a_function_may_be_one_number_a_row_on_some_blocks_only(monkeypatch: pyt
         return found.mean, found.second, found.by_step
 
     monkeypatch.setattr("pgcheck.engines.exact._BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr("pgcheck.engines.exact._BLOCK_ROWS", 1)
     mixed = sums(now_and_then)
     assert len(calls) > 3
     for a, b in zip(mixed, sums(lambda b: (b.episode_return / b.rows).unsqueeze(-1) * b.mask), strict=True):

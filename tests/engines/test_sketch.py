@@ -312,7 +312,7 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kind", ["tree", "written"])
 def test_verdicts_in_a_sketch(kind: str) -> None:
     """GRPO fails; what is unbiased, and what has the scale that is claimed of it, passes; 0.9 times the gradient fails. An open
-    scale is judged where ∇J is known."""
+    scale is judged whether ∇J is known or not."""
     p = problem(kind, group_size=4)
     space = SketchSpace.paired(p, directions=16)
     estimators = [pgcheck.as_estimator(name) for name in ("leave_one_out", "grpo", "batch_mean", "reinforce")]
@@ -320,7 +320,7 @@ def test_verdicts_in_a_sketch(kind: str) -> None:
     found = monte_carlo(estimators, p, scales=scales, space=space, draws=32_768)
     status = [{κ: j.status.value for κ, j in m.judgements.items()} for m in found]
     assert status[0][1.0] == "PASS"
-    assert (None in status[0]) == (kind == "tree")
+    assert status[0][None] == "PASS"
     assert status[1:] == [{1.0: "FAIL"}, {0.75: "PASS", 1.0: "FAIL"}, {0.9: "FAIL"}]
     exact = problem(group_size=4)
     for e, m, x in zip(estimators, exact_moments(estimators, exact), found, strict=True):

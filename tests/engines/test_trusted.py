@@ -22,8 +22,10 @@ from pgcheck.engines.trusted import Paired, trusted_estimators, trusted_mixtures
 from pgcheck.errors import UsageError
 from pgcheck.policies import Decoding, TinyGPT
 from pgcheck.problem import Problem
+from pgcheck.runs.runner import run
 from pgcheck.statistics.guarded import interval
 from pgcheck.statistics.sequential import Settings
+from pgcheck.statistics.status import Status
 from tests.engines.test_sketch import problem
 
 LIGHT = Settings(alpha=1e-4, first=2_048)
@@ -137,6 +139,38 @@ def test_where_a_sampled_verdict_is_given(monkeypatch: pytest.MonkeyPatch) -> No
     assert isinstance(default_space(cut), SketchSpace)  # nothing is known to be unbiased
     with pytest.raises(UsageError, match="no estimator is known to be unbiased"):
         default_space(problem("written", behavior_logits=Decoding(top_k=2)))
+
+
+def test_a_scale_that_is_not_named(tmp_path: Path) -> None:
+    """Some κ > 0, judged against draws of the reference, as the same task tells exactly as a table; also interrupted."""
+    p, table = problem("written", group_size=4), problem(group_size=4)
+    names = ("leave_one_out", "grpo")
+    e = [replace(pgcheck.as_estimator(n), claims=(pgcheck.proportional(),)) for n in names]
+    given: dict[str, Any] = {"scales": [[None]] * 2, "space": default_space(p), "draws": 8_192, "settings": LIGHT}
+    found = monte_carlo(e, p, **given)
+    g = table.parameter_gradient()
+    for m, exact in zip(found, exact_moments(e, table), strict=True):
+        mean = exact.mean_in_parameters()
+        κ = float(mean @ g / (g @ g))
+        off = float((mean - κ * g).norm() / mean.norm())
+        v = m.judgements[None]
+        assert v.status is (Status.PASS if off < 1e-9 else Status.FAIL)
+        assert v.off_axis.low <= off <= v.off_axis.high + 1e-9
+    assert [m.judgements[None].status for m in found] == [Status.PASS, Status.FAIL]
+    kept = tmp_path / "kept"
+
+    class StopError(Exception): ...
+
+    def stop(what: str, done: int, total: int) -> None:
+        raise StopError
+
+    with pytest.raises(StopError):
+        monte_carlo(e, p, checkpoint=kept, block=3, progress=stop, **given)
+    again = monte_carlo(e, p, checkpoint=kept, **given)
+    assert [repr(m.judgements) for m in again] == [repr(m.judgements) for m in found]
+    report = run(e[1:2], [p], checks=["proportional"], engine="auto", sampling=pgcheck.Sampling(draws=8_192))
+    (verdict,) = report.verdicts
+    assert verdict.status == "FAIL"
 
 
 def test_a_gradient_that_a_pilot_does_not_tell_from_0() -> None:

@@ -49,6 +49,7 @@ def test_the_engine_reports_between_blocks(monkeypatch: pytest.MonkeyPatch) -> N
     clock = iter(range(0, 10**6, 10))
     monkeypatch.setattr(exact.time, "monotonic", lambda: float(next(clock)))
     monkeypatch.setattr(exact, "_BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(exact, "_BLOCK_ROWS", 1)
     seen: list[tuple[str, int, int]] = []
     found = api.moments("reinforce_pp", "dialogue/two-turn", progress=lambda *call: seen.append(call))
     assert seen[-1][1] == seen[-1][2] == found.enumerated

@@ -62,6 +62,23 @@ def test_it_does_not_matter_which_variable_is_integrated_first(share: float) -> 
     assert p_value(U, Δ, n=n, largest=largest, square=square) == pytest.approx(brute, abs=2e-3)
 
 
+def test_of_arrays_it_is_that_of_each_number() -> None:
+    """In every regime: smooth over Z′, smooth over Z, and without noise."""
+    U, largest, square = (
+        np.array([0.004, 0.001, -1.0, 0.02]),
+        np.array([0.7, 1e-6, 0.0, 0.0]),
+        np.array([2.0, 5.0, 0.0, 0.0]),
+    )
+    together = p_value(U, 0.1, n=500, largest=largest, square=square, stretch=1.2)
+    each = [
+        p_value(*x[:1], 0.1, n=500, largest=x[1], square=x[2], stretch=1.2)
+        for x in zip(U, largest, square, strict=True)
+    ]
+    assert together == pytest.approx(each, rel=1e-12)
+    assert together[3] == 1.0
+    assert together[2] == 0.0
+
+
 def test_the_bound_is_where_the_probability_is_beta() -> None:
     law = {"n": 5000, "largest": 0.7, "square": 2.0}
     for U in (-0.01, 0.0, 0.002, 0.1):

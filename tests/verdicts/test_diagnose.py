@@ -237,6 +237,21 @@ def test_an_estimator_is_not_explained_by_itself() -> None:
     assert found is None or found.subject != "batch_mean_alive"
 
 
+def test_a_loss_may_have_the_name_of_what_it_is() -> None:
+    """REINFORCE judged where the objective is not the return alone, and where the batch is another policy's: zero on the first
+    problem tried, as others that are something else on the next."""
+
+    def reinforce(batch: Batch) -> Tensor:
+        return -((batch.logp * batch.mask).sum(1) * batch.episode_return).mean()
+
+    asked = problems("all")
+    e = from_loss(reinforce)
+    assert e.name == "reinforce"
+    found = identify(e, asked, [measure(e, p, exact_moments([e], p)[0]) for p in asked])
+    assert found is not None
+    assert (found.subject, found.factor, found.except_on, found.mistake) == ("reinforce", "", (), "")
+
+
 def test_zero_is_no_multiple_of_the_gradient() -> None:
     """E ĝ = 0 · g says nothing; nor is it another estimator."""
     found = diagnosed("zero", "core")

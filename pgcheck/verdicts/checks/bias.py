@@ -217,16 +217,14 @@ def _judge_sampled(estimator: Estimator, claim: Claim, problem: Problem, m: Meas
         claimed_scale=scale,
         numbers=_numbers(m),
         sample=j,
-        reason="" if j is not None else _why_not_judged(m, scale),
+        reason="" if j is not None else _why_not_judged(m),
     )
 
 
-def _why_not_judged(m: Measurement, scale: float | None) -> str:
+def _why_not_judged(m: Measurement) -> str:
     if m.view is None or m.view.against is None:
         return "∇J = 0: a sample says nothing relative to it"
-    if m.gradient_norm == 0:
-        return "∇J is not known, and a pilot of some thousand batches does not tell it from 0: there is no tolerance"
-    return f"∇J is not known, so that only a scale that is named can be judged, against `{m.view.against}`"
+    return "∇J is not known, and a pilot of some thousand batches does not tell it from 0: there is no tolerance"
 
 
 def _judge_biased(
