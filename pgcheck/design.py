@@ -245,6 +245,6 @@ def _differences(estimator: Estimator, problem: Problem, space: Space, number: i
     for first in range(0, number, GRAM):
         table, index = sampler.draw(first, GRAM)
         c = coefficients_of(estimator, table.batch(index, sampler.labels, logits=estimator.leaf == "logits"))
-        x, r = space.project(c, table, index), space.drawn(table, index, first)
+        x, r = space.project(c, table, index), space.drawn(table, index, first, estimator)
         parts.append(x - (space.reference if r is None else r))
     return torch.cat(parts).to(torch.float64)

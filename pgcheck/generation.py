@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from pgcheck.envs.language import LMTask, Tokens
-from pgcheck.errors import BudgetError
+from pgcheck.errors import BudgetError, ProblemError
 from pgcheck.memory import free_memory, in_bytes
 from pgcheck.policies.decoding import Decoding
 from pgcheck.policies.growing import Growing
@@ -105,7 +105,7 @@ class WritingSampler:
 
         Raises:
             BudgetError: the logits of so many contexts do not fit.
-            ProblemError: the reward or the tool breaks its contract.
+            ProblemError: the reward or the tool breaks its contract, or a logit is not finite.
         """
         task, N, V = self.task, count * len(self.labels), int(self.task.vocab_size)
         self._refuse_if_too_large(count)
@@ -119,6 +119,7 @@ class WritingSampler:
         writer, said = Growing(self._writer), []
         for t in range(task.max_new_tokens):
             said.append(levels[-1].read(writer, t))
+            self._refuse_not_finite(levels[-1], said[-1])
             logp = torch.log_softmax(self.decoding(said[-1]), -1)
             law = logp.exp().cumsum(-1)
             token = inverted((law / law[:, -1:])[at], u[row, t])
@@ -150,6 +151,13 @@ class WritingSampler:
                 f" {in_bytes(need)} of logits and texts; {in_bytes(room)} are allowed. Draw {fits:,} at a time, or restrict"
                 " the vocabulary."
             )
+
+    def _refuse_not_finite(self, level: _Level, z: Tensor) -> None:
+        if bool(torch.isfinite(z).all()):
+            return
+        k, a = (int(i) for i in (~torch.isfinite(z)).nonzero()[0])
+        text = tuple(level.tokens[k, : level.length[k]].tolist())
+        raise ProblemError(f"model: the logit of token {a} after {text} is {float(z[k, a])}; it must be finite.")
 
     def _logits(self, model: LanguageModel, levels: list[_Level], written: list[Tensor]) -> Tensor:
         """What a model says at every prefix, `[K, V]`; `written`: what the writer said."""

@@ -580,6 +580,17 @@ for title, changes in {
 case("a prompt longer than the model's context", '''
 pgcheck.Problem(task(prompts=[(1,) * 8]), pgcheck.TinyGPT(3, context=8))
 ''')  # fmt: skip
+case("a vocabulary that is too small", '''
+pgcheck.Problem(task(vocab_size=50, max_new_tokens=8), pgcheck.TinyGPT(40))
+''')  # fmt: skip
+case("a model that says NaN while it writes", '''
+class Broken(pgcheck.TinyGPT):
+    def forward(self, tokens, *more, **asked):
+        z = super().forward(tokens, *more, **asked)
+        return torch.where(tokens.unsqueeze(-1) == 7, torch.nan, z)
+
+pgcheck.Problem(task(vocab_size=50, max_new_tokens=8), Broken(50)).sample(100)
+''')  # fmt: skip
 case("another vocabulary", '''
 pgcheck.Problem(task(), pgcheck.TinyGPT(4))
 ''')  # fmt: skip

@@ -70,8 +70,9 @@ class Space(Protocol):
     def project(self, c: Tensor, table: Trajectories, index: Tensor) -> Tensor:
         """Estimates `[count, P]` from coefficients `[count, B, T]` (or `[count, B, T, A]`) of the rows `index` `[count, B]`."""
 
-    def drawn(self, table: Trajectories, index: Tensor, first: int) -> Tensor | None:
-        """An unbiased estimate of ∇J beside draw `first` and those after it, `[count, P]`, where `reference` is not ∇J."""
+    def drawn(self, table: Trajectories, index: Tensor, first: int, e: Estimator) -> Tensor | None:
+        """An unbiased estimate of ∇J beside draw `first` and those after it, `[count, P]`, to compare `e` with, where
+        `reference` is not ∇J."""
 
     def judge_of(self, scale: Scale) -> type[AnyJudge]:
         """What judges E x = κ ∇J here; None: some κ > 0."""
@@ -79,14 +80,14 @@ class Space(Protocol):
     def settings(self, asked: Settings) -> Settings:
         """Those of a judge in this space, whose verdict then keeps what was asked for."""
 
-    def told(self, moments: Moments, asked: Settings) -> Moments:
-        """What a judge and an account found here, as said of ĝ."""
+    def told(self, moments: Moments, asked: Settings, e: Estimator) -> Moments:
+        """What a judge and an account of `e` found here, as said of ĝ."""
 
 
 class Known:
     """What a space does in which ∇J is known and nothing of an estimate is out of sight."""
 
-    def drawn(self, table: Trajectories, index: Tensor, first: int) -> Tensor | None:
+    def drawn(self, table: Trajectories, index: Tensor, first: int, e: Estimator) -> Tensor | None:
         """None."""
         return None
 
@@ -98,7 +99,7 @@ class Known:
         """As asked."""
         return asked
 
-    def told(self, moments: Moments, asked: Settings) -> Moments:
+    def told(self, moments: Moments, asked: Settings, e: Estimator) -> Moments:
         """As found."""
         return moments
 
@@ -471,7 +472,7 @@ class _Run:
                     except NotFiniteError:
                         self._name_draw(estimators[i], low, len(index))
                         raise
-                    if (r := self.space.drawn(table, index, low)) is not None:
+                    if (r := self.space.drawn(table, index, low, estimators[i])) is not None:
                         others[i].append(r)
         return [(_joined(x), _joined(r) if r else None) for x, r in zip(parts, others, strict=True)]
 
@@ -519,7 +520,7 @@ class _Run:
         )
         if paired is not None:
             found = _with_bias_of(found, paired, self.reference, confidence)
-        found = self.space.told(found, self.settings)
+        found = self.space.told(found, self.settings, lane.estimator)
         # a sketch's variance is a guess of that of ĝ, whose error no pair of draws shows
         sketched = found.view is not None and found.view.directions is not None
         if sketched or lane.pairs is None or self.beside is None:

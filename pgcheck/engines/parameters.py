@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from pgcheck.engines.moments import Moments, View
 from pgcheck.engines.monte_carlo import Known
 from pgcheck.errors import BudgetError, UsageError
+from pgcheck.estimators.base import Estimator
 from pgcheck.generation import MEMORY, Written
 from pgcheck.memory import free_memory, in_bytes
 from pgcheck.policies.tabular import in_parameters
@@ -84,7 +85,7 @@ class ParameterSpace(Known):
         """With where it is."""
         return as_seen(moments, view)
 
-    def told(self, moments: Moments, asked: Settings) -> Moments:
+    def told(self, moments: Moments, asked: Settings, e: Estimator) -> Moments:
         """With where it is."""
         return self.said(moments, self.view())
 

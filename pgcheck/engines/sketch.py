@@ -147,7 +147,7 @@ class SketchSpace(Known):
         """With the chance of the directions in every interval."""
         return as_seen(_widened(moments, self.random) if self.random else moments, view)
 
-    def told(self, moments: Moments, asked: Settings) -> Moments:
+    def told(self, moments: Moments, asked: Settings, e: Estimator) -> Moments:
         """The same."""
         return self.said(moments, self.view(self.shows(asked.beta / 2)))
 

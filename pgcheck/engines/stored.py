@@ -47,7 +47,7 @@ class Stored(Beside):
         """Draws beside which one of them can be put."""
         return len(self.rows) // GRAIN * GRAIN
 
-    def drawn(self, table: Trajectories, index: Tensor, first: int) -> Tensor:
+    def drawn(self, table: Trajectories, index: Tensor, first: int, e: Estimator) -> Tensor:
         """Those of the same numbers."""
         return self.rows[first : first + len(index)].to(index.device)
 

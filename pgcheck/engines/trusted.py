@@ -3,8 +3,8 @@
     D_i = x_i − κ r_i,        E D = E x − κ ∇J,  as E r = ∇J
 
 where ∇J is not known; and where it is, but what is noise in x is so in r as well: D has the bias of x and less variance. r is
-the first of `TRUSTED` that claims to be unbiased there, with a 32nd part of another, so that no estimator is r itself and
-every difference has a law.
+the one of `TRUSTED` that claims to be unbiased there and is nearest to x, on rollouts of the pilot, with a 32nd part of
+another, so that no estimator is r itself and every difference has a law.
 
 How long ∇J is, which a tolerance δ ‖∇J‖ needs, is told where it is not known by a pilot of draws of their own: one half gives
 a direction û, the other ⟨r, û⟩, whose mean is at most ‖∇J‖.
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
@@ -26,8 +27,8 @@ from torch import Tensor
 from pgcheck.batch import Batch
 from pgcheck.engines.coefficients import coefficients_of
 from pgcheck.engines.moments import Moments, View
-from pgcheck.engines.parameters import by_draws, policy_of, tightened, total_in_parameters
-from pgcheck.errors import UsageError
+from pgcheck.engines.parameters import by_draws, kept_for, policy_of, tightened, total_in_parameters
+from pgcheck.errors import PgcheckError, UsageError
 from pgcheck.estimators.base import Estimator, registered_estimators
 from pgcheck.generation import draws_at_once
 from pgcheck.problem import Problem
@@ -40,6 +41,7 @@ TRUSTED = ("leave_one_out", "reinforce", "trajectory_is", "kl_in_reward(k1)", "e
 PILOT = 2 * GRAIN  # draws of each half of a pilot at first, and
 MOST_PILOT = 8 * GRAIN  # where that does not tell ∇J from 0
 BETA = 1e-3  # of a verdict, if not told otherwise
+_TRIED = 256  # draws by which the nearest is chosen
 _PART = 1 / 32  # of the other trusted estimator
 _PILOTS: WeakKeyDictionary[Problem, dict[tuple[object, ...], tuple[Tensor, Scores, bool]]] = WeakKeyDictionary()
 
@@ -92,10 +94,14 @@ class Beside:
         """With a tolerance that allows for what is not seen."""
         return tightened(asked, self.shows(asked.beta / 2))
 
-    def told(self, moments: Moments, asked: Settings) -> Moments:
+    def compared_with(self, e: Estimator) -> str:
+        """What r is for this estimator, in a report."""
+        return self.against
+
+    def told(self, moments: Moments, asked: Settings, e: Estimator) -> Moments:
         """With what it was compared with."""
         view = self.inside.view(self.shows(asked.beta / 2) if moments.judgements else 1.0)
-        found = self.inside.said(moments, replace(view, reference=self.reference, against=self.against))
+        found = self.inside.said(moments, replace(view, reference=self.reference, against=self.compared_with(e)))
         return found if self.length is None else _with_pilot(found, self.length)
 
 
@@ -103,18 +109,47 @@ class Beside:
 class Paired(Beside):
     """r is what a trusted estimator says of the same rollouts."""
 
-    trusted: Estimator
+    trusted: tuple[Estimator, ...]  # the first is that of the pilot
+    seed: int = 0
 
-    def drawn(self, table: Trajectories, index: Tensor, first: int) -> Tensor:
-        """Made once for all that are compared with it."""
-        last = self.__dict__.get("_drawn", (None, None, None))
-        if last[0] is not table or last[1] is not index:
-            labels = self.inside.problem.group_labels.to(index.device)
-            r = self.project(coefficients_on(self.trusted, table, index, labels), table, index)
-            last = self.__dict__["_drawn"] = (table, index, r)
-        r = last[2]
-        assert r is not None
-        return r
+    def drawn(self, table: Trajectories, index: Tensor, first: int, e: Estimator) -> Tensor:
+        """What the trusted estimator that is nearest to `e` says of the same rollouts; made once for all that are compared
+        with it."""
+        r = self.nearest(e)
+        labels = self.inside.problem.group_labels.to(index.device)
+        return kept_for(
+            self,
+            f"drawn by {self.trusted.index(r)}",
+            (table, index),
+            lambda: self.project(coefficients_on(r, table, index, labels), table, index),
+        )
+
+    def nearest(self, e: Estimator) -> Estimator:
+        """The trusted estimator from which `e` differs least in mean square, on rollouts that no verdict sees."""
+        if e not in self._nearest:
+            self._nearest[e] = self.trusted[0] if len(self.trusted) == 1 else self._found_nearest(e)
+        return self._nearest[e]
+
+    @cached_property
+    def _nearest(self) -> dict[Estimator, Estimator]:
+        return {}
+
+    def _found_nearest(self, e: Estimator) -> Estimator:
+        sampler = self.inside.problem.sampler(seed=-1 - self.seed, needs=e.needs)
+        table, index = sampler.draw(0, draws_at_once(sampler, _TRIED))
+        try:
+            x, *others = (
+                self.project(coefficients_on(one, table, index, sampler.labels), table, index)
+                for one in (e, *self.trusted)
+            )
+        except PgcheckError:  # which the verdict will say better
+            return self.trusted[0]
+        gaps = torch.stack([(x - r).square().sum(1).mean() for r in others])
+        return self.trusted[int(gaps.argmin())]
+
+    def compared_with(self, e: Estimator) -> str:
+        """The nearest."""
+        return self.nearest(e).name
 
 
 def _with_pilot(found: Moments, length: Scores) -> Moments:
@@ -151,16 +186,17 @@ def paired(
     Raises:
         UsageError: no estimator is known to be unbiased there.
     """
-    r = trusted_mixture(problem)
+    trusted = trusted_mixtures(problem)
     if not problem.written:
         inside = around(None)
-        return Paired(inside, inside.seen(problem.parameter_gradient()), None, r.name, r)
+        return Paired(inside, inside.seen(problem.parameter_gradient()), None, trusted[0].name, trusted, seed)
     kept, key = _PILOTS.setdefault(problem, {}), (seed, pilot, beta, device)
     if key not in kept:
-        kept[key] = _piloted(r, problem, seed=seed, pilot=pilot, beta=beta, device=device)
+        kept[key] = _piloted(trusted[0], problem, seed=seed, pilot=pilot, beta=beta, device=device)
     u, scores, told = kept[key]
     inside = around(u)
-    return Paired(inside, inside.seen(u) * (float(scores.mean[0]) if told else 0.0), scores, r.name, r)
+    g = inside.seen(u) * (float(scores.mean[0]) if told else 0.0)
+    return Paired(inside, g, scores, trusted[0].name, trusted, seed)
 
 
 def _piloted(
@@ -227,12 +263,15 @@ def trusted_estimator(problem: Problem) -> Estimator:
     return trusted_estimators(problem)[0]
 
 
-def trusted_mixture(problem: Problem) -> Estimator:
-    """It, with a 32nd part of the last of them, of rewards that are less by half of the largest: that moves no expectation, as
-    E ∇log p = 0, and is no other's copy."""
-    first, *_, last = (*trusted_estimators(problem),) * 2
-    second = _paid_less(last, 0.5 * problem.reward_size or 1.0)
+def trusted_mixtures(problem: Problem) -> tuple[Estimator, ...]:
+    """Each of `trusted_estimators`, with a 32nd part of another (of the first the last), of rewards that are less by half of
+    the largest: that moves no expectation, as E ∇log p = 0, and is no other's copy."""
+    known = trusted_estimators(problem)
+    cost = 0.5 * problem.reward_size or 1.0
+    return tuple(_mixed(e, _paid_less(known[0] if i else known[-1], cost)) for i, e in enumerate(known))
 
+
+def _mixed(first: Estimator, second: Estimator) -> Estimator:
     def coefficients(batch: Batch) -> Tensor:
         return (1 - _PART) * first.coefficients(batch) + _PART * second.coefficients(batch)
 

@@ -336,7 +336,9 @@ class LMPolicy(nn.Module):
         except ProblemError:
             raise
         except Exception as error:
-            raise ProblemError(f"model: called with tokens [{n}, {L}], it raises {in_words(error)}.") from error
+            most = int(tokens.max())
+            why = f" Has it a token {most}? vocab_size is {self.vocab_size}." if isinstance(error, IndexError) else ""
+            raise ProblemError(f"model: called with tokens [{n}, {L}], it raises {in_words(error)}.{why}") from error
         shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
         if shape != [n, L - self.first, self.vocab_size]:
             raise ProblemError(

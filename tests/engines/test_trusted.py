@@ -18,7 +18,7 @@ from pgcheck.engines.exact import exact_moments
 from pgcheck.engines.monte_carlo import monte_carlo
 from pgcheck.engines.parameters import ParameterSpace
 from pgcheck.engines.sketch import SketchSpace, default_space
-from pgcheck.engines.trusted import Paired, trusted_estimator, trusted_mixture
+from pgcheck.engines.trusted import Paired, trusted_estimators, trusted_mixtures
 from pgcheck.errors import UsageError
 from pgcheck.policies import Decoding, TinyGPT
 from pgcheck.problem import Problem
@@ -61,14 +61,32 @@ PLANS: tuple[dict[str, Any], ...] = (
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_what_is_trusted_is_unbiased(plan: dict[str, Any]) -> None:
-    """The mixture, exactly; and it is none of the estimators that it is made of."""
+    """The mixtures, exactly; and they are none of the estimators that they are made of."""
     p = problem(**plan)
-    r = trusted_mixture(p)
-    (m,) = exact_moments([replace(r, claims=())], p)
-    torch.testing.assert_close(m.mean, p.gradient(), rtol=0, atol=1e-14)
     table, index = p.sampler().draw(0, 8)
-    here, there = (coefficients_of(e, table.batch(index, p.group_labels)) for e in (r, trusted_estimator(p)))
-    assert 1e-3 < float((here - there).abs().max()) < 1
+    for r, own in zip(trusted_mixtures(p), trusted_estimators(p), strict=True):
+        (m,) = exact_moments([replace(r, claims=())], p)
+        torch.testing.assert_close(m.mean, p.gradient(), rtol=0, atol=1e-14)
+        for e in trusted_estimators(p):
+            here, there = (coefficients_of(x, table.batch(index, p.group_labels)) for x in (r, e))
+            assert float((here - there).abs().max()) > 1e-3
+            assert e is not own or float((here - there).abs().max()) < 1
+
+
+def test_the_nearest_is_chosen() -> None:
+    """REINFORCE differs from itself with a 32nd part of leave-one-out, not from leave-one-out: another's
+    company does not matter."""
+    p = problem("written", group_size=4)
+    space = default_space(p)
+    assert isinstance(space, Paired)
+    loo, plain, grpo = (pgcheck.as_estimator(name) for name in ("leave_one_out", "reinforce", "grpo"))
+    assert [space.nearest(e).name for e in (loo, plain, grpo)] == ["leave_one_out", "reinforce", "leave_one_out"]
+    given: dict[str, Any] = {"space": space, "draws": 2_048, "settings": LIGHT}
+    together = monte_carlo([plain, loo], p, scales=[[1.0], [1.0]], **given)
+    alone = monte_carlo([plain], p, scales=[[1.0]], **given)[0]
+    assert [m.view.against for m in together] == ["reinforce", "leave_one_out"]
+    assert repr(alone.judgements) == repr(together[0].judgements)
+    assert alone.judgements[1.0].status.name == "PASS"
 
 
 def test_a_judge_in_parameters() -> None:
