@@ -313,15 +313,14 @@ def _rivals(problem: Problem, estimator: str) -> dict[str, tuple[Callable[[], An
     e = replace(as_estimator(estimator), couples="batch", reads=None)
     index = Batches(problem.trajectories, problem.sizes).random(SAMPLES, seed=1)
     data, few = gather(problem, index), gather(problem, index[:LOOP_SAMPLES])
+    blocks = {min(n, SAMPLES) for n in RIVAL_BLOCKS}
+    mapped = fastest(functools.partial(by_vmap, data, estimator, block=n) for n in blocks)
     rivals: dict[str, tuple[Callable[[], Any], float]] = {
         "loop of backward": (lambda: by_backward(few, estimator), LOOP_SAMPLES),
-        "torch.func.vmap(grad)": (
-            fastest(functools.partial(by_vmap, data, estimator, block=n) for n in RIVAL_BLOCKS),
-            SAMPLES,
-        ),
+        "torch.func.vmap(grad)": (mapped, SAMPLES),
     }
     if has_jax():
-        rivals["jax.jit(vmap(grad))"] = fastest(jax_rival(data, estimator, block=n) for n in RIVAL_BLOCKS), SAMPLES
+        rivals["jax.jit(vmap(grad))"] = fastest(jax_rival(data, estimator, block=n) for n in blocks), SAMPLES
     for name, (work, units) in rivals.items():
         _refuse_unless_equal(name, work(), by_engine(problem, index[: int(units)], e))
     return rivals
