@@ -6,17 +6,19 @@ tensors; the engine gathers its own. Everything is float64 on one thread of one 
 
 What the engine does with these batches, and a rival does not: on-policy both estimators have one weight a row, so that ĝ is a
 sum of scores from a table (`pgcheck.engines.scores`), and no position is looked at. The same engine without that, position by
-position, is raced as well. Every batch given is evaluated, those given twice twice. What is left of a batch is memory traffic:
-some twenty passes over its B weights, its share of Σ x xᵀ, and the sparse product, the largest part with two fifths at B = 8
-and K·A = 32. Timed kernel by kernel, the sparse product, Σ x xᵀ and the sum over rollouts take a third to three fifths of what
-ten times the rate of vmap would leave, and those passes with torch's dispatch more than the rest.
+position, is raced as well. Every batch given is evaluated, those given twice twice. What is left of a batch at B = 8 and
+K·A = 32, timed kernel by kernel: the sparse product a third, Σ x xᵀ and the sum over rollouts a sixth, and some eight
+passes over its weights with the look-up of returns the rest. That is 1/6 to 1/9 of the time of `vmap`, not 1/10.
+`torch.compile` was tried and is not built in: its sparse product takes as long at B = 8 and half as long at B = 3, a whole
+block from half to twice the time of the engine, for 2 to 20 seconds of compiling each shape. So were rows with the batch as
+the fastest index, which cost more in copies than they saved.
 
 A sampled verdict is more than the sums that its rival makes: it draws the batches, and keeps of every estimator what a judge
 and intervals need. Of a grain of groups of 16 two fifths are the drawing, a fifth the coefficients, and the rest some sixty
 operations on 1024 x 6 numbers, whose time is their dispatch; on a tree of 336 logits a third is the largest eigenvalue of two
 256 x 256 matrices, taken of every grain while grains are few. The tenth estimator is within 3% of the run where drawing is
-dear (walk-50, which is simulated). Elsewhere ten that are alike share a look-up that is cheaper than one of them, so that each
-is a tenth of what is not shared, whatever both cost.
+dear (walk-50, which is simulated), as far as can be told. Elsewhere ten that are alike share a look-up that is cheaper than
+one of them, so that each is a tenth of what is not shared, whatever both cost.
 
 Guarantee: a rate is reported only after the contenders gave the same E ĝ and E‖ĝ‖² to 1e-9: rivals on the same random
 batches, the exact verdict against ordered tuples wherever those are few enough to be raced. A ratio is the
