@@ -43,7 +43,7 @@ PILOT = 2_048  # draws
 _ROUNDING = 1e-14  # a gradient below this part of the rewards is 0
 _APART = 2**33  # seeds of pilots are above that
 _ASKED = 4  # numbers that an answer rests on, each with its interval
-_ROUNDING = 1e-12  # noise below this part of ‖∇J‖ is none
+_SILENT = 1e-12  # noise below this part of ‖∇J‖ is none
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ def _sampled_noise(
     def noise(at: int, squares: float, length: float) -> Noise | None:
         """From these of the numbers, in units of ‖μ*‖ = `length`."""
         t, a = total[at], of_along[at]
-        if not (t > (_ROUNDING * size) ** 2 and math.isfinite(t) and math.isfinite(a) and length > 0):
+        if not (t > (_SILENT * size) ** 2 and math.isfinite(t) and math.isfinite(a) and length > 0):
             return None
         squares = min(max(squares, a**2), t**2)
         λ = max(squares / t, a) if at == 1 else min(max(top, a), math.sqrt(squares))  # from below, and from above
