@@ -163,20 +163,17 @@ class Account:
 
     def state(self) -> dict[str, Tensor]:
         """Everything, as tensors."""
-        s = self.scores
-        scores = np.stack([np.full_like(s.mean, s.n), s.mean, s.m2, s.m3, s.low, s.high])
         g = self.spectrum
         return {
             "mean": self.mean,
             "squares": self.squares,
-            "scores": torch.from_numpy(scores),
+            "scores": torch.from_numpy(self.scores.rows),
             "spectrum": torch.tensor([g.blocks, g.top, g.square, g.square2], dtype=torch.float64),
         }
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> Account:
         """What `state()` was taken from."""
-        n, *moments = state["scores"].numpy()
         blocks, *sums = state["spectrum"].tolist()
-        scores = Scores(int(n[0]), *moments)
+        scores = Scores.from_rows(state["scores"].numpy())
         return cls(scores.n, state["mean"], state["squares"], scores, Spectrum(int(blocks), *sums))

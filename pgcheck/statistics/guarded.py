@@ -63,6 +63,17 @@ class Scores:
         d2 = d * d
         return Scores(len(y), mean, d2.sum(1), (d2 * d).sum(1), columns.min(1), columns.max(1))
 
+    @property
+    def rows(self) -> Floats:
+        """All of it as one array `[6, kinds]`, to be kept in a file."""
+        return np.stack([np.full_like(self.mean, self.n), self.mean, self.m2, self.m3, self.low, self.high])
+
+    @staticmethod
+    def from_rows(rows: Floats) -> Scores:
+        """Of such an array, which is copied."""
+        n, *moments = rows.copy()
+        return Scores(int(n[0]), *moments)
+
     def merge(self, other: Scores) -> Scores:
         """Moments of both samples together (Pébay 2008)."""
         if not self.n or not other.n:

@@ -87,6 +87,13 @@ class Settings:
         unit = GRAIN * (self.stages - 1)
         return -(-n // unit) * unit
 
+    def look_after(self, n: float, draws: int) -> int:
+        """The first look at `n` draws or more that comes after `draws`."""
+        look = self.first_look
+        while look < n or look <= draws:
+            look *= 2
+        return look
+
     @property
     def bound(self) -> float:
         """R ≥ ‖D‖; infinite if no bounds are known."""

@@ -370,26 +370,19 @@ class OpenJudge:
             variance=Interval(*(float(x[0]) for x in spread)),
             witness=WITNESSES[self._last] if self._last >= 0 else None,
             effect=Interval(*(float(x) / unit for x in self._effect)) if self._last > 0 and unit > 0 else None,
-            needed=None if of_block is None else self._look_after(2 * of_block),
+            needed=None if of_block is None else self.settings.look_after(2 * of_block, n),
             tails=tails,
             note=note,
             rarest=math.log(1 / self.settings.alpha) / n,
         )
 
-    def _look_after(self, n: float) -> int:
-        look = self.settings.first_look
-        while look < n or look <= self.draws:
-            look *= 2
-        return look
-
     # -- checkpoints
 
     def state(self) -> dict[str, Tensor]:
         """Everything, as tensors: a judge made `from_state` goes on to the same bytes."""
-        s = self._spread
         out = {name: getattr(self, f"_{name}").clone() for name in _TENSORS}
         out |= {"loud": self._loud.directions.clone(), "kept": self._loud.kept.clone()}
-        out["spread"] = torch.from_numpy(np.stack([np.full(1, s.n), s.mean, s.m2, s.m3, s.low, s.high]))
+        out["spread"] = torch.from_numpy(self._spread.rows)
         out["effect"] = torch.from_numpy(self._effect.copy())
         for name, pairs in self._named_pairs.items():
             if pairs is not None:
@@ -417,8 +410,7 @@ class OpenJudge:
         for name in _TENSORS:
             setattr(judge, f"_{name}", state[name].contiguous().clone())
         judge._loud = Loud(state["loud"].contiguous().clone(), state["kept"].contiguous().clone())
-        n, *moments = state["spread"].numpy().copy()
-        judge._spread, judge._effect = Scores(int(n[0]), *moments), state["effect"].numpy().copy()
+        judge._spread, judge._effect = Scores.from_rows(state["spread"].numpy()), state["effect"].numpy().copy()
         judge._ever = _pairs_from(state, "ever")
         judge._witnessed = [_pairs_from(state, f"witness{i}") for i in range(_W - 1)]
         judge._fresh = [[_pairs_from(state, f"part{i}{j}") for j in (0, 1)] for i in range(len(judge._fresh))]

@@ -578,10 +578,7 @@ class Judge:
         return None
 
     def _look_after(self, n: float) -> int:
-        look = self.settings.first_look
-        while look < n or look <= self.draws:
-            look *= 2
-        return look
+        return self.settings.look_after(n, self.draws)
 
     # -- checkpoints
 
@@ -593,10 +590,7 @@ class Judge:
         }
         out = {name: getattr(self, f"_{name}").clone() for name in _TENSORS}
         out |= {"loud": self._loud.directions.clone(), "kept": self._loud.kept.clone()}
-        out |= {
-            name: torch.from_numpy(np.stack([np.full_like(s.mean, s.n), s.mean, s.m2, s.m3, s.low, s.high]))
-            for name, s in scores.items()
-        }
+        out |= {name: torch.from_numpy(s.rows) for name, s in scores.items()}
         out |= {name: torch.from_numpy(getattr(self, f"_{name}").copy()) for name in _ARRAYS}
         out["wealth"] = torch.from_numpy(self._wealth.log.copy())
         for name in ("whole", "across"):
@@ -618,9 +612,9 @@ class Judge:
         judge._loud = Loud(state["loud"].contiguous().clone(), state["kept"].contiguous().clone())
         for name in _ARRAYS:
             setattr(judge, f"_{name}", state[name].numpy().copy())
-        judge._ever, judge._block, judge._q = (_scores_from(state[name]) for name in ("ever", "block", "q"))
+        judge._ever, judge._block, judge._q = (Scores.from_rows(state[name].numpy()) for name in ("ever", "block", "q"))
         judge._wealth = Wealth(state["wealth"].numpy().copy())
-        judge._parts = [_scores_from(state[f"part{i}"]) for i in range(settings.stages - 1)]
+        judge._parts = [Scores.from_rows(state[f"part{i}"].numpy()) for i in range(settings.stages - 1)]
         for name in ("whole", "across"):
             blocks, *sums = state[name].tolist()
             setattr(judge, f"_{name}", Spectrum(int(blocks), *sums))
@@ -653,11 +647,6 @@ def total_variance(spread: Scores, gap: Floats, *, confidence: float = CONFIDENC
     low, high = interval(spread, confidence=confidence)
     shift = value - spread.mean
     return value, np.maximum(low + shift, 0.0), high + shift
-
-
-def _scores_from(rows: Tensor) -> Scores:
-    n, *moments = rows.numpy().copy()
-    return Scores(int(n[0]), *moments)
 
 
 def _any_direction(P: int) -> Tensor:
