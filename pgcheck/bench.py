@@ -6,12 +6,12 @@ tensors; the engine gathers its own. Everything is float64 on one thread of one 
 
 What the engine does with these batches, and a rival does not: on-policy both estimators have one weight a row, so that ĝ is a
 sum of scores from a table (`pgcheck.engines.scores`), and no position is looked at. The same engine without that, position by
-position, is raced as well. Every batch given is evaluated, those given twice twice. What is left of a batch at B = 8 and
-K·A = 32, timed kernel by kernel: the sparse product a third, Σ x xᵀ and the sum over rollouts a sixth, and some eight
-passes over its weights with the look-up of returns the rest. That is 1/6 to 1/9 of the time of `vmap`, not 1/10.
-`torch.compile` was tried and is not built in: its sparse product takes as long at B = 8 and half as long at B = 3, a whole
-block from half to twice the time of the engine, for 2 to 20 seconds of compiling each shape. So were rows with the batch as
-the fastest index, which cost more in copies than they saved.
+position, is raced as well. Every batch given is evaluated, those given twice twice. At B = 8 and K·A = 32 the kernels, each
+timed alone, add up to half of what a batch takes: the sparse product is a fifth of it, Σ x xᵀ and the sum over rollouts an
+eighth, the look-up of returns and eight passes over the weights a sixth. The other half is not told apart: fresh memory, cache,
+dispatch. `torch.compile` was tried, on a busy machine, and is not built in: its sparse product took as long at B = 8 and less
+than half as long at B = 3, a whole block from half to twice the time of the engine, for up to 20 seconds of compiling each
+shape. Neither were rows with the batch as the fastest index, which cost more in copies than they saved.
 
 A sampled verdict is more than the sums that its rival makes: it draws the batches, and keeps of every estimator what a judge
 and intervals need. Of a grain of groups of 16 two fifths are the drawing, a fifth the coefficients, and the rest some sixty
