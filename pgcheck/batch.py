@@ -47,7 +47,8 @@ class _Block:
         """Column (or quantity) `name` of batch m."""
         if name not in self._parts:
             column = self._leaf[name] if name in self._leaf else getattr(self._batch, name)
-            self._parts[name] = column.unbind(0)
+            with torch.enable_grad():  # the first that reads it may do so under no_grad
+                self._parts[name] = column.unbind(0)
         return self._parts[name][m]
 
 
@@ -148,11 +149,11 @@ class Batch:
         if name == "logits":  # the property has raised
             raise LogitsNotAsked('batch.logits is there only for estimators made with leaf="logits"')
         source, part = vars(self).get("_source"), vars(self).get("_part")
-        if part is not None and name in _COLUMNS:
+        if part is not None and name in COLUMNS:
             vars(self)[name] = (value := part.block.part(name, part.m))
             return value
-        if source is None or name not in _COLUMNS:
-            known = [] if name.startswith("_") else [x for x in (*dir(type(self)), *_COLUMNS) if not x.startswith("_")]
+        if source is None or name not in COLUMNS:
+            known = [] if name.startswith("_") else [x for x in (*dir(type(self)), *COLUMNS) if not x.startswith("_")]
             raise AttributeError(f"'Batch' has no attribute '{name}'.{nearest(name, known, cutoff=0.6)}")
         vars(self)[name] = (value := gathered_rows(getattr(source.table, name), source.rows))
         return value
@@ -260,7 +261,7 @@ class Batch:
         return replace(self, side=side, **own)
 
 
-_COLUMNS = ("state", "context", "action", "reward", "mask", "logp", "behavior_logp", "ref_logp", "value")
+COLUMNS = ("state", "context", "action", "reward", "mask", "logp", "behavior_logp", "ref_logp", "value")
 
 
 class _Columns(Mapping[str, Tensor]):

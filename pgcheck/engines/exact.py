@@ -97,6 +97,8 @@ def exact_moments(
     for i, e in enumerate(estimators):
         table = problem.trajectories_with(e.needs)
         verify_purity(e, problem, table)
+        if isinstance(e.coefficients, LossCoefficients):
+            e.coefficients.remember()
         verify_couples(e, problem, table)
         ordered = e.couples != "trajectory" and not row_order_is_free(e, problem, table)
         sizes = sorted(set(problem.sizes)) if e.couples == "group" else [0]

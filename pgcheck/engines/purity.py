@@ -5,6 +5,7 @@ Guarantee: run before anything is enumerated, so that a random, stateful or muta
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -58,7 +59,8 @@ def find_impurity(estimator: Estimator, batch: Batch) -> Impurity | None:
     """
     if isinstance(estimator.coefficients, LossCoefficients) and estimator.coefficients.lane == "loop":
         batch = batch.map(lambda x: x[:_LOOPED])
-    with random_state_kept():
+    fn = estimator.coefficients
+    with random_state_kept(), fn.asked_anew() if isinstance(fn, LossCoefficients) else contextlib.nullcontext():
         return _find(estimator, batch)
 
 

@@ -17,11 +17,12 @@ its branches, or with the same numbers, only after it did so on a batch that tak
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,6 +35,7 @@ from torch.utils._pytree import tree_map_only
 from pgcheck.batch import Batch, LogitsNotAsked
 from pgcheck.errors import EstimatorError, PgcheckError, in_words
 from pgcheck.estimators.base import Claim, Couples, Estimator, Leaf, unbiased
+from pgcheck.estimators.memory import Memory
 
 Loss = Callable[[Batch], Any]
 # Batch [B, T] -> a scalar to minimise, or a tuple that starts with one
@@ -216,6 +218,7 @@ class LossCoefficients:
         self._own_labels = False  # whether vmap gets labels for every batch, though they are all the same
         self._paths: set[tuple[torch.Size, tuple[bool, ...]]] = set()  # on which the lane by branch was compared
         self._together = True  # whether batches that see the same numbers can go together
+        self._memory: Memory | None = None
 
     def __call__(self, batch: Batch) -> Tensor:
         leading = batch.reward.shape[:-2]
@@ -245,6 +248,21 @@ class LossCoefficients:
                 " mean over rows and positions."
             )
         return out
+
+    def remember(self) -> None:
+        """From now on the loss is not asked twice where it cannot answer otherwise (`pgcheck.estimators.memory`). To be called
+        when it was found to be a function of its batch."""
+        if self._memory is None and self.leaf == "logp":
+            self._memory = Memory(self.value, self._loop)
+
+    @contextlib.contextmanager
+    def asked_anew(self) -> Iterator[None]:
+        """In here every batch is evaluated, whatever is remembered."""
+        memory, self._memory = self._memory, None
+        try:
+            yield
+        finally:
+            self._memory = memory
 
     def _block(self, batch: Batch) -> Tensor:
         if self.lane is None:
@@ -373,7 +391,17 @@ class LossCoefficients:
         return leaf, lambda: run(named)
 
     def _loop_together(self, batch: Batch) -> Tensor:
-        """As `_loop`, faster where many batches see the same numbers."""
+        """As `_loop`, faster where the loss is linear, or many batches see the same numbers."""
+        if self._memory is not None:
+            out = torch.zeros_like(batch.logp)
+            left = self._memory.recall(batch, out)
+            if len(left) < len(out):
+                if len(left):
+                    out[left] = self._some_together(batch.map(lambda x: x[left]))
+                return out
+        return self._some_together(batch)
+
+    def _some_together(self, batch: Batch) -> Tensor:
         M = batch.reward.shape[0]
         if self._together and M >= _MANY:
             out = torch.zeros_like(batch.logp if self.leaf == "logp" else batch.logits)

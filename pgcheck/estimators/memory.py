@@ -1,0 +1,154 @@
+"""Losses that look at no log-probability, but at most at the ratio to that of the behavior policy, are asked only once.
+
+    loss = Σ_(i,t) f_it(logp_it − behavior_logp_it) + w_it logp_it + constant          c = −∂loss/∂logp
+
+where f and w depend on rewards, masks, groups …. Such a loss is run with log-probabilities that are not known
+(`pgcheck.estimators.unknown`). What gets through has not looked at them, so that c is a function of the columns that the batch
+was asked for, the log-ratio among them; and a batch with the same numbers in those has the same c: after other actions, on
+another problem, and (where there is no ratio, or it is 1) at another θ.
+
+Guarantee: nothing is remembered of a loss before it was found to be a function of its batch (`LossCoefficients.remember`), nor
+of a batch on which it looks at more; and the first of every block are compared with what autograd says at the
+log-probabilities that they have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pgcheck.batch import COLUMNS, Batch, row_by_row
+from pgcheck.estimators.unknown import Unknown, unknowns, weights
+
+_MOST = 200_000  # batches that are kept
+_PATIENCE = 8  # batches tried, before it is known whether a loss is worth it
+_VERIFIED = 2  # batches of a block that are also asked of autograd
+
+_DERIVED = frozenset(name for name, x in vars(Batch).items() if isinstance(x, row_by_row))
+_ASKED = (frozenset(COLUMNS) | _DERIVED) - {"logp"}
+_RATIO = {"behavior_logp", "ratio"}  # what is known of these is logp − behavior_logp
+_PLAIN = {"discount", "discount_clock", "kl_coefficient", "entropy_coefficient", "action_logits", "group", "side"}
+_NEVER_MIND = _PLAIN | {"logp", "same_group", "_part"}  # part of what batches that are compared have in common
+
+_Columns = tuple[str, ...]
+
+
+class Memory:
+    """The coefficients of batches on which a loss was linear, by what it asked of them."""
+
+    def __init__(self, value: Callable[[Batch], Tensor], loop: Callable[[Batch], Tensor]) -> None:
+        self._value, self._loop = value, loop  # of one batch [B, T], its loss; of several, c by autograd
+        self._known: dict[Any, dict[_Columns, dict[bytes, Tensor]]] = {}
+        self._tried = self._linear = self._kept = 0
+
+    @property
+    def pays(self) -> bool:
+        """Whether the loss is linear on most batches; a guess before the first few."""
+        return self._tried < _PATIENCE or 2 * self._linear > self._tried
+
+    def recall(self, batch: Batch, out: Tensor) -> Tensor:
+        """Fills `out` `[M, B, T]` with c where it is known or found here; the batches that are left."""
+        M = batch.reward.shape[0]
+        if not self.pays or batch.logp.dtype != torch.float64:
+            return torch.arange(M)
+        known = self._known.setdefault(_kind(batch), {})
+        keys = {asked: _bytes(batch, asked) for asked in known}
+        left, new = [], []
+        unknown = _OfBlock(batch.logp - batch.behavior_logp)
+        columns: Any = {"logp": unknown, "behavior_logp": _Second(unknown)}
+        for m, one in enumerate(batch.one_by_one(**columns)):
+            c = next((x for asked, key in keys.items() if (x := known[asked].get(key[m])) is not None), None)
+            if c is None and self.pays:
+                found = self._run(one, unknown[m])
+                if found is not None:
+                    c, asked = found
+                    if asked not in keys:
+                        keys[asked], known[asked] = _bytes(batch, asked), {}
+                    known[asked][keys[asked][m]] = c
+                    new.append(m)
+            if c is None:
+                left.append(m)
+            else:
+                out[m] = c
+        self._kept += len(new)
+        if not self._verified(batch, out, new[:_VERIFIED]):
+            self._known, self._tried, self._linear = {}, _PATIENCE, 0
+            return torch.arange(M)
+        if self._kept > _MOST:
+            self._known, self._kept = {}, 0
+        return torch.tensor(left, dtype=torch.int64)
+
+    def _run(self, one: Batch, logp: Unknown) -> tuple[Tensor, _Columns] | None:
+        """c, and the columns that the loss has asked for; None where it looks at more, or where c is not finite."""
+        self._tried += 1
+        try:
+            c = self._coefficients(self._value(one), logp.d).reshape(logp.shape)
+        except Exception:  # whatever is wrong, the loop says
+            return None
+        asked = vars(one).keys() - _NEVER_MIND
+        if not asked <= _ASKED or not bool(torch.isfinite(c).all()):
+            return None
+        self._linear += 1
+        return c, tuple(sorted(asked))
+
+    def _coefficients(self, loss: Tensor, d: Tensor) -> Tensor:
+        if isinstance(loss, Unknown):
+            return -weights(loss)
+        if loss.requires_grad:
+            return -torch.autograd.grad(loss, d)[0]
+        return torch.zeros(len(d), dtype=d.dtype) * loss  # a constant; NaN where that is
+
+    def _verified(self, batch: Batch, out: Tensor, some: list[int]) -> bool:
+        rows = torch.tensor(some, dtype=torch.int64)
+        return not some or torch.allclose(out[rows], self._loop(batch.map(lambda x: x[rows])), rtol=1e-12, atol=1e-15)
+
+
+class _OfBlock:
+    """A column of a block that makes the log-probabilities of a batch when they are asked for."""
+
+    def __init__(self, d: Tensor) -> None:
+        self._d = d
+        self._made: tuple[int, tuple[Unknown, Unknown]] | None = None
+
+    def pair(self, m: int) -> tuple[Unknown, Unknown]:
+        if self._made is None or self._made[0] != m:
+            self._made = m, unknowns(self._d[m])
+        return self._made[1]
+
+    def unbind(self, dim: int) -> _OfBlock:
+        return self
+
+    def __getitem__(self, m: int) -> Unknown:
+        return self.pair(m)[0]
+
+
+class _Second(_OfBlock):
+    """The same for those of the behavior policy."""
+
+    def __init__(self, first: _OfBlock) -> None:
+        self.pair = first.pair  # type: ignore[method-assign]
+
+    def __getitem__(self, m: int) -> Unknown:
+        return self.pair(m)[1]
+
+
+def _kind(batch: Batch) -> tuple[Any, ...]:
+    """What batches that are compared have in common."""
+    numbers = batch.discount, batch.discount_clock, batch.kl_coefficient, batch.entropy_coefficient
+    return batch.reward.shape[1:], batch.reward.dtype, *numbers, *sorted(batch.side)
+
+
+def _bytes(batch: Batch, asked: _Columns) -> list[bytes]:
+    """For each batch of a block `[M, B, T]`, its groups, side tables and the columns `asked` for, as bytes."""
+    columns = [
+        batch.group,
+        *(batch.side[x] for x in sorted(batch.side)),
+        *(getattr(batch, x) for x in asked if x not in _RATIO),
+    ]
+    if not _RATIO.isdisjoint(asked):
+        columns.append(batch.logp - batch.behavior_logp)
+    as_floats = (x.double() if x.is_floating_point() else x.to(torch.int64).view(torch.float64) for x in columns)
+    return [row.tobytes() for row in torch.cat([x.flatten(1) for x in as_floats], 1).detach().numpy()]
