@@ -126,23 +126,33 @@ def identify(estimator: Estimator, problems: Sequence[Problem], measured: Sequen
     for p, m in tried:
         left = _sieved(left, p, m)
     rest = ordered[TRIED_PROBLEMS:] + [(p, m) for p, m in pairs if m.finding == "unbiased"]
-    found = []
+    matches = []
     for candidate, rows in left.values():
         if len(rows) < max(1, len(tried) - 1) or _is_multiple_of_truth(rows):
             continue
         exact = _match(candidate.estimator.name, rows)
-        match, rtol = (exact, RTOL) if exact else (_match(candidate.estimator.name, rows, rtol=NEARLY), NEARLY)
-        if match is None:
-            continue
+        match = exact or _match(candidate.estimator.name, rows, rtol=NEARLY)
+        if match is not None:
+            matches.append((exact is None, match, candidate, rows))
+    found: list[Diagnosis] = []
+    for nearly, match, candidate, rows in sorted(matches, key=lambda x: (x[0], x[1].factor != "")):
+        if found and min(map(_merit, found)) <= (nearly, 0, match.factor != ""):
+            break  # what comes is no better
+        rtol = NEARLY if nearly else RTOL
         every = rows + [row for p, m in rest for row in _rows([candidate.estimator], p, m).values()]
         gaps = {row[0].name: _gap(match, row) for row in every}
         except_on = tuple(name for name, gap in gaps.items() if not gap <= rtol)
         if len(except_on) <= len(every) * _FEW:
-            gap = 0.0 if rtol == RTOL else max(gap for name, gap in gaps.items() if name not in except_on)
+            gap = max(gap for name, gap in gaps.items() if name not in except_on) if nearly else 0.0
             n, wrong_in = len(every), candidate.mistake
             found.append(replace(match, problems=n, except_on=except_on, mistake=wrong_in, gap=gap))
     # of equals, the first
-    return min(found, key=lambda d: (d.gap > 0, len(d.except_on), d.factor != ""), default=None)
+    return min(found, key=_merit, default=None)
+
+
+def _merit(d: Diagnosis) -> tuple[bool, int, bool]:
+    """Of two identities, the one with less is better."""
+    return d.gap > 0, len(d.except_on), d.factor != ""
 
 
 _TERMS = (
