@@ -5,9 +5,8 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-import pandas as pd
 from torch import nn
 
 from pgcheck.engines.choice import Engine, engine_on, moments_by
@@ -28,8 +27,6 @@ from pgcheck.render.code import Code, check_code
 from pgcheck.render.messages import BIAS_CHECKS, failure_message, step_message
 from pgcheck.render.progress import ProgressBar
 from pgcheck.rollouts import Padding
-from pgcheck.runs import compare as runs_compare
-from pgcheck.runs.compare import Comparison, Sweeps, compared
 from pgcheck.runs.direct import run_step
 from pgcheck.runs.report import Report, measurement_of, not_asked_row, verdict_row
 from pgcheck.runs.runner import refuse_duplicates, run
@@ -39,6 +36,11 @@ from pgcheck.verdicts.diagnose import diagnose, find_mistake, find_swap
 from pgcheck.verdicts.same_draws import find_cause_of_sample
 from pgcheck.verdicts.steps import find_cause
 from pgcheck.verdicts.verdict import RTOL, NotAsked, Space, Status, Verdict
+
+if TYPE_CHECKING:  # a check does not wait for pandas
+    import pandas as pd
+
+    from pgcheck.runs.compare import Comparison, Sweeps
 
 AnyProblem = Problem | str
 
@@ -442,6 +444,8 @@ def compare(
         UnknownNameError: `relative_to` is none of them.
         BudgetError: more batches, or more memory, than fit.
     """
+    from pgcheck.runs.compare import compared
+
     chosen, on = _to_compare(estimators, problems, space)
     reference = None if relative_to is None else as_estimator(relative_to).name
     with ProgressBar() as bar:
@@ -470,11 +474,13 @@ def comparison(
     Raises:
         UsageError, UnknownNameError, BudgetError: as `compare`.
     """
+    from pgcheck.runs import compare as runs
+
     chosen, on = _to_compare(estimators, problems, space)
     reference = None if relative_to is None else as_estimator(relative_to).name
     with ProgressBar() as bar:
-        return runs_compare.comparison(
-            chosen, on, relative_to=reference, space=space, sweeps=Sweeps() if sweeps is None else sweeps,
+        return runs.comparison(
+            chosen, on, relative_to=reference, space=space, sweeps=runs.Sweeps() if sweeps is None else sweeps,
             budget=budget, engine=engine_on(engine, on), sampling=sampling, progress=progress or bar,
         )  # fmt: skip
 

@@ -30,8 +30,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal, TypeVar, cast
 
+import scipy
 import torch
-from scipy import stats
 from torch import Tensor, nn
 
 from pgcheck.engines.moments import Moments, Progress, View
@@ -133,7 +133,7 @@ class SketchSpace(Known):
 
     def shows(self, beta: float) -> float:
         """√(χ²/D) of D degrees of freedom, at its quantile beta: a normal direction sees ⟨b, v⟩ ~ N(0, ‖b‖²)."""
-        return min(1.0, math.sqrt(float(stats.chi2.ppf(beta, self.random)) / self.random)) if self.random else 1.0
+        return min(1.0, math.sqrt(float(scipy.stats.chi2.ppf(beta, self.random)) / self.random)) if self.random else 1.0
 
     def settings(self, asked: Settings) -> Settings:
         """With a tolerance that allows for what the directions do not see."""
@@ -306,8 +306,8 @@ class SketchMoments:
         """χ² for the directions, normal for the draws; at half of what may be missed each."""
         along, across, freedom = self._across
         missed = (1 - level) / 4
-        by_chance = float(stats.norm.isf(missed)) * self._drawn
-        low, high = (across * freedom / float(stats.chi2.isf(q, freedom)) for q in (missed, 1 - missed))
+        by_chance = float(scipy.stats.norm.isf(missed)) * self._drawn
+        low, high = (across * freedom / float(scipy.stats.chi2.isf(q, freedom)) for q in (missed, 1 - missed))
         return along + low - by_chance, along + high + by_chance
 
     @property
@@ -343,7 +343,7 @@ class SketchMoments:
         if self.batches is None:
             return torch.stack([self.bias, self.bias], -1)
         half = (
-            float(stats.t.ppf((1 + level) / 2, self.batches - 1))
+            float(scipy.stats.t.ppf((1 + level) / 2, self.batches - 1))
             * (self.bias_covariance.diagonal() / self.batches).sqrt()
         )
         return torch.stack([self.bias - half, self.bias + half], -1)
@@ -355,14 +355,14 @@ _UNLUCKY = 0.0025  # each end of what directions may do to an interval is left o
 def _widened(moments: Moments, random: int) -> Moments:
     """Intervals with the chance of the directions in them: χ² of D·r degrees of freedom for tr Cov, of D for a bias."""
     x, R = moments.intervals, moments.mean.numel()
-    low, high = (math.sqrt(random / float(stats.chi2.isf(q, random))) for q in (_UNLUCKY, 1 - _UNLUCKY))
+    low, high = (math.sqrt(random / float(scipy.stats.chi2.isf(q, random))) for q in (_UNLUCKY, 1 - _UNLUCKY))
     scaled = {name: _times(x[name], low, high) for name in ("bias", "rel")}
     V = x["variance"]
     cov = moments.covariance
     along = R - random
     held = 0.0 if cov is None else float(cov.diagonal()[:along].sum())
     freedom = random * (1.0 if cov is None else effective_rank(cov[along:, along:]))
-    ends = (freedom / float(stats.chi2.isf(q, freedom)) for q in (_UNLUCKY, 1 - _UNLUCKY))
+    ends = (freedom / float(scipy.stats.chi2.isf(q, freedom)) for q in (_UNLUCKY, 1 - _UNLUCKY))
     least, most = (held + (V.value - held) * end for end in ends)
     variance = Interval(V.value, max(least - (V.value - V.low), 0.0), most + (V.high - V.value))
     b = scaled["bias"]

@@ -20,7 +20,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import special
+import scipy
 
 from pgcheck.statistics.guarded import Floats, Scores
 
@@ -49,12 +49,12 @@ class Wealth:
     def total(self, kinds: slice | list[int]) -> float:
         """Log of the mean wealth over bets and these kinds: ln 1/α is reached with probability α if no mean is above m."""
         chosen = self.log[:, kinds]
-        return float(special.logsumexp(chosen) - math.log(chosen.size))
+        return float(scipy.special.logsumexp(chosen) - math.log(chosen.size))
 
     @property
     def of_kind(self) -> Floats:
         """Log of the mean wealth of each kind, `[kinds]`."""
-        return np.asarray(special.logsumexp(self.log, axis=0) - math.log(BETS))
+        return np.asarray(scipy.special.logsumexp(self.log, axis=0) - math.log(BETS))
 
 
 def mean_above(q: Scores, bound: float, level: float) -> Floats:

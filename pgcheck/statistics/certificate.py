@@ -30,8 +30,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import scipy
 import torch
-from scipy import special
 from torch import Tensor
 
 from pgcheck.statistics.guarded import Floats, z_of
@@ -146,12 +146,12 @@ def p_value(
 
 
 def _over_par(U: Floats, Δ: float, A: Floats, B: Floats) -> Floats:
-    return np.asarray(special.ndtr((U - (Δ + A * _Z) ** 2 + A**2) / B))
+    return np.asarray(scipy.special.ndtr((U - (Δ + A * _Z) ** 2 + A**2) / B))
 
 
 def _over_rest(U: Floats, Δ: float, A: Floats, B: Floats) -> Floats:
     root = np.sqrt(np.maximum(U + A**2 - B * _Z, 0.0))
-    return np.asarray(special.ndtr((root - Δ) / A) - special.ndtr((-root - Δ) / A))
+    return np.asarray(scipy.special.ndtr((root - Δ) / A) - scipy.special.ndtr((-root - Δ) / A))
 
 
 def _without_noise(U: Floats, Δ: float, A: Floats, B: Floats) -> Floats:
@@ -171,9 +171,8 @@ def upper_bound(U: float, β: float, *, n: int, largest: float, square: float, s
         return 0.0
     while excess(high) > 0:
         high *= 2
-    from scipy import optimize  # takes as long to import as half of torch, and exact verdicts never ask for it
 
-    return float(optimize.brentq(excess, 0.0, high, xtol=1e-12 * high, rtol=1e-10))
+    return float(scipy.optimize.brentq(excess, 0.0, high, xtol=1e-12 * high, rtol=1e-10))
 
 
 def draws_to_certify(Δ: float, β: float, *, largest: float, square: float, U: float = 0.0) -> float:

@@ -24,8 +24,8 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy import special
 
 Floats = NDArray[np.float64]
 
@@ -166,7 +166,7 @@ def z_scores(y: Scores) -> Floats:
         T = np.where(refused, 0.0, y.mean / (MARGIN * y.error))
     H = hall(T, np.where(refused, 0.0, y.skewness_of_mean))
     least = np.minimum(np.abs(T), np.abs(H))
-    z = -special.ndtri(np.maximum(special.stdtr(y.n - 1, -least), _LEAST_P))
+    z = -scipy.special.ndtri(np.maximum(scipy.special.stdtr(y.n - 1, -least), _LEAST_P))
     return np.where(refused | (np.sign(T) != np.sign(H)), 0.0, np.sign(T) * z)
 
 
@@ -178,7 +178,7 @@ def interval(y: Scores, *, confidence: float = 0.95, sides: int = 2) -> tuple[Fl
     unbounded = y.unbounded
     if y.n < 2:
         return np.full(y.mean.shape, np.nan), np.full(y.mean.shape, np.nan)
-    t = float(special.stdtrit(y.n - 1, 1 - (1 - confidence) / sides))
+    t = float(scipy.special.stdtrit(y.n - 1, 1 - (1 - confidence) / sides))
     a, error = np.where(unbounded, 0.0, y.skewness_of_mean), MARGIN * y.error
     ends = [hall_inverse(np.asarray(h), a) for h in (t, -t)]
     low = y.mean - error * np.maximum(ends[0], t)
@@ -188,7 +188,7 @@ def interval(y: Scores, *, confidence: float = 0.95, sides: int = 2) -> tuple[Fl
 
 def z_of(p: float) -> float:
     """The z exceeded with probability p."""
-    return -float(special.ndtri(p))
+    return -float(scipy.special.ndtri(p))
 
 
 def draws_for_tails(y: Scores) -> Floats:
@@ -211,7 +211,7 @@ def pareto_k(tail: Floats, *, cutoff: float) -> float:
     with np.errstate(divide="ignore", invalid="ignore"):
         log_l = n * (np.log(-b / k) - k - 1)
     log_l = np.where(np.isfinite(log_l), log_l, -np.inf)
-    weight = special.softmax(log_l)
+    weight = scipy.special.softmax(log_l)
     best = float((b * weight).sum())
     fitted = float(np.log1p(-best * x).mean())
     return (n * fitted + 5) / (n + 10)  # weakly pulled to 1/2

@@ -19,8 +19,8 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import scipy
 import torch
-from scipy import special
 from torch import Tensor
 
 from pgcheck.statistics.guarded import Floats
@@ -38,7 +38,7 @@ def thresholds(level: float) -> Floats:
     `level` is split evenly; for a direction without a sign either side counts.
     """
     sides = np.array([2.0] * TWO_SIDED + [1.0] * (len(WITNESSES) - TWO_SIDED))
-    return -np.asarray(special.ndtri(level / len(WITNESSES) / sides))
+    return -np.asarray(scipy.special.ndtri(level / len(WITNESSES) / sides))
 
 
 @dataclass(frozen=True)

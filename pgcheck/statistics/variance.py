@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from functools import reduce
 
 import numpy as np
+import scipy
 import torch
-from scipy import optimize, special
 from torch import Tensor
 
 from pgcheck.statistics.guarded import INTERVAL_SHARE, INTERVAL_SKEWNESS, MARGIN, Floats, Scores, hall
@@ -160,7 +160,7 @@ def ratio_of_means(pairs: Pairs, *, confidence: float = 0.95) -> Interval:
     r = float(pairs.mean[0] / pairs.mean[1]) if pairs.mean[1] > 0 else math.nan
     if not (math.isfinite(r) and r > 0 and pairs.n > 1):
         return Interval(r, math.nan, math.nan)
-    t = float(special.stdtrit(pairs.n - 1, (1 + confidence) / 2))
+    t = float(scipy.special.stdtrit(pairs.n - 1, (1 + confidence) / 2))
 
     def excess(side: float) -> Callable[[float], float]:
         def of(log_r: float) -> float:
@@ -187,7 +187,7 @@ def ratio_of_means(pairs: Pairs, *, confidence: float = 0.95) -> Interval:
             ends.append(math.exp(outer))
             continue
         low, high = sorted((inner, outer))
-        ends.append(math.exp(optimize.brentq(f, low, high, xtol=1e-12)))
+        ends.append(math.exp(scipy.optimize.brentq(f, low, high, xtol=1e-12)))
     wild = any(
         abs(a) >= INTERVAL_SKEWNESS or share >= INTERVAL_SHARE
         for _, _, a, share in (pairs.difference(x) for x in (ends[0], r, ends[1]) if math.isfinite(x))
