@@ -244,10 +244,12 @@ class Batch:
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Batch:
         """A new batch with `fn` applied to every tensor."""
-        changes: dict[str, Any] = {
-            f.name: fn(x) for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)
-        }
-        return replace(self, side={name: fn(x) for name, x in self.side.items()}, **changes)
+        new = object.__new__(type(self))
+        for name in _FIELDS:
+            x = getattr(self, name)
+            vars(new)[name] = fn(x) if isinstance(x, Tensor) else x
+        vars(new)["side"] = {name: fn(x) for name, x in self.side.items()}
+        return new
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by name; side tables as `side.NAME`."""
@@ -261,6 +263,7 @@ class Batch:
         return replace(self, side=side, **own)
 
 
+_FIELDS = tuple(f.name for f in fields(Batch) if f.name != "side")
 COLUMNS = ("state", "context", "action", "reward", "mask", "logp", "behavior_logp", "ref_logp", "value")
 
 

@@ -369,6 +369,26 @@ def tenth_estimator(problem: Problem, rows: int, *, rounds: int = ROUNDS) -> lis
     return _ratios("tenth estimator", subject, "runs/s", in_turns(contenders, rounds=rounds))
 
 
+def tenth_of_the_command(problem: Problem, rows: int, *, rounds: int = ROUNDS) -> list[Ratio]:
+    """The same of all that `pgcheck compare` does for them once it has read its arguments: the problem and its rollouts made
+    anew, ∇J, the verdicts, and their table as text."""
+    from pgcheck.runs.compare import compared
+
+    ten = [replace(as_estimator(name), reads=None) for name in TEN]
+
+    def command(estimators: list[Estimator]) -> str:
+        table: str = compared(estimators, [problem.with_sampling(groups=1, group_size=rows)]).to_string()
+        return table
+
+    nines = [[e for e in ten if e.name != name] for name in CHEAP]
+    contenders: dict[str, tuple[Callable[[], Any], float]] = {
+        "ten": (lambda: [command(ten) for _ in nines], len(nines)),
+        "nine": (lambda: [command(nine) for nine in nines], len(nines)),
+    }
+    subject = f"of the command, one of {', '.join(CHEAP)} beside nine, B = {rows}"
+    return _ratios("tenth estimator", subject, "runs/s", in_turns(contenders, rounds=rounds))
+
+
 # -- language models: (E ĝ_θ [P], E‖ĝ_θ‖²) of M batches, or a sketch of them
 
 
@@ -580,6 +600,7 @@ def bench(*, rounds: int = ROUNDS, progress: Progress | None = None) -> list[Rat
         work.append(functools.partial(exact_verdicts, tree, estimator, rows, rounds=rounds))
     work.append(functools.partial(exact_verdicts, dense[0], "leave_one_out", 5, rounds=rounds))
     work.append(functools.partial(tenth_estimator, dense[0], 6, rounds=rounds))
+    work.append(functools.partial(tenth_of_the_command, dense[0], 6, rounds=rounds))
     for estimator, rows in VERDICTS:
         work.append(functools.partial(model_verdicts, estimator, rows, rounds=min(rounds, 3)))
     written, few = find_problem("lm-large/written"), min(rounds, 3)

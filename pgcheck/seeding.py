@@ -41,10 +41,10 @@ def fixed_random_state(seed: int) -> tuple[Any, ...]:
 
 
 @contextmanager
-def random_state_kept() -> Iterator[None]:
-    """Whatever is drawn within, the global generators are afterwards as they were before."""
+def random_state_kept() -> Iterator[tuple[Any, ...]]:
+    """Whatever is drawn within, the global generators are afterwards as they were before: in the state that is given."""
     state = global_random_state()
     try:
-        yield
+        yield state
     finally:
         set_global_random_state(state)

@@ -10,6 +10,7 @@ Guarantee: a wrong declaration that shows on any of the 64 random batches is an 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from operator import itemgetter
 from weakref import WeakKeyDictionary
@@ -34,29 +35,36 @@ PURITY_PROBES = 8  # of them: state and randomness show on any
 
 def verify_purity(estimator: Estimator, problem: Problem, table: Trajectories) -> None:
     """Raise `EstimatorError` if the estimator writes to its inputs, draws random numbers or keeps state."""
-    few = probe(problem, table, estimator)[1].map(lambda x: x[:PURITY_PROBES])
+    few = probe(problem, table, estimator, few=True)[1]
     impurity = find_impurity(estimator, few)
     if impurity is not None:
         raise EstimatorError(f"estimator '{estimator.name}' {impurity.what}: {impurity.mend}.")
 
 
-_Key = tuple[tuple[SideTable, ...], int, bool, bool]
+_Key = tuple[tuple[SideTable, ...], int, bool, bool, bool]
 _probes: WeakKeyDictionary[Problem, dict[_Key, tuple[Tensor, Batch]]] = WeakKeyDictionary()
 
 
 def probe(
-    problem: Problem, table: Trajectories, estimator: Estimator, number: int = PROBES, *, moved: bool = False
+    problem: Problem,
+    table: Trajectories,
+    estimator: Estimator,
+    number: int = PROBES,
+    *,
+    moved: bool = False,
+    few: bool = False,
 ) -> tuple[Tensor, Batch]:
     """The random batches on which declarations are verified: rollouts `[M, B]`, and the batch; made once a problem. `moved`:
-    with their rows in each of `row_orders`, one after the other."""
+    with their rows in each of `row_orders`, one after the other. `few`: the first of them, in memory of their own."""
     loop = isinstance(estimator.coefficients, LossCoefficients) and estimator.coefficients.lane == "loop"
-    key = estimator.needs, number // 4 if loop else number, estimator.leaf == "logits", moved
+    key = estimator.needs, number // 4 if loop else number, estimator.leaf == "logits", moved, few
     kept = _probes.setdefault(problem, {})
     if key not in kept:
         index = Batches(table, problem.sizes).random(key[1], seed=0)
         if moved:
             index = torch.cat([index[:, order] for order in row_orders(problem)])
-        kept[key] = index, table.batch(index, problem.group_labels, logits=key[2])
+        batch = table.batch(index, problem.group_labels, logits=key[2])
+        kept[key] = index, batch.map(lambda x: x[:PURITY_PROBES]) if few else batch
     return kept[key]
 
 
@@ -115,18 +123,23 @@ def row_orders(problem: Problem) -> list[Tensor]:
     A transposition of the first two and a rotation generate all permutations; one permutation alone can miss an
     estimator that happens to be invariant under it (a roll, a pairing, a fixed row).
     """
+    return [*_row_orders(problem.sizes)]
+
+
+@functools.cache
+def _row_orders(sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
     first = [0]
-    for size in problem.sizes:
+    for size in sizes:
         first.append(first[-1] + size)
-    blocks = [list(range(low, low + size)) for low, size in zip(first, problem.sizes, strict=False)]
+    blocks = [list(range(low, low + size)) for low, size in zip(first, sizes, strict=False)]
 
     def generators(n: int) -> list[list[int]]:
         found = [[1, 0, *range(2, n)]] if n > 1 else []
         return found + ([[*range(1, n), 0]] if n > 2 else [])
 
     orders = []
-    for size in sorted(set(problem.sizes)):
-        same = [g for g, s in enumerate(problem.sizes) if s == size]
+    for size in sorted(set(sizes)):
+        same = [g for g, s in enumerate(sizes) if s == size]
         for inside in generators(size):
             moved = list(blocks)
             moved[same[0]] = [blocks[same[0]][i] for i in inside]
@@ -136,4 +149,4 @@ def row_orders(problem: Problem) -> list[Tensor]:
             for g, h in zip(same, among, strict=True):
                 moved[g] = blocks[same[h]]
             orders.append(moved)
-    return [torch.tensor([i for block in order for i in block]) for order in orders]
+    return tuple(torch.tensor([i for block in order for i in block]) for order in orders)

@@ -60,13 +60,15 @@ def find_impurity(estimator: Estimator, batch: Batch) -> Impurity | None:
     if isinstance(estimator.coefficients, LossCoefficients) and estimator.coefficients.lane == "loop":
         batch = batch.map(lambda x: x[:_LOOPED])
     fn = estimator.coefficients
-    with random_state_kept(), fn.asked_anew() if isinstance(fn, LossCoefficients) else contextlib.nullcontext():
-        return _find(estimator, batch)
+    with (
+        random_state_kept() as before,
+        fn.asked_anew() if isinstance(fn, LossCoefficients) else contextlib.nullcontext(),
+    ):
+        return _find(estimator, batch, before)
 
 
-def _find(estimator: Estimator, batch: Batch) -> Impurity | None:
+def _find(estimator: Estimator, batch: Batch, before_call: tuple[Any, ...]) -> Impurity | None:
     given = copied(batch)
-    before_call = global_random_state()
     try:
         first = evaluated(estimator, given)
     except EstimatorError as error:  # autograd may notice first, or the batch it left behind is too much for the rest
@@ -112,7 +114,7 @@ def _from_seed(estimator: Estimator, batch: Batch, seed: int) -> Any:
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and bool(torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)))
+    return torch.equal(a, b) or (a.shape == b.shape and torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)))
 
 
 def _gap(a: Tensor, b: Tensor) -> float:
