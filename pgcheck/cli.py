@@ -653,7 +653,8 @@ def calibrate(
     only: Annotated[
         list[str] | None,
         typer.Option(
-            help="measure only null, planted, exceeds, open, ratio, verdicts or power; what DIR has of the rest stays",
+            help="measure only null, planted, exceeds, open, open-trigger, open-planted, ratio, verdicts or power; what DIR has"
+            " of the rest stays",
             metavar="QUESTION",
         ),
     ] = None,

@@ -7,7 +7,7 @@ Where ĝ can be enumerated it has a finite law, and a sample of n draws is a mul
   a false FAIL takes both, on independent draws;
 * **certificate** with a bias planted exactly at the tolerance, in four directions: a false PASS;
 * both stages of mode `exceeds`, with a bias planted exactly at the tolerance;
-* a confirming part where κ is open and the reference drawn as well (`pgcheck.statistics.open_scale`);
+* all three where κ is open and the reference drawn as well (`pgcheck.statistics.open_scale`);
 * **intervals**: how often one that is given misses, after a fixed number of draws and at whichever look a run stopped;
 * **power**: draws to a FAIL, against the test that knows the direction of the bias beforehand.
 
@@ -31,7 +31,7 @@ import numpy as np
 from pgcheck.calibrate.endings import end_to_end, powers
 from pgcheck.calibrate.laws import estimator_law, laws, laws_named
 from pgcheck.calibrate.looks import SHAPES, exceeding_rates, false_passes, null_rates, planted, ratio_misses
-from pgcheck.calibrate.open_scale import open_rates
+from pgcheck.calibrate.open_scale import open_passes, open_rates, open_triggers
 from pgcheck.calibrate.rates import ALLOWED, NOMINAL, Calibration, EndToEnd, Power, Rate, clopper_pearson, rate
 from pgcheck.engines.moments import Progress
 from pgcheck.engines.threads import one_thread
@@ -45,7 +45,9 @@ __all__ = [
 ]  # fmt: skip
 
 RUNS = 32_000
-QUESTIONS = ("null", "planted", "exceeds", "open", "ratio", "verdicts", "power")  # what a stream is for
+QUESTIONS = (  # what a stream is for
+    "null", "planted", "exceeds", "open", "open-trigger", "open-planted", "ratio", "verdicts", "power",
+)  # fmt: skip
 _MANY = 16  # coordinates
 
 
@@ -63,6 +65,8 @@ def _of_looks(law: Law, runs: int, seed: int, questions: Sequence[str]) -> list[
         "planted": lambda rng: false_passes(law, runs=2 * half, rng=rng),
         "exceeds": lambda rng: exceeding_rates(law, runs=max(100, half // 2), rng=rng),
         "open": lambda rng: open_rates(law, runs=max(10, half // 8), rng=rng),
+        "open-trigger": lambda rng: open_triggers(law, runs=max(10, half // 8), rng=rng),
+        "open-planted": lambda rng: open_passes(law, runs=max(10, half // 2), rng=rng),
         "ratio": lambda rng: [ratio_misses(law, runs=max(20, half // 25), rng=rng)],
     }
     return [r for name, ask in of.items() if name in questions for r in ask(_stream(law, name, seed))]
