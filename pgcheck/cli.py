@@ -664,7 +664,7 @@ def calibrate(
     workers: Workers = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure how often each stage of a sampled verdict is wrong, against what it promises; takes minutes."""
+    """Measure how often each stage of a sampled verdict is wrong, against what it promises; all of it takes hours."""
     from shlex import quote
 
     from pgcheck import calibrate as calibration
