@@ -653,7 +653,8 @@ def calibrate(
     only: Annotated[
         list[str] | None,
         typer.Option(
-            help="measure only null, planted, exceeds, open, ratio, verdicts or power; what DIR has of the rest stays",
+            help="measure only null, planted, exceeds, open, open-trigger, open-planted, ratio, verdicts or power; what DIR has"
+            " of the rest stays",
             metavar="QUESTION",
         ),
     ] = None,
@@ -663,7 +664,7 @@ def calibrate(
     workers: Workers = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure how often each stage of a sampled verdict is wrong, against what it promises; takes minutes."""
+    """Measure how often each stage of a sampled verdict is wrong, against what it promises; all of it takes hours."""
     from shlex import quote
 
     from pgcheck import calibrate as calibration

@@ -745,5 +745,6 @@ def test_the_space_of_a_verdict() -> None:
         assert row.parameters == size
         assert row.rel is not None
         assert row.rel < 1e-9
-    with pytest.raises(pgcheck.BiasError, match="in 4 parameters"):
+    with pytest.raises(pgcheck.BiasError, match="in 4 parameters") as failed:
         pgcheck.check_estimator("grpo", problem, claim="unbiased", space="parameters")
+    assert lines(str(failed.value))["next"].endswith(" --problem chain/linear-policy --space parameters")

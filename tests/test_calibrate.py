@@ -198,7 +198,8 @@ def test_it_runs_whole_and_says_the_same_twice() -> None:
     a, b = (calibrate(small, runs=100, seed=3) for _ in range(2))
     assert a == b
     assert {x.what for x in a.rates} == {
-        "trigger", "confirm", "certificate", "trigger of exceeds", "confirm of exceeds", "confirm of open κ",
+        "trigger", "confirm", "certificate", "trigger of exceeds", "confirm of exceeds",
+        "trigger of open κ", "confirm of open κ", "certificate of open κ",
         "misses, fixed draws", "misses, after stopping, no bias", "misses, after stopping, a bias",
     }  # fmt: skip
     assert all(x.failed == 0 for x in a.verdicts)

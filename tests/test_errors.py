@@ -1390,6 +1390,15 @@ OpenJudge(torch.ones(3), Settings(mode="exceeds"))
 )
 
 case(
+    "an open scale where only bounds are to be trusted",
+    """
+from pgcheck.statistics.open_scale import OpenJudge
+from pgcheck.statistics.sequential import Settings
+OpenJudge(torch.ones(3), Settings(bounds=(-5.0, 5.0)))
+""",
+)
+
+case(
     "an open judge with a scale",
     """
 from pgcheck.statistics.open_scale import OpenJudge

@@ -110,6 +110,26 @@ def test_models_of_transformers(family: str) -> None:
         torch.testing.assert_close(here, there, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("window", [4, 1])
+def test_a_window_that_slides(window: int) -> None:
+    """What is kept is looked at beyond the window, once a text is longer than that (a prompt is, of 1): from there on it is
+    read whole."""
+    transformers = pytest.importorskip("transformers")
+    from pgcheck.policies.huggingface import TokensToLogits
+
+    config = transformers.MistralConfig(
+        vocab_size=5, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=16, sliding_window=window,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = TokensToLogits(transformers.MistralForCausalLM(config).double().eval())
+    found, alone, reader = read(model)
+    assert reader._reader is None
+    assert model in growing._FORGETFUL
+    for here, there in zip(found, alone, strict=True):
+        torch.testing.assert_close(here, there, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("how", [None, Decoding(temperature=0.8, top_p=0.9)])
 def test_the_same_completions(how: Decoding | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens and log-probabilities of a task with a tool, with what is kept and without."""

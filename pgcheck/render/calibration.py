@@ -34,10 +34,19 @@ _STAGES = {
         "The bias is exactly the tolerance, along the gradient: FAIL must prove more than that.",
     ),
     "confirm of exceeds": ("Confirmation, mode `exceeds`", "The same, of the confirming parts."),
+    "trigger of open κ": (
+        "First stage, open κ, reference drawn",
+        "E x = ½ g, and g is known only from an r beside each x, of whose noise x has a part; κ is looked for along a direction"
+        " 45° off g. Any of six witnesses alarms at one look of 4,096 draws. *Refused*: κ is not bounded yet.",
+    ),
     "confirm of open κ": (
         "Confirmation, open κ, reference drawn",
-        "E x = ½ g, and g is known only from an r beside each x, of whose noise x has a part; κ is looked for along a direction"
-        " 45° off g, and what is confirmed lies across that, 45° off g as well. *Refused*: κ is not bounded yet.",
+        "The same of a confirming part of 2,048 draws, along a direction across that, 45° off g as well.",
+    ),
+    "certificate of open κ": (
+        "False PASS, open κ, reference drawn",
+        "E x is δ times as long across g as along it, in one of three directions. The direction in which κ is looked for leans"
+        " towards the bias just so that κ₀ g comes as near to E x as it may; ‖g‖ is such that 3,072 draws can certify δ.",
     ),
 }
 _MISSES = {

@@ -243,7 +243,7 @@ def _bias_part(
     against = diagnosis.subject if diagnosis and diagnosis.kind == "identity" else "reward_to_go"
     against = "reward_to_go" if against.startswith("the gradient") else against
     if worst.problem.partition("@")[0] in {*registered_problems(), *heavy_problems()}:
-        rows.append(("next", f"pgcheck compare {command} '{against}' --problem {worst.problem}"))
+        rows.append(("next", f"pgcheck compare {command} '{against}' --problem {worst.problem}{_space(m)}"))
     else:  # the command line knows only the named ones
         rows.append(("next", f'pgcheck.compare(["{against}", {estimator_code(command)}], problem)'))
     if any(f.check == "unbiased" for f in failed) and _only_scale(report, estimator):
@@ -265,12 +265,18 @@ def _undecided_part(report: Report, estimator: str, undecided: Sequence[VerdictR
     draws = max((v.sample.needed or 0 for v in undecided if v.sample), default=0)
     name = first.problem or first.reason
     if name.partition("@")[0] in registered_problems() and draws:
-        rows.append(("next", f"pgcheck compare {command} --problem {name} --engine monte_carlo --draws {draws}"))
+        how = f"--engine monte_carlo --draws {draws}{_space(m)}"
+        rows.append(("next", f"pgcheck compare {command} --problem {name} {how}"))
     else:
         rows.append(
             ("next", "a smaller problem, which can be enumerated; or an estimator with a lighter tail to compare with")
         )
     return f"{estimator}: INCONCLUSIVE on {len(undecided)} problem(s).\n" + _lines(rows)
+
+
+def _space(m: MeasurementRow | None) -> str:
+    """The option that has a command look where `m` was seen."""
+    return "" if m is None or m.parameters is None else " --space parameters"
 
 
 def _at(report: Report, m: MeasurementRow) -> str:

@@ -114,7 +114,10 @@ class OpenJudge:
     Args:
         reference: û times what ‖g‖ is taken to be, `[P]`; it must not come from the draws that are eaten, and ⟨g, û⟩ must be
             above 0. A tolerance is relative to its length: let `settings` allow for ‖g‖ being less.
-        settings: of mode `nonzero`; `bounds` are not used.
+        settings: of mode `nonzero`, without `bounds`.
+
+    Raises:
+        UsageError: other settings, a scale, or a reference of length 0.
     """
 
     paired = True
@@ -125,6 +128,11 @@ class OpenJudge:
         if settings.mode != "nonzero":
             raise UsageError(
                 f"mode: {settings.mode!r}; where ∇J is estimated and κ is open, only 'nonzero' can be judged."
+            )
+        if settings.bounds is not None:
+            raise UsageError(
+                f"bounds: {settings.bounds!r}; where ∇J is estimated and κ is open they prove nothing. Leave them out, or claim"
+                " a fixed scale, as in proportional(0.5)."
             )
         self.settings = settings
         self._reference = reference.detach().to(torch.float64).reshape(-1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,10 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
-from pgcheck.calibrate import NOMINAL, estimator_law, open_rates
+from pgcheck.calibrate import NOMINAL, estimator_law, laws_named, open_rates
+from pgcheck.calibrate.open_scale import FirstLook, first_look, open_passes, open_triggers
 from pgcheck.errors import NotFiniteError, UsageError
+from pgcheck.statistics.certificate import upper_bound
 from pgcheck.statistics.guarded import MARGIN, Floats
 from pgcheck.statistics.open_scale import OpenJudge, scales_left, turned_round, unexplained
 from pgcheck.statistics.sequential import GRAIN, Judge, Settings
@@ -221,6 +224,78 @@ def test_a_slice_of_the_calibration() -> None:
     assert {(r.nominal, r.detail) for r in rates} == {(τ, f"‖g‖ {k} standard errors") for τ in NOMINAL for k in (8, 30)}
     for r in rates:
         assert stats.binom.sf(r.events - 1, r.runs, r.nominal) > 1e-8
+
+
+class FirstLookOnly(OpenJudge):
+    """Stops at its first look, before anything is decided."""
+
+    def _look(self) -> None:
+        self.decided = True
+
+    def evidence(self, level: float) -> Floats:
+        """The strongest of both sides, of each witness."""
+        return self._evidence(level).max(0)
+
+
+@pytest.mark.parametrize(
+    "name", ["leave_one_out on chain", "Gaussian values, P = 32", "log-normal weights, σ = 1, P = 2"]
+)
+def test_a_first_look_is_that_of_the_judge(name: str) -> None:
+    """What the calibration makes of all draws at once is what the judge makes of four grains, without a bias and with one."""
+    (law,), rng = laws_named([name]), np.random.default_rng(2)
+    n, δ, noise, g = Settings().first_look, 0.3, law.values - law.mean, 3.0 * law.mean
+    û = g / g.norm() + 0.4 * noise[0] / noise[0].norm()
+    û = û / û.norm()
+    for off in (0.0, 0.0, 0.7):
+        i, j = (torch.from_numpy(rng.choice(len(noise), n, p=law.probability)) for _ in range(2))
+        x = 0.5 * (g + 0.8 * noise[i] + 0.6 * noise[j]) + off * float(g.norm()) * noise[1] / noise[1].norm()
+        r = g + noise[i]
+        look, judge = first_look(x, r, û), FirstLookOnly(û * float(g.norm()), Settings(rtol=δ))
+        for a, b in zip(x.split(GRAIN), r.split(GRAIN), strict=True):
+            judge.update(a, b)
+        for τ in NOMINAL:
+            assert look.evidence(τ) == pytest.approx(judge.evidence(τ), rel=1e-6, abs=1e-6)
+        block = judge._block
+        assert block is not None
+        assert look.scale == pytest.approx(block.scale, rel=1e-12)
+        size = look.scale * float(g.norm()) * δ / math.hypot(1.0, δ)
+        assert block._allowed == pytest.approx(size, rel=1e-12)
+        for τ in (0.4, 0.1, 1e-3):
+            p, law_of = -1.0, block._law(block._whole, τ)
+            if not bool(block._ever.refused[[0, 2]].any()):
+                p = block._certificate(block._statistic(), size, **law_of)
+            assert look.refused == (p < 0)
+            assert look.passes(size, τ) == (0 <= p <= τ)
+            for Δ in (0.8, 1.25):  # just there its p-value is the level
+                if p > 0:
+                    bound = upper_bound(block._statistic(), τ, **law_of)
+                    assert look.passes(Δ * bound, τ) == (Δ > 1)
+
+
+def test_a_slice_of_both_other_stages() -> None:
+    """Each bound fails with probability < 1e-8 if the rate is nominal or below."""
+    law = estimator_law("leave_one_out", "chain/linear-policy", family="light")
+    alarms = open_triggers(law, runs=60, rng=np.random.default_rng(1))
+    passes = open_passes(law, runs=150, rng=np.random.default_rng(1))
+    assert len(alarms) == 2 * len(NOMINAL)
+    assert len(passes) == 4 * len(NOMINAL)
+    for r in (*alarms, *passes):
+        assert stats.binom.sf(r.events - 1, r.runs, r.nominal) > 1e-8
+    assert sum(r.events for r in passes) > 0  # it is not hiding behind a wide margin
+
+
+def test_a_certificate_that_forgets_the_cone_passes_too_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the tolerance, not of the sine of its angle, far more than nominal pass where the angle is wide."""
+    law = estimator_law("leave_one_out", "chain/linear-policy", family="light")
+    sound = first_look
+
+    def wide(x: Tensor, r: Tensor, û: Tensor) -> FirstLook:
+        look = sound(x, r, û)
+        return replace(look, scale=look.scale * math.hypot(1.0, 0.5))
+
+    monkeypatch.setattr("pgcheck.calibrate.open_scale.first_look", wide)
+    at_a_tenth, *_ = open_passes(law, runs=1_000, rng=np.random.default_rng(1), rtols=[0.5])
+    assert stats.binom.sf(at_a_tenth.events - 1, at_a_tenth.runs, at_a_tenth.nominal) < 1e-8
 
 
 def test_bad_input() -> None:
