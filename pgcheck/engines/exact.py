@@ -27,14 +27,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from pgcheck.batch import scaled
 from pgcheck.engines.coefficients import (
     cells_of,
-    evaluated,
+    factored,
+    factored_coefficients,
+    finite,
     gradient_map,
     per_row,
     scattered,
     step_sums,
-    unmasked_coefficients,
 )
 from pgcheck.engines.declarations import row_order_is_free, verify_couples, verify_purity, verify_reads
 from pgcheck.engines.enumeration import Batches
@@ -52,7 +54,8 @@ from pgcheck.trajectories import SideTable, Trajectories, is_count
 DEFAULT_BUDGET = 5_000_000
 LOOP_COST = 300  # one batch in a Python loop costs about this many vectorised ones
 _BLOCK_ELEMENTS = 120_000  # positions of a block: what stays in cache
-_BLOCK_ROWS = 160_000  # rows of a block of which no position is looked at
+_BLOCK_ROWS = 400_000  # rows of a block of which no position is looked at
+_BLOCK_SCORES = 4_000_000  # coordinates of the gradients of such a block
 _LUMP_COST = 4  # one evaluation given class counts takes about as long as so many batches
 _PAIR_COST = 100  # adding one product to its place costs about this many multiplications of a matrix product
 
@@ -161,39 +164,40 @@ def accumulate(
 
     `by_start`: also Cov_s(E[x | s]), for batches of one row.
     """
-    logits = estimators[0].leaf == "logits"
+    logits, rows = estimators[0].leaf == "logits", len(batches.labels)
     scores = None if logits else Scores.of(table)
-    block = _block(estimators, table, batches.labels, by_row=scores is not None)
     by_position = [_PositionSums(table, logits=logits, by_start=by_start) for _ in estimators]
-    by_row: dict[int, RowSums] = {}
+    by_row = [
+        RowSums(scores, rows, batches.count) if scores is not None and _one_a_row(e, table, batches.labels) else None
+        for e in estimators
+    ]
+    passes = [(_BLOCK_ELEMENTS // (rows * table.paths.steps), [j for j, s in enumerate(by_row) if s is None])]
+    if scores is not None:  # apart from the others, as they take larger blocks
+        most = min(_BLOCK_ROWS // rows, _BLOCK_SCORES // max(1, scores.padded.shape[1]))
+        passes.append((most, [j for j, s in enumerate(by_row) if s is not None]))
+    passes = [(block, members) for block, members in passes if members]
     done, began = 0, time.monotonic()
-    for index, weight in batches.blocks(block):
-        batch = table.batch(index, batches.labels, logits=logits)
-        here, draws = _Block(table, index, weight.unsqueeze(-1), logits), Draws(index, weight)
-        for j, e in enumerate(estimators):
-            c = unmasked_coefficients(e, batch).to(torch.float64)
-            w = per_row(c)
-            if w is None or scores is None:
-                by_position[j].add(c * (batch.mask if not logits else batch.mask.unsqueeze(-1)), here)
-                continue
-            if j not in by_row:
-                by_row[j] = RowSums(scores, index.shape[1], batches.count)
-            by_row[j].add(w, draws)
-        done += len(index)
-        if progress is not None and time.monotonic() - began > 2.0:
-            progress(name, done, batches.count)
-    return [s.finished(batches.count, by_row.get(j)) for j, s in enumerate(by_position)]
+    for block, members in passes:
+        for index, weight in batches.blocks(max(64, block)):
+            batch = table.batch(index, batches.labels, logits=logits)
+            here, draws = _Block(table, index, weight.unsqueeze(-1), logits), Draws(index, weight)
+            for j in members:
+                number, c = factored_coefficients(estimators[j], batch)
+                sums, w = by_row[j], per_row(c)
+                if sums is None or w is None or not sums.add(w.to(torch.float64), draws, number=number):
+                    c = finite(scaled(number, c), estimators[j], batch).to(torch.float64)
+                    by_position[j].add(c * (batch.mask if not logits else batch.mask.unsqueeze(-1)), here)
+            done += len(index)
+            if progress is not None and time.monotonic() - began > 2.0:
+                progress(name, done, batches.count * len(passes))
+    return [s.finished(batches.count, of_rows) for s, of_rows in zip(by_position, by_row, strict=True)]
 
 
-def _block(estimators: Sequence[Estimator], table: Trajectories, labels: Tensor, *, by_row: bool) -> int:
-    """How many batches to evaluate at once: more of them where, as one batch tells, every row has one coefficient."""
-    rows = len(labels)
-    if by_row:
-        one = torch.zeros(1, rows, dtype=torch.int64)
-        tried = (evaluated(e, table.batch(one, labels)) for e in estimators)
-        if all(isinstance(c, Tensor) and c.dim() == 3 and per_row(c) is not None for c in tried):
-            return max(64, _BLOCK_ROWS // rows)
-    return max(64, _BLOCK_ELEMENTS // (rows * table.paths.steps))
+def _one_a_row(estimator: Estimator, table: Trajectories, labels: Tensor) -> bool:
+    """Whether every row has one coefficient, as one batch tells."""
+    one = table.batch(torch.zeros(1, len(labels), dtype=torch.int64), labels)
+    _, c = factored(estimator, one)
+    return isinstance(c, Tensor) and c.dim() == 3 and per_row(c) is not None
 
 
 @dataclass(frozen=True)

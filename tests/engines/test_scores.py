@@ -92,20 +92,26 @@ def test_scores_are_gradients_of_log_probabilities(name: str) -> None:
 
 
 @pytest.mark.usefixtures("way")
-def test_sums_of_given_weights() -> None:
-    """Random weights, batch by batch in a plain loop, in two blocks."""
+@pytest.mark.parametrize("shared", [False, True])
+def test_sums_of_given_weights(shared: bool) -> None:
+    """Random weights times −1.5, batch by batch in a plain loop, in two blocks; a block with a weight that is no number is not
+    added."""
     problem = place("lengths")
     table, generator = problem.trajectories, torch.Generator().manual_seed(1)
     index = torch.randint(len(table), (50, 4), generator=generator)
     weight = torch.randn(50, 4, generator=generator, dtype=torch.float64)
-    p = torch.rand(50, generator=generator, dtype=torch.float64)
+    p = torch.rand(1 if shared else 50, generator=generator, dtype=torch.float64).expand(50)
     found_scores = Scores.of(table)
     assert found_scores is not None
     sums = RowSums(found_scores, 4, 50)
     for part in (slice(0, 33), slice(33, 50)):
-        sums.add(weight[part], Draws(index[part], p[part]))
+        assert sums.add(weight[part], Draws(index[part], p[part]), number=-1.5)
+        for wrong in (math.nan, math.inf, -math.inf):
+            spoiled = weight[part].clone()
+            spoiled[7, 2] = wrong
+            assert not sums.add(spoiled, Draws(index[part], p[part]))
     expected, second = torch.zeros(len(table), dtype=torch.float64), 0.0
-    for w, n, q in zip(weight, index, p, strict=True):
+    for w, n, q in zip(-1.5 * weight, index, p, strict=True):
         g = sum(x * found_scores.whole[i] for x, i in zip(w, n, strict=True))
         second = second + q * torch.outer(g, g)
         for x, i in zip(w, n, strict=True):
