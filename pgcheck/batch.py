@@ -188,10 +188,10 @@ class Batch:
         return self.reward.shape
 
     @property
-    def one_group(self) -> bool:
-        """Whether all rows are known to share a group, in every batch alike."""
+    def known_labels(self) -> tuple[int, ...] | None:
+        """`group` of every batch, where it is known to be the same."""
         source: _Gathered | None = vars(self).get("_source")
-        return source is not None and len(set(source.labels.tolist())) == 1
+        return None if source is None else tuple(source.labels.tolist())
 
     @property
     def rows(self) -> int:

@@ -15,9 +15,11 @@ Guarantee: the sums of `pgcheck.engines.exact`, to rounding.
 
 from __future__ import annotations
 
+import copy
 import functools
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,12 +80,17 @@ def _first(M: int, B: int) -> Tensor:
 
 def sums_at(place: NDArray[np.int64], x: NDArray[np.float64], size: int) -> NDArray[np.float64]:
     """Σ x of each place, `[size]`; as `np.bincount`, which looks for the least and the largest place first."""
-    from scipy import sparse
-
-    column = sparse.csc_array((size, 1))
+    column = copy.copy(_column(size))
     column.indptr, column.indices, column.data = np.array([0, place.size]), place.reshape(-1), x.reshape(-1)
     out: NDArray[np.float64] = column @ np.ones(1)
     return out
+
+
+@functools.lru_cache(maxsize=4)
+def _column(size: int) -> Any:
+    from scipy import sparse
+
+    return sparse.csc_array((size, 1))
 
 
 @functools.cache
@@ -110,14 +117,17 @@ class Scores:
 
     @classmethod
     def of(cls, table: Trajectories) -> Scores | None:
-        """S of a table; None if it is too large."""
+        """S of a table, made once; None if it is too large."""
         N, cells = len(table), table.contexts * table.actions
         if N * cells > _MOST_SCORES:
             return None
-        whole = scores_of(table)
-        kept = (whole != 0).any(0)
-        kept.view(table.contexts, table.actions)[:, -1] = False
-        return cls(whole, kept)
+        known: Scores | None = vars(table).get("_scores")
+        if known is None:
+            whole = scores_of(table)
+            kept = (whole != 0).any(0)
+            kept.view(table.contexts, table.actions)[:, -1] = False
+            known = vars(table)["_scores"] = cls(whole, kept)
+        return known
 
     @functools.cached_property
     def kept(self) -> Tensor:
@@ -132,13 +142,12 @@ class Scores:
 
     def whole_second(self, second: Tensor, actions: int) -> Tensor:
         """x xᵀ `[K·A, K·A]` of that of the kept columns, or of the padded ones."""
-        cells, r = len(self.columns), int(self.columns.sum())
-        second = second[:r, :r]
+        cells, r = len(self.columns), self.kept.shape[1]
         lift = torch.eye(cells, dtype=torch.float64)
         last = lift.view(cells // actions, actions, cells)[:, -1]
         last -= lift.view(cells // actions, actions, cells).sum(1)
         lift = lift[:, self.columns]
-        return lift @ second @ lift.T
+        return lift @ second[:r, :r] @ lift.T
 
 
 def by_pairs(N: int, r: int, cells: int, rows: int, count: int) -> bool:

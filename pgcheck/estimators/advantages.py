@@ -7,6 +7,7 @@ A baseline is a number subtracted from a return; `over` says whose rows it looks
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -23,19 +24,20 @@ Over = Literal["group", "batch"]
 def peers(batch: Batch, over: Over) -> Tensor:
     """1. where row j counts for row i, itself included, `[..., B, B]`; `[B, B]` where all batches share it, `[1, B]` where all
     rows do."""
-    if over == "batch" or batch.one_group:
+    labels = batch.known_labels
+    if over == "batch" or (labels is not None and len(set(labels)) == 1):
         return torch.ones(1, batch.rows, dtype=batch.episode_return.dtype, device=batch.group.device)
     return _shared(batch.same_group)
 
 
-def itself(same: Tensor) -> Tensor:
-    """1. where row j is row i, `[B, B]`."""
-    return torch.eye(same.shape[-1], dtype=same.dtype, device=same.device)
-
-
 def without_self(same: Tensor) -> Tensor:
     """The peers of each row but itself."""
-    return same * (1.0 - itself(same))
+    return same * (1.0 - _itself(same))
+
+
+def _itself(same: Tensor) -> Tensor:
+    """1. where row j is row i, `[B, B]`."""
+    return torch.eye(same.shape[-1], dtype=same.dtype, device=same.device)
 
 
 def _shared(same: Tensor) -> Tensor:
@@ -59,6 +61,31 @@ def number_of_peers(same: Tensor) -> Tensor:
 def shares(same: Tensor) -> Tensor:
     """same_ij / Σ_j same_ij: what each peer is of a mean; 0 throughout for a row without peers."""
     return same / number_of_peers(same).clamp(min=1.0).unsqueeze(-1)
+
+
+def shares_of_others(same: Tensor) -> Tensor:
+    """The same without row i: 1/(n − 1) for each of the others."""
+    return shares(without_self(same))
+
+
+Weights = Callable[[Tensor], Tensor]  # same_ij `[..., B, B]` (or `[1, B]`) -> W, `[..., B, B]` (or `[1, B]`)
+
+
+def less(weights: Weights, batch: Batch, over: Over) -> Tensor:
+    """R − W R = (I − W) R, `[..., B]`, as one product; W from the peers of each row."""
+    R, labels = batch.episode_return, batch.known_labels
+    if labels is None:
+        same = peers(batch, over)
+        return sum_of_peers(R, _itself(same) - weights(same))
+    return sum_of_peers(R, _of_labels(weights, labels if over == "group" else (0,) * len(labels), R.dtype, R.device))
+
+
+@functools.lru_cache(maxsize=256)
+def _of_labels(weights: Weights, labels: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """I − W of rows with these labels, `[B, B]`."""
+    group = torch.tensor(labels, device=device)
+    same = (group.unsqueeze(-1) == group).to(dtype)
+    return _itself(same) - weights(same)
 
 
 def mean_of_peers(x: Tensor, same: Tensor) -> Tensor:
@@ -116,23 +143,22 @@ def to_go_minus(baseline: Callable[[Batch], Tensor]) -> Advantage:
 
 @dataclass(frozen=True)
 class OfReturns:
-    """b = W R: a baseline that is a sum of returns, whatever they are, weighted by W `[..., B, B]` (or `[1, B]`)."""
+    """b = W R: a baseline that is a sum of returns, with weights that depend on who is whose peer alone."""
 
-    weights: Callable[[Batch], Tensor]
+    weights: Weights
+    over: Over
 
     def __call__(self, batch: Batch) -> Tensor:
-        return sum_of_peers(batch.episode_return, self.weights(batch))
+        return sum_of_peers(batch.episode_return, self.weights(peers(batch, self.over)))
 
 
 def return_minus(baseline: Callable[[Batch], Tensor]) -> Advantage:
-    """R − b, with b `[..., B]` from `baseline`; (I − W) R, one product, where b = W R."""
+    """R − b, with b `[..., B]` from `baseline`."""
 
     def advantage(batch: Batch) -> Tensor:
-        R = batch.episode_return
-        if not isinstance(baseline, OfReturns):
-            return (R - baseline(batch)).unsqueeze(-1)
-        W = _shared(baseline.weights(batch))
-        return sum_of_peers(R, itself(W) - W).unsqueeze(-1)
+        if isinstance(baseline, OfReturns):
+            return less(baseline.weights, batch, baseline.over).unsqueeze(-1)
+        return (batch.episode_return - baseline(batch)).unsqueeze(-1)
 
     return advantage
 
@@ -177,12 +203,12 @@ def side_column(name: str) -> Callable[[Batch], Tensor]:
 
 def mean_return(over: Over) -> Callable[[Batch], Tensor]:
     """b = mean of R over the peers, own row included, `[..., B]`."""
-    return OfReturns(lambda batch: shares(peers(batch, over)))
+    return OfReturns(shares, over)
 
 
 def mean_of_others(over: Over) -> Callable[[Batch], Tensor]:
     """b_i = mean of R over the peers but i, `[..., B]`; a row without others gets no baseline (0)."""
-    return OfReturns(lambda batch: shares(without_self(peers(batch, over))))
+    return OfReturns(shares_of_others, over)
 
 
 def length_weighted_mean(*, own: Literal["exclude", "include"]) -> Callable[[Batch], Tensor]:
@@ -222,7 +248,7 @@ def standardised_return(over: Over, *, ddof: int = 0, eps: float = 1e-6) -> Adva
 
     def advantage(batch: Batch) -> Tensor:
         R, same = batch.episode_return, peers(batch, over)
-        centred = sum_of_peers(R, itself(same) - shares(same))
+        centred = less(shares, batch, over)
         square = sum_of_peers(centred * centred, same)  # [..., B], or [..., 1]
         std = square.div_((number_of_peers(same) - ddof).clamp(min=1.0)).sqrt_()
         agree = _agree(std, R[..., : std.shape[-1]])
