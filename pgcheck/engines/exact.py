@@ -285,7 +285,7 @@ def _sums_of_rows(rows: RowSums, table: Trajectories, *, by_start: bool) -> tupl
     spent = rows.mean_weights().unsqueeze(-1) * table.paths.mask  # [N, T]
     place = table.cell + (table.paths.start.unsqueeze(-1) * cells if by_start else 0)
     first = torch.zeros(starts * cells, dtype=torch.float64).index_add_(0, place.flatten(), spent.flatten())
-    return first.view(starts, cells), spent, rows.second(table.actions)
+    return first.view(starts, cells), spent, rows.second()
 
 
 def _finished(

@@ -114,6 +114,7 @@ class Scores:
 
     whole: Tensor  # [N, K·A]
     columns: Tensor  # [K·A] whether a column is kept
+    actions: int
 
     @classmethod
     def of(cls, table: Trajectories) -> Scores | None:
@@ -126,7 +127,7 @@ class Scores:
             whole = scores_of(table)
             kept = (whole != 0).any(0)
             kept.view(table.contexts, table.actions)[:, -1] = False
-            known = vars(table)["_scores"] = cls(whole, kept)
+            known = vars(table)["_scores"] = cls(whole, kept, table.actions)
         return known
 
     @functools.cached_property
@@ -140,14 +141,18 @@ class Scores:
         r = self.kept.shape[1]
         return torch.nn.functional.pad(self.kept, (0, -r % (4 if r <= 24 else 8)))
 
-    def whole_second(self, second: Tensor, actions: int) -> Tensor:
+    @functools.cached_property
+    def _lift(self) -> Tensor:
+        """What makes all columns of the kept ones, `[K·A, r]`."""
+        lift = torch.eye(len(self.columns), dtype=torch.float64)
+        parts = lift.view(-1, self.actions, len(self.columns))
+        parts[:, -1] -= parts.sum(1)
+        return lift[:, self.columns]
+
+    def whole_second(self, second: Tensor) -> Tensor:
         """x xᵀ `[K·A, K·A]` of that of the kept columns, or of the padded ones."""
-        cells, r = len(self.columns), self.kept.shape[1]
-        lift = torch.eye(cells, dtype=torch.float64)
-        last = lift.view(cells // actions, actions, cells)[:, -1]
-        last -= lift.view(cells // actions, actions, cells).sum(1)
-        lift = lift[:, self.columns]
-        return lift @ second[:r, :r] @ lift.T
+        r = self.kept.shape[1]
+        return self._lift @ second[:r, :r] @ self._lift.T
 
 
 def by_pairs(N: int, r: int, cells: int, rows: int, count: int) -> bool:
@@ -203,12 +208,12 @@ class RowSums:
         """E Σ_i w_i 1[n_i = n], `[N]`."""
         return self.expected + self._lost
 
-    def second(self, actions: int) -> Tensor:
+    def second(self) -> Tensor:
         """E ĝ ĝᵀ, `[K·A, K·A]`."""
         if self._paired:
             S = self.scores.whole
             return S.T @ (self._second + self._second.T) @ S
-        return self.scores.whole_second(self._second, actions)
+        return self.scores.whole_second(self._second)
 
 
 def compensated_add(total: Tensor, lost: Tensor, x: Tensor) -> None:
