@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -17,7 +19,7 @@ from pgcheck.engines import scores
 from pgcheck.engines.coefficients import per_row, unmasked_coefficients
 from pgcheck.engines.enumeration import Batches
 from pgcheck.engines.exact import accumulate, exact_moments
-from pgcheck.engines.scores import Draws, RowSums, Scores
+from pgcheck.engines.scores import Draws, RowSums, Scores, compensated_add, sums_at
 from pgcheck.estimators.base import Estimator, find_estimator, from_coefficients, registered_estimators
 from pgcheck.estimators.lookup import FILLED_BY  # noqa: F401  (fills the registries)
 from pgcheck.registry import find_problem
@@ -118,6 +120,26 @@ def test_sums_of_given_weights(shared: bool) -> None:
             expected[i] += q * x
     torch.testing.assert_close(sums.mean_weights(), expected, rtol=0, atol=1e-14)
     torch.testing.assert_close(sums.second(), second, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_sums_at_places(size: int) -> None:
+    """One after the other, in a plain loop; places in two dimensions count as one list."""
+    generator = np.random.Generator(np.random.Philox(2))
+    place, x = generator.integers(size, size=(40, 3)), generator.normal(size=(40, 3))
+    expected = [0.0] * size
+    for n, value in zip(place.ravel().tolist(), x.ravel().tolist(), strict=True):
+        expected[n] += value
+    np.testing.assert_allclose(sums_at(place, x, size), expected, rtol=0, atol=1e-13)
+
+
+def test_what_a_sum_of_two_loses_is_kept() -> None:
+    """2⁶⁰ + 1 − 2⁶⁰ + 2⁻⁶⁰ …: in exact rationals, which float64 rounds at the end alone."""
+    numbers = [2.0**60, 1.0, -(2.0**60), 2.0**-60, 3.0, -(2.0**40), 1e-9, 2.0**40]
+    total, lost = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    for x in numbers:
+        compensated_add(total, lost, torch.tensor([x], dtype=torch.float64))
+    assert float(total + lost) == float(sum(map(Fraction, numbers)))
 
 
 def test_a_table_that_is_too_large_is_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
