@@ -167,18 +167,18 @@ def accumulate(
     """
     logits, rows = estimators[0].leaf == "logits", len(batches.labels)
     scores = None if logits else Scores.of(table)
-    by_row = {
-        j: RowSums(scores, rows, batches.count)
-        for j, e in enumerate(estimators)
-        if scores is not None and _one_a_row(e, table, batches.labels)
-    }
+    of_rows = [j for j, e in enumerate(estimators) if scores is not None and _one_a_row(e, table, batches.labels)]
+    small = large = max(64, _BLOCK_ELEMENTS // (rows * table.paths.steps))
+    by_row: dict[int, RowSums] = {}
+    if scores is not None and of_rows:
+        keep_freed_memory()
+        r = scores.padded.shape[1]
+        large = max(64, min(_BLOCK_ROWS // rows, _BLOCK_SCORES // max(1, r)))
+        room = torch.empty(min(large, batches.count), r, dtype=torch.float64)
+        by_row = {j: RowSums(scores, rows, batches.count, room) for j in of_rows}
     by_position = {
         j: _PositionSums(table, logits=logits, by_start=by_start) for j in range(len(estimators)) if j not in by_row
     }
-    small = large = max(64, _BLOCK_ELEMENTS // (rows * table.paths.steps))
-    if scores is not None and by_row:
-        keep_freed_memory()
-        large = max(small, min(_BLOCK_ROWS // rows, _BLOCK_SCORES // max(1, scores.padded.shape[1])))
     done, began = 0, time.monotonic()
     for index, weight in batches.blocks(large):
         left = [j for j in range(len(estimators)) if j not in by_row]  # position by position

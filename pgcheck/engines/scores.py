@@ -166,16 +166,16 @@ def by_pairs(N: int, r: int, cells: int, rows: int, count: int) -> bool:
 
 
 class RowSums:
-    """The two sums of one estimator, over `count` batches of `rows` rows."""
+    """The two sums of one estimator, over `count` batches of `rows` rows; `room` `[M, r]` to work in may be that of others."""
 
-    def __init__(self, scores: Scores, rows: int, count: int) -> None:
+    def __init__(self, scores: Scores, rows: int, count: int, room: Tensor | None = None) -> None:
         N, r = scores.padded.shape
         self.scores = scores
         self.expected, self._lost = torch.zeros(N, dtype=torch.float64), torch.zeros(N, dtype=torch.float64)
         self._paired = by_pairs(N, r, scores.whole.shape[1], rows, count)
         side = N if self._paired else r
         self._second = torch.zeros(side, side, dtype=torch.float64)
-        self._x = torch.empty(0, r, dtype=torch.float64)
+        self._room = torch.empty(0, r, dtype=torch.float64) if room is None else room
 
     def add(self, weight: Tensor, draws: Draws, *, number: float = 1.0) -> bool:
         """Batches with `number` times `weight` `[M, B]`; whether they were added: not if some weight is no number."""
@@ -188,9 +188,9 @@ class RowSums:
         compensated_add(self.expected, self._lost, torch.from_numpy((p * number) * sums))
         square = p * number**2
         if not self._paired:
-            if len(self._x) < len(w):
-                self._x = torch.empty(len(w), self._x.shape[1], dtype=torch.float64)
-            x = self._x[: len(w)]
+            if len(self._room) < len(w):
+                self._room = torch.empty(len(w), self._room.shape[1], dtype=torch.float64)
+            x = self._room[: len(w)]
             draws.combine(w, self.scores.padded, x)
             self._second.addmm_(x.T, x, alpha=square)
             return True
