@@ -60,13 +60,20 @@ class _Part(NamedTuple):
 
 
 def gathered_rows(x: Tensor, index: Tensor) -> Tensor:
-    """`x[index]`, three times as fast: rows are copied whole."""
+    """`x[index]`, three times as fast: rows are copied whole, numbers by numpy."""
+    if x.dim() == 1 and x.device.type == "cpu" and not x.requires_grad:
+        return torch.from_numpy(x.numpy()[index.numpy()])
     return x.index_select(0, index.flatten()).unflatten(0, index.shape)
 
 
 def narrowed(x: Tensor) -> Tensor:
     """`x` with size 1 in place of each dimension along which it is repeated in the same memory."""
     return x[tuple(slice(1) if stride == 0 else slice(None) for stride in x.stride())]
+
+
+def scaled(number: float, x: Tensor) -> Tensor:
+    """`number` times `x`, repeated in memory as `x` is."""
+    return x if number == 1.0 else (number * narrowed(x)).expand(x.shape)
 
 
 class row_by_row(cached_property[Tensor]):  # noqa: N801  (a decorator)
@@ -180,6 +187,12 @@ class Batch:
         if source is not None:
             return torch.Size((*source.rows.shape, source.table.reward.shape[-1]))
         return self.reward.shape
+
+    @property
+    def known_labels(self) -> tuple[int, ...] | None:
+        """`group` of every batch, where it is known to be the same."""
+        source: _Gathered | None = vars(self).get("_source")
+        return None if source is None else tuple(source.labels.tolist())
 
     @property
     def rows(self) -> int:

@@ -6,12 +6,15 @@ tensors; the engine gathers its own. Everything is float64 on one thread of one 
 
 What the engine does with these batches, and a rival does not: on-policy both estimators have one weight a row, so that ĝ is a
 sum of scores from a table (`pgcheck.engines.scores`), and no position is looked at. The same engine without that, position by
-position, is raced as well. Every batch given is evaluated, those given twice twice. At B = 8 and K·A = 32 the kernels, each
-timed alone, add up to half of what a batch takes: the sparse product is a fifth of it, Σ x xᵀ and the sum over rollouts an
-eighth, the look-up of returns and eight passes over the weights a sixth. The other half is not told apart: fresh memory, cache,
-dispatch. `torch.compile` was tried, on a busy machine, and is not built in: its sparse product took as long at B = 8 and less
-than half as long at B = 3, a whole block from half to twice the time of the engine, for up to 20 seconds of compiling each
-shape. Neither were rows with the batch as the fastest index, which cost more in copies than they saved.
+position, is raced as well. Every batch given is evaluated, those given twice twice. What is made once a table or once for some
+labels (scores, I − W of a baseline W R) is there when the clock runs, as a rival's gathered tensors are.
+
+Each pass over the weights takes about a nanosecond an element, as its operands come from beyond the second-level cache, and
+each operation some 15 µs, as its code does too; so there are few of either: blocks of half a million rows, a baseline and what
+is left of a return as one product, factors that are one number kept outside, columns of scores a multiple of four. At B = 8 and
+K·A = 32 a quarter is the sparse product and a sixth Σ x xᵀ. Tried, and slower or no faster: the batch as the fastest index (its
+passes are faster at B = 3, its two transpositions cost more), smaller blocks, int32 indices, huge pages, `torch.compile`; a
+kernel of numba for all sums at once took half the time at two columns and B = 3, as long at B = 8, and longer at 21 columns.
 
 A sampled verdict is more than the sums that its rival makes: it draws the batches, and keeps of every estimator what a judge
 and intervals need. Of a grain of groups of 16 two fifths are the drawing, a fifth the coefficients, and the rest some sixty

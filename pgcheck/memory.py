@@ -5,6 +5,7 @@ What a backward pass keeps is counted on one row and on two, as torch saves it, 
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -53,3 +54,15 @@ def in_bytes(size: float) -> str:
     """A number of bytes, for messages."""
     power = min(int(max(size, 1)).bit_length() - 1, 49) // 10
     return f"{size / 2 ** (10 * power):.3g} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+
+
+@functools.cache
+def keep_freed_memory() -> None:
+    """Once a process: what is freed from here on is kept for what is asked for next, up to 64 MiB of it.
+
+    glibc hands large blocks back to the system, and takes twice as large ones to be such after one of them was freed. A pass
+    over a few megabytes takes as long again where every page of its result is a new one.
+    """
+    import torch
+
+    torch.empty(4_000_000, dtype=torch.float64)

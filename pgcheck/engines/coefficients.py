@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pgcheck.batch import Batch, LogitsNotAsked, gathered_rows, narrowed
+from pgcheck.batch import Batch, LogitsNotAsked, gathered_rows, narrowed, scaled
 from pgcheck.errors import EstimatorError, NotFiniteError, PgcheckError, in_words
 from pgcheck.estimators.base import Estimator
 from pgcheck.trajectories import Trajectories
@@ -25,9 +25,15 @@ def evaluated(estimator: Estimator, batch: Batch) -> Any:
     Raises:
         EstimatorError: it raised something of its own.
     """
-    fn = getattr(estimator.coefficients, "unmasked", estimator.coefficients)
+    number, c = factored(estimator, batch)
+    return c if number == 1.0 else scaled(number, c)
+
+
+def factored(estimator: Estimator, batch: Batch) -> tuple[float, Any]:
+    """The same as a number times the rest; only of a composition is it not 1."""
+    fn = estimator.coefficients
     try:
-        return fn(batch)
+        return fn.factored(batch) if hasattr(fn, "factored") else (1.0, fn(batch))
     except PgcheckError:
         raise
     except LogitsNotAsked:
@@ -56,7 +62,16 @@ def unmasked_coefficients(estimator: Estimator, batch: Batch) -> Tensor:
     Raises:
         EstimatorError, NotFiniteError: as `coefficients_of`.
     """
-    c = evaluated(estimator, batch)
+    return finite(scaled(*factored_coefficients(estimator, batch)), estimator, batch)
+
+
+def factored_coefficients(estimator: Estimator, batch: Batch) -> tuple[float, Tensor]:
+    """The same as a number and a tensor, finite or not.
+
+    Raises:
+        EstimatorError: as `coefficients_of`.
+    """
+    number, c = factored(estimator, batch)
     if not isinstance(c, Tensor):
         what = "None" if c is None else type(c).__name__
         raise EstimatorError(f"estimator '{estimator.name}' returned {what}, not a torch tensor.")
@@ -68,6 +83,15 @@ def unmasked_coefficients(estimator: Estimator, batch: Batch) -> Tensor:
         )
     if c.is_complex():
         raise EstimatorError(f"estimator '{estimator.name}' returned complex coefficients; they must be real.")
+    return number, c
+
+
+def finite(c: Tensor, estimator: Estimator, batch: Batch) -> Tensor:
+    """Coefficients as they are given, if that is finite everywhere; else with 0 where the policy did not act.
+
+    Raises:
+        NotFiniteError: as `coefficients_of`.
+    """
     if bool(torch.isfinite(narrowed(c).sum())):  # then every term is
         return c
     c = torch.where((batch.mask if estimator.leaf == "logp" else batch.mask.unsqueeze(-1)) > 0, c, 0.0)

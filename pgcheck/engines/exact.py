@@ -27,14 +27,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from pgcheck.batch import Batch
 from pgcheck.engines.coefficients import (
     cells_of,
-    evaluated,
+    coefficients_of,
+    factored,
+    factored_coefficients,
     gradient_map,
     per_row,
     scattered,
     step_sums,
-    unmasked_coefficients,
 )
 from pgcheck.engines.declarations import row_order_is_free, verify_couples, verify_purity, verify_reads
 from pgcheck.engines.enumeration import Batches
@@ -42,17 +44,19 @@ from pgcheck.engines.lumped import Lumps, lump, lumped_sums
 from pgcheck.engines.moments import Moments, Progress, Sums, covariance_from
 from pgcheck.engines.scores import Draws, RowSums, Scores, compensated_add
 from pgcheck.engines.threads import one_thread
-from pgcheck.engines.traces import accumulate_traces, keeps_covariance, lumped_traces
+from pgcheck.engines.traces import accumulate_traces, into_gradient, keeps_covariance, lumped_traces
 from pgcheck.errors import BudgetError, NotFiniteError, UsageError, names_problem
 from pgcheck.estimators.base import Couples, Estimator
 from pgcheck.estimators.from_loss import LossCoefficients
+from pgcheck.memory import keep_freed_memory
 from pgcheck.problem import Problem
 from pgcheck.trajectories import SideTable, Trajectories, is_count
 
 DEFAULT_BUDGET = 5_000_000
 LOOP_COST = 300  # one batch in a Python loop costs about this many vectorised ones
 _BLOCK_ELEMENTS = 120_000  # positions of a block: what stays in cache
-_BLOCK_ROWS = 160_000  # rows of a block of which no position is looked at
+_BLOCK_ROWS = 2**19  # rows of a block of which no position is looked at
+_BLOCK_SCORES = 4_000_000  # coordinates of the gradients of such a block
 _LUMP_COST = 4  # one evaluation given class counts takes about as long as so many batches
 _PAIR_COST = 100  # adding one product to its place costs about this many multiplications of a matrix product
 
@@ -163,39 +167,54 @@ def accumulate(
 
     `by_start`: also Cov_s(E[x | s]), for batches of one row.
     """
-    logits = estimators[0].leaf == "logits"
+    logits, rows = estimators[0].leaf == "logits", len(batches.labels)
     scores = None if logits else Scores.of(table)
-    block = _block(estimators, table, batches.labels, by_row=scores is not None)
-    by_position = [_PositionSums(table, logits=logits, by_start=by_start) for _ in estimators]
+    of_rows = [j for j, e in enumerate(estimators) if scores is not None and _one_a_row(e, table, batches.labels)]
+    small = large = max(64, _BLOCK_ELEMENTS // (rows * table.paths.steps))
     by_row: dict[int, RowSums] = {}
+    if scores is not None and of_rows:
+        keep_freed_memory()
+        r = scores.padded.shape[1]
+        large = max(64, min(_BLOCK_ROWS // rows, _BLOCK_SCORES // max(1, r)))
+        room = torch.empty(min(large, batches.count), r, dtype=torch.float64)
+        by_row = {j: RowSums(scores, rows, batches.count, room) for j in of_rows}
+    by_position = {
+        j: _PositionSums(table, logits=logits, by_start=by_start) for j in range(len(estimators)) if j not in by_row
+    }
     done, began = 0, time.monotonic()
-    for index, weight in batches.blocks(block):
-        batch = table.batch(index, batches.labels, logits=logits)
-        here, draws = _Block(table, index, weight.unsqueeze(-1), logits), Draws(index, weight)
-        for j, e in enumerate(estimators):
-            c = unmasked_coefficients(e, batch).to(torch.float64)
-            w = per_row(c)
-            if w is None or scores is None:
-                by_position[j].add(c * (batch.mask if not logits else batch.mask.unsqueeze(-1)), here)
-                continue
-            if j not in by_row:
-                by_row[j] = RowSums(scores, index.shape[1], batches.count)
-            by_row[j].add(w, draws)
+    for index, weight in batches.blocks(large):
+        left = [j for j in range(len(estimators)) if j not in by_row]  # position by position
+        if by_row:
+            batch, draws = table.batch(index, batches.labels), Draws(index, weight)
+            left += [j for j, sums in by_row.items() if not _added(sums, estimators[j], batch, draws)]
+        for part, q in zip(index.split(small), weight.split(small), strict=True) if left else ():
+            batch, here = table.batch(part, batches.labels, logits=logits), _Block(table, part, q.unsqueeze(-1), logits)
+            for j in left:
+                c = coefficients_of(estimators[j], batch).to(torch.float64)
+                if j not in by_position:
+                    by_position[j] = _PositionSums(table, logits=logits, by_start=by_start)
+                by_position[j].add(c, here)
         done += len(index)
         if progress is not None and time.monotonic() - began > 2.0:
             progress(name, done, batches.count)
-    return [s.finished(batches.count, by_row.get(j)) for j, s in enumerate(by_position)]
+    return [
+        _finished(table, batches.count, by_position.get(j), by_row.get(j), logits=logits, by_start=by_start)
+        for j in range(len(estimators))
+    ]
 
 
-def _block(estimators: Sequence[Estimator], table: Trajectories, labels: Tensor, *, by_row: bool) -> int:
-    """How many batches to evaluate at once: more of them where, as one batch tells, every row has one coefficient."""
-    rows = len(labels)
-    if by_row:
-        one = torch.zeros(1, rows, dtype=torch.int64)
-        tried = (evaluated(e, table.batch(one, labels)) for e in estimators)
-        if all(isinstance(c, Tensor) and c.dim() == 3 and per_row(c) is not None for c in tried):
-            return max(64, _BLOCK_ROWS // rows)
-    return max(64, _BLOCK_ELEMENTS // (rows * table.paths.steps))
+def _added(sums: RowSums, estimator: Estimator, batch: Batch, draws: Draws) -> bool:
+    """Whether some batches could be added row by row: not where a coefficient depends on the position, or is not finite."""
+    number, c = factored_coefficients(estimator, batch)
+    w = per_row(c)
+    return w is not None and sums.add(w.to(torch.float64), draws, number=number)
+
+
+def _one_a_row(estimator: Estimator, table: Trajectories, labels: Tensor) -> bool:
+    """Whether every row has one coefficient, as one batch tells."""
+    one = table.batch(torch.zeros(1, len(labels), dtype=torch.int64), labels)
+    _, c = factored(estimator, one)
+    return isinstance(c, Tensor) and c.dim() == 3 and per_row(c) is not None
 
 
 @dataclass(frozen=True)
@@ -256,27 +275,43 @@ class _PositionSums:
         of_start = x if start is None else torch.zeros_like(self.first).index_add_(0, start, x)
         compensated_add(self.first, self.lost, of_start)
 
-    def finished(self, evaluated: int, rows: RowSums | None) -> Sums:
-        """With the batches that `rows` has summed."""
-        table, cells = self.table, len(self.second)
-        to_gradient = gradient_map(table, logits=self.logits)
-        first, of_rollout, second = self.first + self.lost, self.of_rollout, to_gradient @ self.second @ to_gradient.T
-        if rows is not None:
-            spent = rows.mean_weights().unsqueeze(-1) * table.paths.mask  # [N, T]
-            of_rollout = of_rollout + spent
-            place = table.cell + (table.paths.start.unsqueeze(-1) * cells if self.by_start else 0)
-            first = first + torch.zeros_like(first).view(-1).index_add_(0, place.flatten(), spent.flatten()).view_as(
-                first
-            )
-            second = second + rows.second(table.actions)
-        given = first @ to_gradient.T  # [starts, K·A]: P(s) E[x|s]
-        mean = given.sum(0)
-        between = torch.zeros(cells, cells, dtype=torch.float64)
-        if self.by_start:
-            some = table.paths.start_probability > 0
-            q = table.paths.start_probability[some].unsqueeze(-1)
-            between = (given[some] / q).T @ given[some] - torch.outer(mean, mean)
-        return Sums(mean, second, between, evaluated, step_sums(of_rollout, table) @ to_gradient.T)
+    def sums(self) -> tuple[Tensor, Tensor, Tensor]:
+        """E C given each start, times its probability, `[starts, K·A]`; E c of each rollout's positions; E ĝ ĝᵀ."""
+        to_gradient = gradient_map(self.table, logits=self.logits)
+        return self.first + self.lost, self.of_rollout, to_gradient @ self.second @ to_gradient.T
+
+
+def _sums_of_rows(rows: RowSums, table: Trajectories, *, by_start: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of what was summed row by row."""
+    cells, starts = table.contexts * table.actions, len(table.paths.start_probability) if by_start else 1
+    spent = rows.mean_weights().unsqueeze(-1) * table.paths.mask  # [N, T]
+    place = table.cell + (table.paths.start.unsqueeze(-1) * cells if by_start else 0)
+    first = torch.zeros(starts * cells, dtype=torch.float64).index_add_(0, place.flatten(), spent.flatten())
+    return first.view(starts, cells), spent, rows.second()
+
+
+def _finished(
+    table: Trajectories,
+    evaluated: int,
+    positions: _PositionSums | None,
+    rows: RowSums | None,
+    *,
+    logits: bool,
+    by_start: bool,
+) -> Sums:
+    parts = [] if positions is None else [positions.sums()]
+    if rows is not None:
+        parts.append(_sums_of_rows(rows, table, by_start=by_start))
+    first, of_rollout, second = parts[0] if len(parts) == 1 else (a + b for a, b in zip(*parts, strict=True))
+    given = into_gradient(first, table, logits=logits)  # [starts, K·A]: P(s) E[x|s]
+    mean = given.sum(0)
+    between = torch.zeros_like(second)
+    if by_start:
+        some = table.paths.start_probability > 0
+        q = table.paths.start_probability[some].unsqueeze(-1)
+        between = (given[some] / q).T @ given[some] - torch.outer(mean, mean)
+    by_step = into_gradient(step_sums(of_rollout, table), table, logits=logits)
+    return Sums(mean, second, between, evaluated, by_step)
 
 
 def _assemble(estimator: Estimator, problem: Problem, parts: dict[int, Sums]) -> Moments:

@@ -15,19 +15,24 @@ Guarantee: the sums of `pgcheck.engines.exact`, to rounding.
 
 from __future__ import annotations
 
+import copy
 import functools
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from pgcheck.batch import narrowed
 from pgcheck.engines.traces import into_gradient
 from pgcheck.trajectories import Trajectories
 
 _MOST_PAIRS = 4_000_000  # of rollouts, N²
 _MOST_SCORES = 4_000_000  # N · K·A
+_BLOCK = 16_000  # batches whose pairs stay in cache
 
 
 @dataclass(frozen=True)
@@ -45,22 +50,18 @@ class Draws:
     @functools.cached_property
     def shared(self) -> float | None:
         """The probability of each batch, if all have one."""
-        p = self.probability
-        return float(p[0]) if bool((p == p[0]).all()) else None
+        p = narrowed(self.probability)
+        return float(p[0]) if len(p) == 1 or bool((p == p[0]).all()) else None
 
     @functools.cached_property
     def root(self) -> Tensor:
         """√p of each row, `[M, B]`."""
         return self.probability.sqrt().unsqueeze(-1).expand(self.index.shape).contiguous()
 
-    @functools.cached_property
-    def _sparse(self) -> tuple[Tensor, Tensor]:
-        M, B = self.index.shape
-        return torch.arange(0, M * B + 1, B), self.index.reshape(-1)
-
     def combine(self, weight: Tensor, rows: Tensor, out: Tensor) -> None:
         """`out` `[M, r]` = Σ_i weight[m, i] rows[index[m, i]], from `weight` `[M, B]` and `rows` `[N, r]`."""
-        shape, (first, index), values = (len(weight), len(rows)), self._sparse, weight.reshape(-1)
+        shape, first = (len(weight), len(rows)), _first(*self.index.shape)
+        index, values = self.index.reshape(-1), weight.reshape(-1)
         if _has_mkl():
             matrix = torch.sparse_csr_tensor(first, index, values, shape, check_invariants=False)
             out.addmm_(matrix, rows, beta=0)
@@ -69,6 +70,27 @@ class Draws:
 
             matrix = sparse.csr_array((values.numpy(), index.numpy(), first.numpy()), shape)
             out.copy_(torch.from_numpy(matrix @ rows.numpy()))
+
+
+@functools.lru_cache(maxsize=4)
+def _first(M: int, B: int) -> Tensor:
+    """Where each of M batches begins among their rows, and the last one ends."""
+    return torch.arange(0, M * B + 1, B)
+
+
+def sums_at(place: NDArray[np.int64], x: NDArray[np.float64], size: int) -> NDArray[np.float64]:
+    """Σ x of each place, `[size]`; as `np.bincount`, which looks for the least and the largest place first."""
+    column = copy.copy(_column(size))
+    column.indptr, column.indices, column.data = np.array([0, place.size]), place.reshape(-1), x.reshape(-1)
+    out: NDArray[np.float64] = column @ np.ones(1)
+    return out
+
+
+@functools.lru_cache(maxsize=4)
+def _column(size: int) -> Any:
+    from scipy import sparse
+
+    return sparse.csc_array((size, 1))
 
 
 @functools.cache
@@ -92,90 +114,111 @@ class Scores:
 
     whole: Tensor  # [N, K·A]
     columns: Tensor  # [K·A] whether a column is kept
+    actions: int
 
     @classmethod
     def of(cls, table: Trajectories) -> Scores | None:
-        """S of a table; None if it is too large."""
+        """S of a table, made once; None if it is too large."""
         N, cells = len(table), table.contexts * table.actions
         if N * cells > _MOST_SCORES:
             return None
-        whole = scores_of(table)
-        kept = (whole != 0).any(0)
-        kept.view(table.contexts, table.actions)[:, -1] = False
-        return cls(whole, kept)
+        known: Scores | None = vars(table).get("_scores")
+        if known is None:
+            whole = scores_of(table)
+            kept = (whole != 0).any(0)
+            kept.view(table.contexts, table.actions)[:, -1] = False
+            known = vars(table)["_scores"] = cls(whole, kept, table.actions)
+        return known
 
     @functools.cached_property
     def kept(self) -> Tensor:
         """`[N, r]`."""
         return self.whole[:, self.columns].contiguous()
 
-    def whole_second(self, second: Tensor, actions: int) -> Tensor:
-        """x xᵀ `[K·A, K·A]` of that of the kept columns `[r, r]`."""
-        cells = len(self.columns)
-        lift = torch.eye(cells, dtype=torch.float64)
-        last = lift.view(cells // actions, actions, cells)[:, -1]
-        last -= lift.view(cells // actions, actions, cells).sum(1)
-        lift = lift[:, self.columns]
-        return lift @ second @ lift.T
+    @functools.cached_property
+    def padded(self) -> Tensor:
+        """The same with columns of zeros at the end: products take up to twice as long where 4 or 8 do not divide r."""
+        r = self.kept.shape[1]
+        return torch.nn.functional.pad(self.kept, (0, -r % (4 if r <= 24 else 8)))
+
+    @functools.cached_property
+    def _lift(self) -> Tensor:
+        """What makes all columns of the kept ones, `[K·A, r]`."""
+        lift = torch.eye(len(self.columns), dtype=torch.float64)
+        parts = lift.view(-1, self.actions, len(self.columns))
+        parts[:, -1] -= parts.sum(1)
+        return lift[:, self.columns]
+
+    def whole_second(self, second: Tensor) -> Tensor:
+        """x xᵀ `[K·A, K·A]` of that of the kept columns, or of the padded ones."""
+        r = self.kept.shape[1]
+        return self._lift @ second[:r, :r] @ self._lift.T
 
 
 def by_pairs(N: int, r: int, cells: int, rows: int, count: int) -> bool:
     """Whether products of pairs of rollouts are cheaper than gradients of r coordinates, for `count` batches of `rows` rows.
 
-    In nanoseconds, measured: a pair takes three, a step of the sparse product a third, of the dense one a thirtieth.
+    In nanoseconds, measured: a pair takes nine, and each that there could be six in every block; a row of the sparse product
+    2.5 and a sixth for each coordinate; a step of the dense one a 25th.
     """
-    pairs = 3 * rows**2 * count + N * N * cells / 15
-    return N * N <= _MOST_PAIRS and pairs < (rows * r / 3 + r * r / 30) * count
+    pairs = 4.5 * rows * (rows + 1) * count + N * N * (6 * count / _BLOCK + cells / 15)
+    return N * N <= _MOST_PAIRS and pairs < (rows * (2.5 + r / 6) + r * r / 25 + 5) * count
 
 
 class RowSums:
-    """The two sums of one estimator, over `count` batches of `rows` rows."""
+    """The two sums of one estimator, over `count` batches of `rows` rows; `room` `[M, r]` to work in may be that of others."""
 
-    def __init__(self, scores: Scores, rows: int, count: int) -> None:
-        N, r = scores.kept.shape
+    def __init__(self, scores: Scores, rows: int, count: int, room: Tensor | None = None) -> None:
+        N, r = scores.padded.shape
         self.scores = scores
         self.expected, self._lost = torch.zeros(N, dtype=torch.float64), torch.zeros(N, dtype=torch.float64)
         self._paired = by_pairs(N, r, scores.whole.shape[1], rows, count)
         side = N if self._paired else r
         self._second = torch.zeros(side, side, dtype=torch.float64)
-        self._x = torch.empty(0, r, dtype=torch.float64)
+        self._room = torch.empty(0, r, dtype=torch.float64) if room is None else room
 
-    def add(self, weight: Tensor, draws: Draws) -> None:
-        """Batches with `weight` `[M, B]`."""
+    def add(self, weight: Tensor, draws: Draws, *, number: float = 1.0) -> bool:
+        """Batches with `number` times `weight` `[M, B]`; whether they were added: not if some weight is no number."""
         N, p = len(self.expected), draws.shared
         w, index = weight if p is not None else weight * draws.root, draws.index.numpy()
         pw, p = (w, p) if p is not None else (w * draws.root, 1.0)
-        sums = np.bincount(index.reshape(-1), pw.reshape(-1).numpy(), N)
-        compensated_add(self.expected, self._lost, p * torch.from_numpy(sums))
+        sums = sums_at(index, pw.numpy(), N)
+        if not np.isfinite(number * sums.sum()):
+            return False
+        compensated_add(self.expected, self._lost, torch.from_numpy((p * number) * sums))
+        square = p * number**2
         if not self._paired:
-            if len(self._x) < len(w):
-                self._x = torch.empty(len(w), self._x.shape[1], dtype=torch.float64)
-            x = self._x[: len(w)]
-            draws.combine(w, self.scores.kept, x)
-            self._second.addmm_(x.T, x, alpha=p)
-            return
-        n, v = np.ascontiguousarray(index.T), np.ascontiguousarray(w.numpy().T)
-        places = [n[i] * N + n[i:] for i in range(len(n))]
-        products = [v[i] * v[i:] for i in range(len(n))]
-        for x in products:
-            x[0] *= 0.5  # a row with itself: it is added to its mirror image, as the others are
-        added = np.bincount(np.concatenate(places).reshape(-1), np.concatenate(products).reshape(-1), N * N)
-        self._second += p * torch.from_numpy(added.reshape(N, N))
+            if len(self._room) < len(w):
+                self._room = torch.empty(len(w), self._room.shape[1], dtype=torch.float64)
+            x = self._room[: len(w)]
+            draws.combine(w, self.scores.padded, x)
+            self._second.addmm_(x.T, x, alpha=square)
+            return True
+        for low in range(0, len(w), _BLOCK):
+            n, v = (np.ascontiguousarray(x[low : low + _BLOCK].T) for x in (index, w.numpy()))
+            places = [n[i] * N + n[i:] for i in range(len(n))]
+            products = [v[i] * v[i:] for i in range(len(n))]
+            for x in products:
+                x[0] *= 0.5  # a row with itself: it is added to its mirror image, as the others are
+            added = sums_at(np.concatenate(places), np.concatenate(products), N * N)
+            self._second += square * torch.from_numpy(added.reshape(N, N))
+        return True
 
     def mean_weights(self) -> Tensor:
         """E Σ_i w_i 1[n_i = n], `[N]`."""
         return self.expected + self._lost
 
-    def second(self, actions: int) -> Tensor:
+    def second(self) -> Tensor:
         """E ĝ ĝᵀ, `[K·A, K·A]`."""
         if self._paired:
             S = self.scores.whole
             return S.T @ (self._second + self._second.T) @ S
-        return self.scores.whole_second(self._second, actions)
+        return self.scores.whole_second(self._second)
 
 
 def compensated_add(total: Tensor, lost: Tensor, x: Tensor) -> None:
-    """Neumaier's sum: `lost` collects what `total` rounds away."""
+    """Knuth's sum of two: `lost` collects what `total` rounds away."""
     new = total + x
-    lost += torch.where(total.abs() >= x.abs(), (total - new) + x, (x - new) + total)
+    of_x = new - total
+    lost += (total - (new - of_x)) + (x - of_x)
     total.copy_(new)

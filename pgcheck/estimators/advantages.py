@@ -7,7 +7,9 @@ A baseline is a number subtracted from a return; `over` says whose rows it looks
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -22,15 +24,20 @@ Over = Literal["group", "batch"]
 def peers(batch: Batch, over: Over) -> Tensor:
     """1. where row j counts for row i, itself included, `[..., B, B]`; `[B, B]` where all batches share it, `[1, B]` where all
     rows do."""
-    if over == "batch":
+    labels = batch.known_labels
+    if over == "batch" or (labels is not None and len(set(labels)) == 1):
         return torch.ones(1, batch.rows, dtype=batch.episode_return.dtype, device=batch.group.device)
-    same = _shared(batch.same_group)
-    return same[:1] if same is not batch.same_group and bool((same == same[:1]).all()) else same
+    return _shared(batch.same_group)
 
 
 def without_self(same: Tensor) -> Tensor:
     """The peers of each row but itself."""
-    return same * (1.0 - torch.eye(same.shape[-1], dtype=same.dtype, device=same.device))
+    return same * (1.0 - _itself(same))
+
+
+def _itself(same: Tensor) -> Tensor:
+    """1. where row j is row i, `[B, B]`."""
+    return torch.eye(same.shape[-1], dtype=same.dtype, device=same.device)
 
 
 def _shared(same: Tensor) -> Tensor:
@@ -39,14 +46,46 @@ def _shared(same: Tensor) -> Tensor:
 
 
 def sum_of_peers(x: Tensor, same: Tensor) -> Tensor:
-    """Σ_j same_ij x_j for `x` `[..., B]`."""
+    """Σ_j same_ij x_j for `x` `[..., B]`; or with any other weights in place of `same`."""
     shared = _shared(same)
-    return x @ shared.mT if shared.dim() == 2 else (shared @ x.unsqueeze(-1)).squeeze(-1)
+    if shared.dim() > 2:
+        return (shared @ x.unsqueeze(-1)).squeeze(-1)
+    return (x @ shared[0]).unsqueeze(-1) if len(shared) == 1 else x @ shared.mT
 
 
 def number_of_peers(same: Tensor) -> Tensor:
     """Σ_j same_ij, also without the leading dimensions where all batches share it."""
     return _shared(same).sum(-1)
+
+
+def shares(same: Tensor) -> Tensor:
+    """same_ij / Σ_j same_ij: what each peer is of a mean; 0 throughout for a row without peers."""
+    return same / number_of_peers(same).clamp(min=1.0).unsqueeze(-1)
+
+
+def shares_of_others(same: Tensor) -> Tensor:
+    """The same without row i: 1/(n − 1) for each of the others."""
+    return shares(without_self(same))
+
+
+Weights = Callable[[Tensor], Tensor]  # same_ij `[..., B, B]` (or `[1, B]`) -> W, `[..., B, B]` (or `[1, B]`)
+
+
+def less(weights: Weights, batch: Batch, over: Over) -> Tensor:
+    """R − W R = (I − W) R, `[..., B]`, as one product; W from the peers of each row."""
+    R, labels = batch.episode_return, batch.known_labels
+    if labels is None:
+        same = peers(batch, over)
+        return sum_of_peers(R, _itself(same) - weights(same))
+    return sum_of_peers(R, _of_labels(weights, labels if over == "group" else (0,) * len(labels), R.dtype, R.device))
+
+
+@functools.lru_cache(maxsize=256)
+def _of_labels(weights: Weights, labels: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """I − W of rows with these labels, `[B, B]`."""
+    group = torch.tensor(labels, device=device)
+    same = (group.unsqueeze(-1) == group).to(dtype)
+    return _itself(same) - weights(same)
 
 
 def mean_of_peers(x: Tensor, same: Tensor) -> Tensor:
@@ -102,10 +141,23 @@ def to_go_minus(baseline: Callable[[Batch], Tensor]) -> Advantage:
     return advantage
 
 
+@dataclass(frozen=True)
+class OfReturns:
+    """b = W R: a baseline that is a sum of returns, with weights that depend on who is whose peer alone."""
+
+    weights: Weights
+    over: Over
+
+    def __call__(self, batch: Batch) -> Tensor:
+        return sum_of_peers(batch.episode_return, self.weights(peers(batch, self.over)))
+
+
 def return_minus(baseline: Callable[[Batch], Tensor]) -> Advantage:
     """R − b, with b `[..., B]` from `baseline`."""
 
     def advantage(batch: Batch) -> Tensor:
+        if isinstance(baseline, OfReturns):
+            return less(baseline.weights, batch, baseline.over).unsqueeze(-1)
         return (batch.episode_return - baseline(batch)).unsqueeze(-1)
 
     return advantage
@@ -151,22 +203,12 @@ def side_column(name: str) -> Callable[[Batch], Tensor]:
 
 def mean_return(over: Over) -> Callable[[Batch], Tensor]:
     """b = mean of R over the peers, own row included, `[..., B]`."""
-
-    def baseline(batch: Batch) -> Tensor:
-        return mean_of_peers(batch.episode_return, peers(batch, over))
-
-    return baseline
+    return OfReturns(shares, over)
 
 
 def mean_of_others(over: Over) -> Callable[[Batch], Tensor]:
     """b_i = mean of R over the peers but i, `[..., B]`; a row without others gets no baseline (0)."""
-
-    def baseline(batch: Batch) -> Tensor:
-        R = batch.episode_return
-        same = peers(batch, over)
-        return (sum_of_peers(R, same) - R) / (number_of_peers(same) - 1.0).clamp(min=1.0)
-
-    return baseline
+    return OfReturns(shares_of_others, over)
 
 
 def length_weighted_mean(*, own: Literal["exclude", "include"]) -> Callable[[Batch], Tensor]:
@@ -196,9 +238,9 @@ def alive_mean_to_go(batch: Batch) -> Tensor:
 # -- normalised by a standard deviation
 
 
-def _more_than_rounding(std: Tensor, square: Tensor) -> Tensor:
-    """Whether peers with the mean square `square` differ; where they do not, 0/0 must not become rounding/rounding."""
-    return std > 16 * torch.finfo(std.dtype).eps * square.sqrt()
+def _agree(std: Tensor, x: Tensor) -> Tensor:
+    """Whether peers, one of which is x, differ by rounding at most; where they do, 0/0 must not become rounding/rounding."""
+    return std <= x.abs() * (16 * torch.finfo(std.dtype).eps)
 
 
 def standardised_return(over: Over, *, ddof: int = 0, eps: float = 1e-6) -> Advantage:
@@ -206,12 +248,11 @@ def standardised_return(over: Over, *, ddof: int = 0, eps: float = 1e-6) -> Adva
 
     def advantage(batch: Batch) -> Tensor:
         R, same = batch.episode_return, peers(batch, over)
-        mean, n = mean_of_peers(R, same), number_of_peers(same)
-        centred = R - mean
-        square = sum_of_peers(centred * centred, same)
-        std = (square / (n - ddof).clamp(min=1.0)).sqrt()
-        spreads = _more_than_rounding(std, square / n + mean**2)
-        return (centred / torch.where(spreads, std + eps, torch.inf)).unsqueeze(-1)
+        centred = less(shares, batch, over)
+        square = sum_of_peers(centred * centred, same)  # [..., B], or [..., 1]
+        std = square.div_((number_of_peers(same) - ddof).clamp(min=1.0)).sqrt_()
+        agree = _agree(std, R[..., : std.shape[-1]])
+        return (centred / (std + eps).masked_fill_(agree, torch.inf)).unsqueeze(-1)
 
     return advantage
 
@@ -323,8 +364,7 @@ def anchor_state_advantage(
         if std:
             spread = ((flat_to_go.unsqueeze(-2) - mean.unsqueeze(-1)) ** 2 * counted).sum(-1) / n
             spread = spread.sqrt()
-            square = sum_of_peers(flat_to_go**2, counted) / n
-            adv = torch.where(_more_than_rounding(spread, square), adv / (spread + eps), torch.zeros_like(adv))
+            adv = torch.where(_agree(spread, mean), 0.0, adv / (spread + eps))
         adv = torch.where(shared, adv, flat_to_go if alone == "no baseline" else torch.zeros_like(adv))
         return batch.discount_weight * adv.unflatten(-1, (B, T))
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pgcheck.batch import Batch
+from pgcheck.batch import Batch, narrowed
 
 Aggregation = Callable[[Batch], Tensor]
 
@@ -19,7 +19,7 @@ def mean_of_rows(batch: Batch) -> Tensor:
 
 def sequence_mean(batch: Batch) -> Tensor:
     """Mean over the positions of each row, then over rows: 1 / (B |o_i|)."""
-    return (batch.inverse_length / batch.rows).unsqueeze(-1)
+    return (narrowed(batch.inverse_length) / batch.rows).unsqueeze(-1)
 
 
 def constant_length(length: int) -> Aggregation:
@@ -33,4 +33,6 @@ def constant_length(length: int) -> Aggregation:
 
 def token_mean(batch: Batch) -> Tensor:
     """Mean over all policy positions of the batch: 1 / Σ_i |o_i|."""
-    return 1.0 / batch.mask.sum((-1, -2), keepdim=True).clamp(min=1.0)
+    length = narrowed(batch.length)
+    total = length.sum(-1, keepdim=True) * (batch.rows / length.shape[-1])
+    return 1.0 / total.clamp(min=1.0).unsqueeze(-1)

@@ -24,7 +24,8 @@ from pgcheck.trajectories import SideTable
 
 Coefficients = Callable[[Batch], Tensor]
 # Batch [..., B, T] -> c [..., B, T], or [..., B, T, A] (with leaf="logits": weight on every action's logit). One that has a
-# second function `unmasked` beside it, equal where mask is 1, is asked for that by the engines, which mask by themselves.
+# second function `factored` beside it is asked for that by the engines, which mask by themselves: Batch -> (number, tensor),
+# whose product is c where mask is 1.
 
 Couples = Literal["trajectory", "group", "batch"]
 # What one coefficient may look at: its own row, its own group, everything.

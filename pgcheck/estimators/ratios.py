@@ -96,8 +96,7 @@ def sequence_clip(*, low: float, high: float) -> Ratio:
 
 def _silenced_outside(r: Tensor, adv: Tensor, *, low: float, high: float) -> Tensor:
     """r, but 0 where it has left [1 − low, 1 + high] on the side the advantage pushes to."""
-    above, below = r > 1.0 + high, r < 1.0 - low
-    if r.numel() == 1 and not bool(above | below):  # on-policy
+    if r.numel() == 1 and 1.0 - low <= float(r) <= 1.0 + high:  # on-policy
         return r
-    up = adv >= 0
+    above, below, up = r > 1.0 + high, r < 1.0 - low, adv >= 0
     return torch.where((above & up) | (below & ~up), 0.0, r)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -17,7 +19,7 @@ from pgcheck.engines import scores
 from pgcheck.engines.coefficients import per_row, unmasked_coefficients
 from pgcheck.engines.enumeration import Batches
 from pgcheck.engines.exact import accumulate, exact_moments
-from pgcheck.engines.scores import Draws, RowSums, Scores
+from pgcheck.engines.scores import Draws, RowSums, Scores, compensated_add, sums_at
 from pgcheck.estimators.base import Estimator, find_estimator, from_coefficients, registered_estimators
 from pgcheck.estimators.lookup import FILLED_BY  # noqa: F401  (fills the registries)
 from pgcheck.registry import find_problem
@@ -87,31 +89,57 @@ def test_scores_are_gradients_of_log_probabilities(name: str) -> None:
         (expected,) = torch.autograd.grad(logp, z)
         torch.testing.assert_close(found.whole[n], expected.flatten(), rtol=0, atol=1e-15)
     assert found.kept.shape[1] <= problem.logits.shape[0] * (problem.logits.shape[1] - 1)
-    again = found.whole_second(found.kept.T @ found.kept, problem.logits.shape[1])
+    again = found.whole_second(found.kept.T @ found.kept)
     torch.testing.assert_close(again, found.whole.T @ found.whole, rtol=0, atol=1e-12)
 
 
 @pytest.mark.usefixtures("way")
-def test_sums_of_given_weights() -> None:
-    """Random weights, batch by batch in a plain loop, in two blocks."""
+@pytest.mark.parametrize("shared", [False, True])
+def test_sums_of_given_weights(shared: bool) -> None:
+    """Random weights times −1.5, batch by batch in a plain loop, in two blocks; a block with a weight that is no number is not
+    added."""
     problem = place("lengths")
     table, generator = problem.trajectories, torch.Generator().manual_seed(1)
     index = torch.randint(len(table), (50, 4), generator=generator)
     weight = torch.randn(50, 4, generator=generator, dtype=torch.float64)
-    p = torch.rand(50, generator=generator, dtype=torch.float64)
+    p = torch.rand(1 if shared else 50, generator=generator, dtype=torch.float64).expand(50)
     found_scores = Scores.of(table)
     assert found_scores is not None
     sums = RowSums(found_scores, 4, 50)
     for part in (slice(0, 33), slice(33, 50)):
-        sums.add(weight[part], Draws(index[part], p[part]))
+        assert sums.add(weight[part], Draws(index[part], p[part]), number=-1.5)
+        for wrong in (math.nan, math.inf, -math.inf):
+            spoiled = weight[part].clone()
+            spoiled[7, 2] = wrong
+            assert not sums.add(spoiled, Draws(index[part], p[part]))
     expected, second = torch.zeros(len(table), dtype=torch.float64), 0.0
-    for w, n, q in zip(weight, index, p, strict=True):
+    for w, n, q in zip(-1.5 * weight, index, p, strict=True):
         g = sum(x * found_scores.whole[i] for x, i in zip(w, n, strict=True))
         second = second + q * torch.outer(g, g)
         for x, i in zip(w, n, strict=True):
             expected[i] += q * x
     torch.testing.assert_close(sums.mean_weights(), expected, rtol=0, atol=1e-14)
-    torch.testing.assert_close(sums.second(table.actions), second, rtol=0, atol=1e-12)
+    torch.testing.assert_close(sums.second(), second, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_sums_at_places(size: int) -> None:
+    """One after the other, in a plain loop; places in two dimensions count as one list."""
+    generator = np.random.Generator(np.random.Philox(2))
+    place, x = generator.integers(size, size=(40, 3)), generator.normal(size=(40, 3))
+    expected = [0.0] * size
+    for n, value in zip(place.ravel().tolist(), x.ravel().tolist(), strict=True):
+        expected[n] += value
+    np.testing.assert_allclose(sums_at(place, x, size), expected, rtol=0, atol=1e-13)
+
+
+def test_what_a_sum_of_two_loses_is_kept() -> None:
+    """2⁶⁰ + 1 − 2⁶⁰ + 2⁻⁶⁰ …: in exact rationals, which float64 rounds at the end alone."""
+    numbers = [2.0**60, 1.0, -(2.0**60), 2.0**-60, 3.0, -(2.0**40), 1e-9, 2.0**40]
+    total, lost = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    for x in numbers:
+        compensated_add(total, lost, torch.tensor([x], dtype=torch.float64))
+    assert float(total + lost) == float(sum(map(Fraction, numbers)))
 
 
 def test_a_table_that_is_too_large_is_not_made(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pgcheck.batch import Batch
+from pgcheck.batch import Batch, scaled
 from pgcheck.estimators import advantages as adv
 from pgcheck.estimators import aggregation as agg
 from pgcheck.estimators import penalties, ratios
@@ -33,11 +33,16 @@ class Composition:
 
     def unmasked(self, batch: Batch) -> Tensor:
         """c before the mask; one number a row, repeated over its positions without copies, where no part tells them apart."""
+        return scaled(*self.factored(batch))
+
+    def factored(self, batch: Batch) -> tuple[float, Tensor]:
+        """A number and c before the mask without that factor: what aggregation and ratio are, where they are one number."""
         a = self.advantage(batch)
-        c = self.aggregation(batch) * self.ratio(batch, a) * a
+        weight = self.aggregation(batch) * self.ratio(batch, a)
+        number, c = (float(weight), a) if weight.numel() == 1 else (1.0, weight * a)
         if self.penalty is not None:
-            c = c + self.aggregation(batch) * self.penalty(batch)
-        return c.expand(batch.shape)
+            number, c = 1.0, number * c + self.aggregation(batch) * self.penalty(batch)
+        return number, c.expand(batch.shape)
 
 
 def compose(

@@ -1,0 +1,100 @@
+"""Statistics over peers, against loops over rows: of batches gathered from a table, and of copies of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from pgcheck.batch import Batch
+from pgcheck.estimators import advantages as adv
+from pgcheck.registry import find_problem
+
+LABELS = {
+    "one group": [0, 0, 0, 0, 0],
+    "two, unequal": [4, 4, 4, 7, 7],
+    "tiled": [0, 1, 0, 1, 0],
+    "one row by itself": [2, 2, 5, 2, 2],
+    "a single row": [3],
+}
+Rows = list[float]
+
+
+def others(R: Rows, i: int, mine: list[int]) -> float:
+    """R_i − mean of the others; R_i alone without others."""
+    rest = [R[j] for j in mine if j != i]
+    return R[i] - (sum(rest) / len(rest) if rest else 0.0)
+
+
+def everybody(R: Rows, i: int, mine: list[int]) -> float:
+    return R[i] - sum(R[j] for j in mine) / len(mine)
+
+
+def standardised(ddof: int) -> Callable[[Rows, int, list[int]], float]:
+    def of_row(R: Rows, i: int, mine: list[int]) -> float:
+        if len({R[j] for j in mine}) == 1:
+            return 0.0
+        mean = sum(R[j] for j in mine) / len(mine)
+        std = math.sqrt(sum((R[j] - mean) ** 2 for j in mine) / max(len(mine) - ddof, 1))
+        return (R[i] - mean) / (std + 0.01)
+
+    return of_row
+
+
+CASES: dict[str, tuple[Callable[[adv.Over], adv.Advantage], Callable[[Rows, int, list[int]], float]]] = {
+    "others": (lambda over: adv.return_minus(adv.mean_of_others(over)), others),
+    "mean": (lambda over: adv.return_minus(adv.mean_return(over)), everybody),
+    "standardised": (lambda over: adv.standardised_return(over, eps=0.01), standardised(0)),
+    "standardised, n − 1": (lambda over: adv.standardised_return(over, ddof=1, eps=0.01), standardised(1)),
+}
+
+
+def batches(labels: list[int]) -> tuple[Batch, Batch]:
+    """20 batches of "tree/tokens" `[20, B]`, among them one whose rows are all the same rollout; and a copy."""
+    table = find_problem("tree/tokens").trajectories
+    index = torch.randint(len(table), (20, len(labels)), generator=torch.Generator().manual_seed(3))
+    index[4] = index[4, :1]
+    gathered = table.batch(index, torch.tensor(labels))
+    return gathered, gathered.map(torch.Tensor.clone)
+
+
+@pytest.mark.parametrize("over", ["group", "batch"])
+@pytest.mark.parametrize("labels", LABELS)
+@pytest.mark.parametrize("case", CASES)
+def test_advantages_over_peers(case: str, labels: str, over: adv.Over) -> None:
+    make, of_row = CASES[case]
+    label = LABELS[labels]
+    for batch in batches(label):
+        found = make(over)(batch)
+        for m, R in enumerate(batch.episode_return.tolist()):
+            for i in range(len(R)):
+                mine = [j for j in range(len(R)) if over == "batch" or label[j] == label[i]]
+                assert float(found[m, i, 0]) == pytest.approx(of_row(R, i, mine), abs=1e-12)
+
+
+@pytest.mark.parametrize("baseline", [adv.mean_of_others, adv.mean_return])
+def test_a_baseline_is_what_is_left_out(baseline: Callable[[adv.Over], adv.OfReturns]) -> None:
+    """R − b from b itself, in a product and in none."""
+    for batch in batches(LABELS["two, unequal"]):
+        b = baseline("group")
+        left = adv.return_minus(lambda batch, b=b: b(batch))(batch)  # type: ignore[misc]
+        torch.testing.assert_close(adv.return_minus(b)(batch), left, rtol=0, atol=1e-13)
+
+
+def test_standardised_returns_keep_their_gradient() -> None:
+    """By finite differences in the return of one row."""
+    labels = torch.zeros(3, dtype=torch.int64)
+    batch = find_problem("tree/tokens").trajectories.batch(torch.tensor([[0, 3, 9]]), labels).map(torch.Tensor.clone)
+
+    def first(x: torch.Tensor) -> torch.Tensor:
+        moved = batch.reward.clone()
+        moved[0, 1, 0] += x
+        return adv.standardised_return("group")(batch.with_tensors({"reward": moved}))[0, 0, 0]
+
+    x = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    (found,) = torch.autograd.grad(first(x), x)
+    h = torch.tensor(1e-6, dtype=torch.float64)
+    assert float(found) == pytest.approx(float(first(h) - first(-h)) / 2e-6, rel=1e-5)
+    assert float(found) != 0.0
