@@ -42,7 +42,7 @@ from pgcheck.engines.threads import one_thread
 from pgcheck.errors import UnknownNameError, UsageError
 from pgcheck.estimators.lookup import as_estimator
 from pgcheck.registry import find_problem
-from pgcheck.statistics.certificate import upper_bound
+from pgcheck.statistics.certificate import GRAM, upper_bound
 from pgcheck.statistics.finite import Law
 from pgcheck.statistics.grain import Grain
 from pgcheck.statistics.guarded import Floats, interval, z_of
@@ -488,7 +488,7 @@ def run_to_the_end(law: Law, rng: np.random.Generator, *, bias: Tensor, settings
     while not judge.decided:
         x = Grain.of(law.draws(GRAIN, rng), centre)
         centre = x.centre
-        new = Account.of_grain(x, target, gram=True)
+        new = Account.of_grain(x, target, blocks=x.x[:GRAM].unsqueeze(0))
         account = new if account is None else account.merge(new)
         judge.update(x)
     assert account is not None
