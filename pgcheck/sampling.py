@@ -150,7 +150,7 @@ class Laws:
             return self.outcome.index_select(0, entry).view_as(v)
         m, outcome = self._guide
         found = outcome.index_select(0, (v * m).int().flatten())
-        several = _places(found < 0)
+        several = _below_zero(found)
         if len(several):
             entry = torch.searchsorted(self.upto, v.flatten().index_select(0, several), right=True)
             upmost = self.last.index_select(0, row.flatten().index_select(0, several // (v.numel() // row.numel())))
@@ -158,9 +158,9 @@ class Laws:
         return found.view_as(v)
 
 
-def _places(mask: Tensor) -> Tensor:
-    """`mask.nonzero().squeeze(1)`, faster."""
-    return torch.from_numpy(np.flatnonzero(mask.numpy())) if mask.device.type == "cpu" else mask.nonzero().squeeze(1)
+def _below_zero(x: Tensor) -> Tensor:
+    """Where; numpy is faster."""
+    return torch.from_numpy(np.flatnonzero(x.numpy() < 0)) if x.device.type == "cpu" else (x < 0).nonzero().squeeze(1)
 
 
 @dataclass(frozen=True)

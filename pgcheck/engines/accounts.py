@@ -61,13 +61,13 @@ class Account:
         n, P = draws.x.shape
         size = float(reference @ reference)
         seen = draws.along(torch.cat([_seen_along(P, reference.device), (reference / (size or 1.0)).unsqueeze(1)], 1))
-        rows = [seen[:, -1:], draws.distances_from(reference).unsqueeze(1), draws.spread.unsqueeze(1), seen[:, :-1]]
+        rows = torch.cat([seen[-1:], draws.distances_from(reference)[None], draws.spread[None], seen[:-1]])
         off = draws.total / n
         squares = (
             draws.products - torch.outer(off, draws.total) if P <= PRODUCTS_UP_TO else draws.squares - off * draws.total
         )
         spectrum = Spectrum() if blocks is None else Spectrum().add(blocks - reference)
-        return cls(n, draws.centre + off, squares, Scores.of(torch.cat(rows, 1).cpu().numpy()), spectrum)
+        return cls(n, draws.centre + off, squares, Scores.of(rows.cpu().numpy().T), spectrum)
 
     def merge(self, other: Account) -> Account:
         """Of the draws of both."""

@@ -395,7 +395,6 @@ class _Run:
         }
         self._stack, self._workers = ExitStack(), None
         self._processes, self._given = 1, 0
-        self._at_looks = self.space.settings(self.settings)
         positions = self.problem.rows * self.problem.steps
         self._at_once = min(_AT_ONCE, max(1, _MOST_NUMBERS // (GRAIN * max(positions, len(self.reference)))))
         if any(e.leaf == "logits" for e in self.estimators):
@@ -425,7 +424,7 @@ class _Run:
     def _size(self, grain: int, last: int) -> int:
         """Grains from number `grain` on that are drawn, evaluated and taken as one; what they are depends on no more than
         where the run looks, and on how much they hold."""
-        return min(self._at_looks.grains_at_once(grain, self._at_once), last - grain)
+        return min(self.settings.grains_at_once(grain, self._at_once), last - grain)
 
     def step(self, last: int) -> None:
         """The next grains before `last`, for every estimator that is not judged yet."""

@@ -41,6 +41,7 @@ Numbers = float | Floats
 
 GRAM = 256  # draws of one Gram block
 _BLOCKS = 32  # of each doubling of n
+_MOST_POWER = 59  # of 2, of draws
 _Z = np.linspace(-9, 9, 721)
 _WEIGHT = np.exp(-(_Z**2) / 2) / np.exp(-(_Z**2) / 2).sum()
 
@@ -156,7 +157,7 @@ def p_value(
     U: Numbers, Δ: float, *, n: float, largest: Numbers, square: Numbers, stretch: Numbers = 1.0
 ) -> Any:  # of numbers a number, of arrays `[R]` an array
     """The probability p(U; Δ) of a statistic at most max(U, 0) under a bias of size Δ in the noisiest direction."""
-    if not any(np.ndim(x) for x in (U, largest, square, stretch)):
+    if not any(not isinstance(x, float) and np.ndim(x) for x in (U, largest, square, stretch)):
         U, A = max(float(U), 0.0), math.sqrt(largest / n) * float(stretch)
         B = math.sqrt(max(2 * (float(square) - float(largest) ** 2), 0.0)) / n
         law = _over_par if 2 * Δ * A < B else _without_noise if A <= 0 else _over_rest
@@ -192,8 +193,9 @@ def _without_noise(U: Floats, Δ: float, A: Floats, B: Floats) -> Floats:
 def upper_bound(U: float, β: float, *, n: int, largest: float, square: float, stretch: float = 1.0) -> float:
     """The Δ with p(U; Δ) = β; 0 where even no bias at all makes so small a U less likely than β."""
 
-    def excess(Δ: float) -> float:
-        return float(p_value(U, Δ, n=n, largest=largest, square=square, stretch=stretch)) - β
+    def excess(Δ: float) -> float:  # as z-scores, in which it is almost a line
+        p = float(p_value(U, Δ, n=n, largest=largest, square=square, stretch=stretch))
+        return z_of(β) - z_of(min(max(p, 1e-300), 1 - 1e-16))
 
     if excess(0.0) <= 0:
         return 0.0
@@ -211,15 +213,19 @@ def draws_to_certify(Δ: float, β: float, *, largest: float, square: float, U: 
     """The n at which a statistic of U certifies Δ at level β; infinite if ‖b‖² = U is not below Δ²."""
     if Δ**2 <= U:
         return math.inf
-    low, high = 2.0, 4.0
 
     def fails(n: float) -> bool:
         return bool(p_value(U, Δ, n=n, largest=largest, square=square) > β)
 
-    while fails(high):
-        low, high = high, high * 2
-        if high > 1e18:
+    below, power = 1, 2  # of 2, at which it still fails, and does not
+    while fails(2.0**power):
+        if power == _MOST_POWER:
             return math.inf
+        below, power = power, min(2 * power, _MOST_POWER)
+    while power > below + 1:
+        half = (below + power) // 2
+        below, power = (half, power) if fails(2.0**half) else (below, half)
+    low, high = 2.0**below, 2.0**power
     while high > low * 1.001:
         middle = math.sqrt(low * high)
         low, high = (middle, high) if fails(middle) else (low, middle)

@@ -193,7 +193,7 @@ class OpenJudge:
         self._absx += x.abs().sum(0)
         self._absr += r.abs().sum(0)
         if self.draws == 0:
-            self._centre = x.mean(0)
+            self._centre = x[:GRAIN].mean(0)
             self._loud = loud_directions((x - r * self._ratio)[:GRAM])
         self.draws += len(x)
         self._spread = self._spread.merge(Scores.of((x - self._centre).square().sum(1, keepdim=True).cpu().numpy()))

@@ -174,7 +174,7 @@ class Judge:
         if r is not None:
             d, at = Grain(x.x - r * float(self.scale or 0.0), origin), origin
         elif self.scale is None:
-            d, at = Grain(x.x - torch.outer(x.along(self._along.unsqueeze(1)).squeeze(1), self._along), origin), origin
+            d, at = Grain(x.x - torch.outer(x.along(self._along.unsqueeze(1)).squeeze(0), self._along), origin), origin
         if self.draws == 0:
             self._loud = loud_directions(d.x[:GRAM] - at)
         self._add_spectrum(d.x, at)
@@ -187,7 +187,7 @@ class Judge:
         self._squares += d.squares_from(at)
         self._norms2 += float(norms2.sum())
         self._norms += float(norms2.sqrt().sum())
-        kept = torch.cat([y, x.spread.unsqueeze(1)], 1).cpu().numpy()
+        kept = torch.cat([y, x.spread[None]]).cpu().numpy().T
         new = Scores.of(kept)
         self._ever = self._ever.merge(new[[0, _SPREAD, _LOUDEST]])
         self._block = self._block.merge(new[:_CONFIRM])
@@ -219,21 +219,21 @@ class Judge:
         return draws, r
 
     def _scores(self, x: Grain, d: Grain, at: Tensor) -> Tensor:
-        """⟨D, v⟩ of every direction in use, and of the noisiest of the pilot, `[n, 9]`; with an open κ, X along μ*."""
+        """⟨D, v⟩ of every direction in use, and of the noisiest of the pilot, `[9, n]`; with an open κ, X along μ*."""
         loudest = self._loud.directions[:, -1:] if self._loud.kept.numel() else self._along.unsqueeze(1)
         v = torch.cat([self._v, loudest], 1)
-        y = d.along(v) - at @ v
+        y = d.along(v, at)
         if self.scale is None:
             par = x.along(self._along.unsqueeze(1))
-            y[:, :1] = par
-            y[:, _CONFIRM:_LOUDEST] += par * (self._along @ self._v[:, _CONFIRM])
+            y[:1] = par
+            y[_CONFIRM:_LOUDEST] += par * (self._along @ self._v[:, _CONFIRM])
             if self.settings.mode == "exceeds":  # v·b > δ κ‖μ*‖ is (v − δ μ*/‖μ*‖)·E X > 0
-                y[:, 1:_LOUDEST] -= self.settings.rtol * par
+                y[1:_LOUDEST] -= self.settings.rtol * par
         return y
 
     def _bet(self, y: Tensor, norms2: Tensor) -> None:
         """On the witnesses as they are; with an open κ what lies along μ* is none of `norms2`."""
-        whole = norms2 if self.scale is not None else norms2 + y[:, 0].square()
+        whole = norms2 if self.scale is not None else norms2 + y[0].square()
         far = whole > (self.settings.bound * (1 + 1e-9)) ** 2
         if bool(far.any()):
             first = int(far.nonzero()[0, 0])
@@ -244,7 +244,7 @@ class Judge:
         bound, shifts = self.settings.bound, self._shifts()
         if self.scale is None and self.settings.mode == "exceeds":
             bound *= 1 + self.settings.rtol
-        both = torch.cat([y[:, :_W], -y[:, :TWO_SIDED]], 1).cpu().numpy()
+        both = torch.cat([y[:_W], -y[:TWO_SIDED]]).cpu().numpy().T
         self._wealth = self._wealth.after(both, np.concatenate([shifts, shifts[:TWO_SIDED]]), bound)
         self._q = self._q.merge(Scores.of(norms2.unsqueeze(1).cpu().numpy()))
 
