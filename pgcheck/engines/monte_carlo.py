@@ -1,6 +1,7 @@
 """Sampled moments and verdicts: every estimator on the same numbered draws, until each is judged or the draws are spent.
 
-A draw is one whole batch (`pgcheck.sampling`). Draws are evaluated in grains of 1024 consecutive ones: rollouts → coefficients
+A draw is one whole batch (`pgcheck.sampling`). Draws are evaluated in grains of 1024 consecutive ones, up to eight
+at once where they are small, by a schedule that depends on where the run looks and how large a draw is: rollouts → coefficients
 → C[k,a] → x = ĝ in the space of the verdict, `[1024, P]`. A grain goes to the estimator's account (mergeable moments,
 `pgcheck.engines.accounts`) and to one judge for each scale that is claimed of it (`pgcheck.statistics.sequential`). An
 estimator whose judges have all decided is not evaluated any more.
