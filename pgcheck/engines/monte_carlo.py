@@ -399,7 +399,7 @@ class _Run:
         positions = self.problem.rows * self.problem.steps
         self._at_once = min(_AT_ONCE, max(1, _MOST_NUMBERS // (GRAIN * max(positions, len(self.reference)))))
         if any(e.leaf == "logits" for e in self.estimators):
-            positions *= self.problem.logits.shape[-1]
+            positions *= max(1, self.problem.actions)
         most = self._at_once * GRAIN
         self._rows = min([most, *(draws_at_once(sampler, most) for sampler in self._samplers.values())])
         while self._rows > 1 and self._rows * positions > _MOST_NUMBERS:
