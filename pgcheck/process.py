@@ -21,52 +21,10 @@ import torch
 from torch import Tensor
 
 from pgcheck.envs.tabular import TabularMDP
-from pgcheck.sampling import Stream
+from pgcheck.sampling import Laws, Stream
 from pgcheck.trajectories import Paths, Trajectories
 
-_FEW = 8  # comparisons that are faster than a search
 _MOST_RETURNS = 20_000  # (state, returns so far) that are followed to find what a rollout can return
-
-
-@dataclass(frozen=True)
-class Laws:
-    """Discrete laws, one for each row of a table of weights, drawn from by inversion."""
-
-    upto: Tensor  # [entries] row + P(outcome ≤ this | row), only outcomes of some probability
-    outcome: Tensor  # [entries]
-    first: Tensor  # [rows] the first entry of each
-    last: Tensor  # [rows]
-    few: (
-        list[Tensor] | None
-    )  # [rows] each: `upto` of a row's first, second, … entry, ∞ for its last; None where they are many
-
-    @classmethod
-    def of(cls, weight: Tensor) -> Laws:
-        """Of weights `[rows, outcomes]`, each row of some positive sum or of none (then it must not be drawn from)."""
-        row, outcome = (weight > 0).nonzero(as_tuple=True)
-        begins = torch.searchsorted(row, torch.arange(len(weight) + 1, device=weight.device))
-        p = weight / weight.sum(-1, keepdim=True)
-        upto = row + p.cumsum(-1)[row, outcome].clamp(max=1.0)
-        first, last = begins[:-1].clamp(max=len(row) - 1), begins[1:] - 1
-        most = int((last - begins[:-1]).max())  # entries of a row, but one
-        few = None
-        if most <= _FEW:
-            few = [
-                torch.where(first + j < last, upto[(first + j).clamp(max=len(row) - 1)], torch.inf) for j in range(most)
-            ]
-        return cls(upto, outcome, first, last, few)
-
-    def draw(self, row: Tensor, u: Tensor) -> Tensor:
-        """The outcome of each `row` `[n]` at `u` `[n]` in [0, 1): its first entry with row + u below `upto`, or its last, as
-        the sum is rounded and may have become row + 1."""
-        v = row + u
-        if self.few is None:
-            entry = torch.minimum(torch.searchsorted(self.upto, v, right=True), self.last.index_select(0, row))
-        else:
-            entry = self.first.index_select(0, row)
-            for upto in self.few:
-                entry += upto.index_select(0, row) <= v
-        return self.outcome.index_select(0, entry)
 
 
 def _at(x: Tensor, index: Tensor) -> Tensor:
@@ -246,23 +204,37 @@ class ProcessSampler:
 
     @cached_property
     def _tables(self) -> dict[str, Tensor]:
-        p, S = self.process, self.process.env.states
-        V, _ = p.values
-        policies = p.logits, p.behavior_logits, p.ref_logits
+        """What is looked up of a (state, action), `[(S + 1) · A]`, where state number S is that of a rollout that is over."""
+        p, env = self.process, self.process.env
+        S, A, K = env.states, env.actions, len(p.logits)
+        acts = torch.cat([p.acts, torch.tensor([False])]).repeat_interleave(A)
+        state, action = torch.arange(S + 1).repeat_interleave(A), torch.arange(A).repeat(S + 1)
+        context = torch.cat([p.context, torch.zeros(1, dtype=torch.int64)]).repeat_interleave(A)
+        logps = torch.stack([torch.log_softmax(z, -1).flatten() for z in (p.logits, p.behavior_logits, p.ref_logits)])
+        V = torch.nn.functional.pad(p.values[0], (0, 1))  # [T+1, 2, S+1]
+        law = torch.nn.functional.pad(p.law(p.behavior_logits), (0, 0, 0, 1))
+        law[S, 0] = 1.0
+        move = torch.nn.functional.pad(p._transition, (0, 1, 0, 0, 0, 1))  # [S+1, A, S+1]
+        move[S, :, S] = 1.0
         here = {
-            "V": V, "acts": p.acts, "over": p.over, "context": p.context, "initial": p.env.initial,
-            "transition": p._transition, "reward": torch.nan_to_num(p.env.full_reward).contiguous(),
-            "starts": torch.tensor(p.env.starts), "logits": p.logits,
-            "logps": torch.stack([torch.log_softmax(z, -1).flatten() for z in policies]),
-            "law": p.law(p.behavior_logits), "flat": p._transition.reshape(-1, S),
+            "V": V, "initial": p.env.initial, "starts": torch.tensor(env.starts), "logits": p.logits,
+            "state": torch.where(acts, state, -1), "action": torch.where(acts, action, -1),
+            "context": torch.where(acts, context, -1), "acts": acts, "mask": acts.to(torch.float64),
+            "logps": torch.where(acts, logps[:, (context * A + action).clamp(max=K * A - 1)], 0.0),
+            "reward": torch.nn.functional.pad(torch.nan_to_num(env.full_reward), (0, 1, 0, 0, 0, 1)).flatten(),
+            "law": law, "move": move.flatten(0, 1),
+            "next": torch.cat([torch.where(p.over, S, torch.arange(S)), torch.tensor([S])]),
+            "spoken": p._transition, "idle": ~(p.acts | p.over),
         }  # fmt: skip
+        if torch.equal(V[:, 0], V[:, 1]):  # no matter whether the policy has acted
+            here["value"] = V[: env.horizon, 0].repeat_interleave(A, -1).flatten()
         return {name: x.to(self.device) for name, x in here.items()}
 
     @cached_property
     def _laws(self) -> tuple[Laws, Laws, Laws]:
         """Of the start among the starts, of the action in each state, of the next state after each (state, action)."""
         x = self._tables
-        return Laws.of(x["initial"][x["starts"]].unsqueeze(0)), Laws.of(x["law"]), Laws.of(x["flat"])
+        return Laws.of(x["initial"][x["starts"]].unsqueeze(0)), Laws.of(x["law"]), Laws.of(x["move"])
 
     def draw(self, first: int, count: int) -> tuple[Trajectories, Tensor]:
         """As `Sampler.draw`: a table of count · B rows, each drawn once."""
@@ -274,62 +246,57 @@ class ProcessSampler:
             torch.zeros(count * groups, dtype=torch.int64, device=self.device), u[:, :groups].flatten()
         )
         start = chosen.unflatten(0, (count, groups))[:, labels].flatten()
-        u = u[:, groups:].reshape(count * B, 2 * T).T.contiguous()
-        s = x["starts"][start]
-        alive = torch.ones_like(s, dtype=torch.bool)
-        steps, goes_on = [], ~x["over"]
+        u = u[:, groups:].unflatten(1, (B, 2 * T)).permute(2, 0, 1).contiguous().flatten(1)
+        s, pairs, entered = x["starts"][start], [], []
         for t in range(T):
-            a = of_action.draw(s, u[2 * t])
-            s2 = of_state.draw(s * env.actions + a, u[2 * t + 1])
-            steps.append((s, a, s2, alive))
-            alive = alive & goes_on.index_select(0, s2)
-            s = torch.where(alive, s2, s)  # of a rollout that is over, anything
-        s, a, s2, alive = (torch.stack(column, -1) for column in zip(*steps, strict=True))  # [N, T]
-        here = _at(x["acts"], s) & alive
-        acted = here.cumsum(-1) > here.long()  # before
-        reward = torch.where(alive, _at(x["reward"], (s * env.actions + a) * env.states + s2), 0.0)
+            pair = s * env.actions + of_action.draw(s, u[2 * t])
+            to = of_state.draw(pair, u[2 * t + 1])
+            pairs.append(pair)
+            entered.append(to)
+            s = x["next"].index_select(0, to)
+        pair, to = torch.stack(pairs, -1), torch.stack(entered, -1)  # [N, T]
+        reward = _at(x["reward"], pair * (env.states + 1) + to)
         value = torch.zeros(len(s), T + 1, dtype=torch.float64, device=self.device)
-        value[:, :T] = torch.where(alive, self._seen_values(s, a, here, acted), 0.0)
-        state, action = torch.where(here, s, -1), torch.where(here, a, -1)
-        end = alive.sum(-1)
-        table = self._table(start, state, action, reward, value, end)
+        value[:, :T] = self._seen_values(pair)
+        table = self._table(start, pair, reward, value)
         for provide in self.provide:
             table = provide(table, self.process)
         return table, torch.arange(count * B, device=self.device).unflatten(0, (count, B))
 
-    def _seen_values(self, s: Tensor, a: Tensor, here: Tensor, acted: Tensor) -> Tensor:
+    def _seen_values(self, pair: Tensor) -> Tensor:
         """V at every position `[N, T]`; while the environment speaks, its state is not seen."""
-        x, env, T = self._tables, self.process.env, s.shape[1]
-        V = _at(x["V"], (torch.arange(T, device=s.device) * 2 + acted) * env.states + s)
+        x, env, T = self._tables, self.process.env, pair.shape[1]
+        steps = torch.arange(T, device=pair.device)
+        if not env.observation and "value" in x:
+            return _at(x["value"], pair + steps * len(x["acts"]))
+        s, here = pair // env.actions, _at(x["acts"], pair)
+        acted = here.cumsum(-1) > here.long()  # before
+        V = _at(x["V"], (steps * 2 + acted) * (env.states + 1) + s)
         if not env.observation:
             return V
         belief = torch.nn.functional.one_hot(s[:, 0], env.states).to(torch.float64)
         means = []
         for t in range(T):
-            means.append((belief * x["V"][t, acted[:, t].long()]).sum(-1))
-            moved = x["flat"][s[:, t] * env.actions + a[:, t]]
-            spoken = torch.where(here[:, t].unsqueeze(-1), moved, belief @ x["transition"][:, 0])
-            belief = spoken * ~(x["acts"] | x["over"])
+            means.append((belief * x["V"][t, acted[:, t].long(), :-1]).sum(-1))
+            moved = x["move"][pair[:, t], :-1]
+            spoken = torch.where(here[:, t].unsqueeze(-1), moved, belief @ x["spoken"][:, 0])
+            belief = spoken * x["idle"]
             belief = belief / belief.sum(-1, keepdim=True).clamp(min=1e-300)
-        return torch.where(here, V, torch.stack(means, -1))
+        return torch.where(here | (s == env.states), V, torch.stack(means, -1))
 
-    def _table(
-        self, start: Tensor, state: Tensor, action: Tensor, reward: Tensor, value: Tensor, end: Tensor
-    ) -> Trajectories:
+    def _table(self, start: Tensor, pair: Tensor, reward: Tensor, value: Tensor) -> Trajectories:
         x, env = self._tables, self.process.env
-        mask = (action >= 0).to(torch.float64)
-        context = torch.where(action >= 0, _at(x["context"], state.clamp(min=0)), -1)
         unknown = torch.full_like(start, torch.nan, dtype=torch.float64)
         paths = Paths.known(
-            start=start, state=state, context=context, action=action, reward=reward, mask=mask,
-            env_probability=unknown, start_probability=x["initial"][x["starts"]], discount=env.discount,
-            discount_clock=env.discount_clock, end=end,
+            start=start, state=_at(x["state"], pair), context=_at(x["context"], pair), action=_at(x["action"], pair),
+            reward=reward, mask=_at(x["mask"], pair), env_probability=unknown,
+            start_probability=x["initial"][x["starts"]], discount=env.discount, discount_clock=env.discount_clock,
+            end=(pair < env.states * env.actions).sum(-1),
         )  # fmt: skip
-        cell = (context * env.actions + action).clamp(min=0)
         logps: list[Tensor] = []
         for i, table in enumerate(x["logps"]):
             same = [logp for logp, other in zip(logps, x["logps"][:i], strict=True) if torch.equal(other, table)]
-            logps += same[:1] or [torch.where(action >= 0, _at(table, cell), 0.0)]
+            logps += same[:1] or [_at(table, pair)]
         logp, behavior_logp, ref_logp = logps
         return Trajectories(
             paths, x["logits"], logp, behavior_logp, ref_logp, value, unknown, unknown,

@@ -19,12 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pgcheck.batch import gathered_rows
 from pgcheck.envs.language import PrefixTree
 from pgcheck.errors import UsageError
 from pgcheck.trajectories import Paths, Trajectories
 
 _PER_COUNT = 4  # 64-bit numbers that one step of the counter gives
+_FEW = 2  # comparisons that are faster than a guide
+_CELLS, _CELLS_AN_ENTRY = 2**15, 64  # of a guide, so that it stays in the cache and most cells have one outcome
 
 
 def as_device(name: str) -> str:
@@ -83,6 +84,86 @@ class Sampler(Protocol):
 
 
 @dataclass(frozen=True)
+class Laws:
+    """Discrete laws, one for each row of a table of weights, drawn from by inversion: the first entry of a row with row + u
+    below `upto`, or its last, as the sum is rounded and may have become row + 1.
+
+    A guide table (Chen & Asau 1974; Devroye 1986, III.2.4) says the outcome wherever a whole cell [c/m, (c+1)/m) of row + u has
+    one; m is a power of two, so that cells are found without rounding. The rest is searched for.
+    """
+
+    upto: Tensor  # [entries] row + P(outcome ≤ this | row), ascending
+    outcome: Tensor  # [entries]
+    last: Tensor  # [rows] the last entry of each
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Laws:
+        """Of weights `[rows, outcomes]`, each row of some positive sum or of none (then it must not be drawn from)."""
+        row, outcome = (weight > 0).nonzero(as_tuple=True)
+        begins = torch.searchsorted(row, torch.arange(len(weight) + 1, device=weight.device))
+        p = weight / weight.sum(-1, keepdim=True)
+        return cls(row + p.cumsum(-1)[row, outcome].clamp(max=1.0), outcome, begins[1:] - 1)
+
+    @cached_property
+    def _few(self) -> tuple[Tensor, list[Tensor]] | None:
+        """Of rows with few entries: the first of each `[rows]`, and `upto` of the first, second, … of each, ∞ for its last."""
+        first = torch.cat([self.last.new_zeros(1), self.last[:-1] + 1]).clamp(max=len(self.outcome) - 1)
+        most = int((self.last - first).max())
+        if most > _FEW:
+            return None
+        place = (first + torch.arange(most, device=first.device).unsqueeze(1)).clamp(max=len(self.upto) - 1)
+        inside = place < self.last
+        return first, list(torch.where(inside, self.upto[place], torch.inf))
+
+    @cached_property
+    def _only(self) -> Tensor:
+        """The first outcome of each row, `[rows]`."""
+        assert self._few is not None
+        return self.outcome.index_select(0, self._few[0])
+
+    @cached_property
+    def _guide(self) -> tuple[float, Tensor]:
+        """The m, and the outcome of each cell `[rows · m + 1]`; −1 where there are several, and where row + u may be of the row
+        before."""
+        rows, entries = len(self.last), len(self.outcome)
+        m = 1
+        while 2 * m * rows <= max(min(_CELLS_AN_ENTRY * entries, _CELLS), 4 * entries):
+            m *= 2
+        edge = torch.arange(rows * m + 1, dtype=torch.float64, device=self.upto.device) / m
+        low = torch.searchsorted(self.upto, edge[:-1], right=True)
+        one = low == torch.searchsorted(self.upto, edge[1:])  # none in between
+        one[::m] = False
+        entry = torch.minimum(low, self.last.repeat_interleave(m)).clamp(min=0)
+        return float(m), torch.cat([torch.where(one, self.outcome[entry], -1), self.outcome.new_full((1,), -1)])
+
+    def draw(self, row: Tensor, u: Tensor) -> Tensor:
+        """The outcome of each `row` `[..., n]`, or `[..., 1]`, at `u` `[..., n]` in [0, 1)."""
+        if self._few is not None and not self._few[1]:
+            return self._only.index_select(0, row.expand_as(u).flatten()).view(u.shape)
+        v = row.to(u.dtype) + u
+        if self._few is not None:
+            first, rest = self._few
+            row = row.expand_as(v).flatten()
+            entry = first.index_select(0, row)
+            for upto in rest:
+                entry += upto.index_select(0, row) <= v.flatten()
+            return self.outcome.index_select(0, entry).view_as(v)
+        m, outcome = self._guide
+        found = outcome.index_select(0, (v * m).int().flatten())
+        several = _below_zero(found)
+        if len(several):
+            entry = torch.searchsorted(self.upto, v.flatten().index_select(0, several), right=True)
+            upmost = self.last.index_select(0, row.flatten().index_select(0, several // (v.numel() // row.numel())))
+            found[several] = self.outcome.index_select(0, torch.minimum(entry, upmost))
+        return found.view_as(v)
+
+
+def _below_zero(x: Tensor) -> Tensor:
+    """Where; numpy is faster."""
+    return torch.from_numpy(np.flatnonzero(x.numpy() < 0)) if x.device.type == "cpu" else (x < 0).nonzero().squeeze(1)
+
+
+@dataclass(frozen=True)
 class TableSampler:
     """Batches from the table of all rollouts: a start for each group by its probability, then rollouts by that of the
     behaviour policy."""
@@ -97,15 +178,15 @@ class TableSampler:
         return q.cumsum(0) / q.sum()
 
     @cached_property
-    def _rows(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Rollouts sorted by start `[N]`, s + P(rollout ≤ this | s) of each, and where those of each start begin."""
+    def _rows(self) -> Laws:
+        """Of the rollout, given the start."""
         start = self.table.paths.start
         order = start.argsort(stable=True)
         p, of = self.table.behavior_probability[order], start[order]
         below = torch.cat([p.new_zeros(1), p.cumsum(0)])
         first = torch.searchsorted(of, torch.arange(len(self._starts) + 1, device=of.device))
         mass = (below[first[1:]] - below[first[:-1]])[of]
-        return order, of + ((below[1:] - below[first[:-1]][of]) / mass).clamp(max=1.0), first
+        return Laws(of + ((below[1:] - below[first[:-1]][of]) / mass).clamp(max=1.0), order, first[1:] - 1)
 
     def draw(self, first: int, count: int) -> tuple[Trajectories, Tensor]:
         groups = int(self.labels[-1]) + 1
@@ -113,12 +194,11 @@ class TableSampler:
         start = torch.searchsorted(self._starts, u[:, :groups].contiguous(), right=True).clamp(
             max=len(self._starts) - 1
         )
-        order, upto, begins = self._rows
-        of_row = start.index_select(1, self.labels)
-        place = torch.searchsorted(upto, of_row + u[:, groups:], right=True)
-        # s + u is rounded, and may have become s + 1
-        place = torch.minimum(place, gathered_rows(begins[1:] - 1, of_row))
-        return self.table, gathered_rows(order, place)
+        size, rest = len(self.labels) // groups, len(self.labels) % groups
+        if rest or not torch.equal(self.labels[::size], self.labels[size - 1 :: size]):
+            return self.table, self._rows.draw(start.index_select(1, self.labels), u[:, groups:])
+        of_group = u[:, groups:].unflatten(1, (groups, size))
+        return self.table, self._rows.draw(start.unsqueeze(-1), of_group).flatten(1)
 
 
 def inverted(law: Tensor, u: Tensor) -> Tensor:

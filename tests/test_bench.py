@@ -171,8 +171,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "DRAWS", 64)
     monkeypatch.setattr(bench, "WRITTEN", 16)
     monkeypatch.setattr(bench, "DIRECTIONS", 2)
-    monkeypatch.setattr(bench, "SAMPLED", ("sampled/groups-16",))
-    monkeypatch.setattr(bench, "SAMPLED_DRAWS", 2048)
+    monkeypatch.setattr(bench, "SAMPLED", {"sampled/groups-16": 2048})
 
 
 @pytest.mark.usefixtures("small")

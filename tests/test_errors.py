@@ -1300,6 +1300,10 @@ case("draws of another size", '''
 from pgcheck.statistics.sequential import Judge, Settings
 Judge(torch.ones(3), Settings()).update(torch.ones(1024, 4))
 ''')  # fmt: skip
+case("grains among which a judge looks", '''
+from pgcheck.statistics.sequential import Judge, Settings
+Judge(torch.ones(3), Settings()).update(torch.ones(8192, 3))
+''')  # fmt: skip
 case("an estimated reference for an open scale", '''
 from pgcheck.statistics.sequential import Judge, Settings
 Judge(torch.ones(3), Settings(), scale=None).update(torch.ones(1024, 3), torch.ones(1024, 3))

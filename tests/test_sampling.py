@@ -1,5 +1,7 @@
 """Numbered draws: the same however they are asked for, and of the right law."""
 
+import bisect
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ import pgcheck
 from pgcheck.engines.enumeration import Batches
 from pgcheck.estimators.lookup import FILLED_BY  # noqa: F401  (fills the registries)
 from pgcheck.registry import find_problem, registered_problems
-from pgcheck.sampling import Stream
+from pgcheck.sampling import Laws, Stream
 
 FALSE_ALARM = 1e-9  # of each statistical test below; about a hundred of them, with fixed seeds
 
@@ -104,3 +106,67 @@ def test_global_generators_are_left_alone():
 def test_a_number_of_batches_that_is_none_is_refused(batches):
     with pytest.raises(pgcheck.ProblemError, match="batches"):
         find_problem("bandit/two-arm").sample(batches)
+
+
+def upto_of(row: int, weights: list[float]) -> list[float]:
+    """Row + P(outcome ≤ this | row), of weights that are exact as they stand."""
+    total, out = 0.0, []
+    for w in weights:
+        total += w
+        out.append(min(row + total, row + 1.0))
+    return out
+
+
+ADVERSE = {
+    "a few": [[0.25, 0.5, 0.25], [1.0]],
+    "alike": [[1 / 64] * 64, [1 / 128] * 128],
+    "hardly anything before and after": [[2.0**-60] * 40 + [1.0 - 2.0**-40, 2.0**-41, 2.0**-41], [2.0**-300, 1.0]],
+    "all in one cell": [[0.5, *[2.0**-52] * 1000, 0.5], [2.0**-30] * 100 + [1.0 - 100 * 2.0**-30]],
+    "of no weight": [[0.0, 0.5, 0.0, 0.0, 0.5, 0.0], [0.0, 0.0, 1.0, 0.0]],
+    "less than one": [[0.3, 0.3, 0.3999999], [0.1] * 9],
+    "many rows": [[0.1, 0.2, 0.3, 0.15, 0.25]] * 3000,
+}
+
+
+@pytest.mark.parametrize("name", ADVERSE)
+def test_a_guide_finds_what_bisection_finds(name):
+    """At the edges of the unit interval, at and beside each boundary, at the edges of cells, and anywhere."""
+    upto, last = [], []
+    for row, weights in enumerate(ADVERSE[name]):
+        upto += upto_of(row, weights)
+        last.append(len(upto) - 1)
+    outcome = np.random.default_rng(0).permutation(len(upto))
+    laws = Laws(torch.tensor(upto, dtype=torch.float64), torch.from_numpy(outcome), torch.tensor(last))
+    rng = np.random.default_rng(1)
+    rows, us = [], []
+    for row in range(len(last))[:: max(1, len(last) // 50)]:
+        ends = np.array(upto[last[row - 1] + 1 if row else 0 : last[row] + 1]) - row
+        u = [0.0, 2.0**-53, 1 - 2.0**-53, 1 - 2.0**-45, *np.arange(64) / 64, *rng.random(100)]
+        u += [*ends, *np.nextafter(ends, 0), *np.nextafter(ends, 1)]
+        u = [x for x in u if 0 <= x < 1]
+        rows += [row] * len(u)
+        us += u
+    expected = [outcome[min(bisect.bisect_right(upto, row + u), last[row])] for row, u in zip(rows, us, strict=True)]
+    found = laws.draw(torch.tensor(rows), torch.tensor(us, dtype=torch.float64))
+    assert found.tolist() == expected
+    assert set(expected) >= set(outcome[: last[0] + 1][np.array(ADVERSE[name][0]) >= 2.0**-7])
+    few = laws._few is not None
+    assert few == (name == "a few")
+    wide = laws.draw(torch.tensor(rows[:1]).unsqueeze(1), torch.tensor([us[:20]], dtype=torch.float64))
+    assert wide.tolist() == [expected[:20]]
+
+
+def test_groups_of_several_sizes_are_drawn_from_their_own_starts():
+    """Where groups are not alike rows are looked up one by one: against groups of one row, whose uniforms are put beside."""
+    p = find_problem("dialogue/two-turn")
+    alike = p.with_sampling(groups=3, group_size=2).sampler(seed=4)
+    mixed = p.with_sampling(groups=3, group_size=[1, 2, 3]).sampler(seed=4)
+    assert mixed.labels.tolist() == [0, 1, 1, 2, 2, 2]
+    same = type(mixed)(mixed.table, mixed.labels, alike.stream)
+    u = alike.stream.uniforms(0, 500, 9)
+    start = torch.searchsorted(same._starts, u[:, :3].contiguous(), right=True)
+    table, index = same.draw(0, 500)
+    assert torch.equal(table.paths.start[index], start[:, same.labels])
+    _, other = alike.draw(0, 500)
+    agree = start[:, same.labels] == start[:, alike.labels]
+    assert torch.equal(index[agree], other[agree])

@@ -13,6 +13,7 @@ from torch import Tensor
 from pgcheck.calibrate.looks import SHAPES, planted, tolerance
 from pgcheck.calibrate.rates import EndToEnd, Misses, Power, Rate
 from pgcheck.engines.accounts import Account
+from pgcheck.statistics.certificate import GRAM
 from pgcheck.statistics.finite import Law
 from pgcheck.statistics.grain import Grain
 from pgcheck.statistics.guarded import z_of
@@ -38,7 +39,7 @@ def run_to_the_end(law: Law, rng: np.random.Generator, *, bias: Tensor, settings
     while not judge.decided:
         x = Grain.of(law.draws(GRAIN, rng), centre)
         centre = x.centre
-        new = Account.of_grain(x, target, gram=True)
+        new = Account.of_grain(x, target, blocks=x.x[:GRAM].unsqueeze(0))
         account = new if account is None else account.merge(new)
         judge.update(x)
     assert account is not None

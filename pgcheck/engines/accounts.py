@@ -53,21 +53,21 @@ class Account:
         """Of draws `[n, P]`; `gram`: their spectrum as well, from the first 256."""
         if x.dim() != 2 or x.shape[1:] != reference.shape:
             raise UsageError(f"reference: {len(reference)} numbers, but a draw has {list(x.shape[1:])}.")
-        return cls.of_grain(Grain(x, centre), reference, gram=gram)
+        return cls.of_grain(Grain(x, centre), reference, blocks=x[:GRAM].unsqueeze(0) if gram else None)
 
     @classmethod
-    def of_grain(cls, draws: Grain, reference: Tensor, *, gram: bool) -> Account:
-        """The same of a grain, around its centre."""
+    def of_grain(cls, draws: Grain, reference: Tensor, *, blocks: Tensor | None) -> Account:
+        """The same of a grain, around its centre; the spectrum from `blocks` of its draws, `[m, 256, P]`."""
         n, P = draws.x.shape
         size = float(reference @ reference)
         seen = draws.along(torch.cat([_seen_along(P, reference.device), (reference / (size or 1.0)).unsqueeze(1)], 1))
-        rows = [seen[:, -1:], draws.distances_from(reference).unsqueeze(1), draws.spread.unsqueeze(1), seen[:, :-1]]
+        rows = torch.cat([seen[-1:], draws.distances_from(reference)[None], draws.spread[None], seen[:-1]])
         off = draws.total / n
         squares = (
             draws.products - torch.outer(off, draws.total) if P <= PRODUCTS_UP_TO else draws.squares - off * draws.total
         )
-        spectrum = Spectrum().add(draws.x[:GRAM] - reference) if gram else Spectrum()
-        return cls(n, draws.centre + off, squares, Scores.of(torch.cat(rows, 1).cpu().numpy()), spectrum)
+        spectrum = Spectrum() if blocks is None else Spectrum().add(blocks - reference)
+        return cls(n, draws.centre + off, squares, Scores.of(rows.cpu().numpy().T), spectrum)
 
     def merge(self, other: Account) -> Account:
         """Of the draws of both."""

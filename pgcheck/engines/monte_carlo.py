@@ -1,6 +1,7 @@
 """Sampled moments and verdicts: every estimator on the same numbered draws, until each is judged or the draws are spent.
 
-A draw is one whole batch (`pgcheck.sampling`). Draws are evaluated in grains of 1024 consecutive ones: rollouts → coefficients
+A draw is one whole batch (`pgcheck.sampling`). Draws are evaluated in grains of 1024 consecutive ones, up to eight
+at once where they are small, by a schedule that depends on where the run looks and how large a draw is: rollouts → coefficients
 → C[k,a] → x = ĝ in the space of the verdict, `[1024, P]`. A grain goes to the estimator's account (mergeable moments,
 `pgcheck.engines.accounts`) and to one judge for each scale that is claimed of it (`pgcheck.statistics.sequential`). An
 estimator whose judges have all decided is not evaluated any more.
@@ -40,6 +41,7 @@ from pgcheck.estimators.from_loss import LossCoefficients
 from pgcheck.generation import draws_at_once
 from pgcheck.problem import Problem
 from pgcheck.sampling import Sampler, as_device
+from pgcheck.statistics.certificate import gram_blocks
 from pgcheck.statistics.grain import Grain
 from pgcheck.statistics.guarded import Floats
 from pgcheck.statistics.open_scale import OpenJudge
@@ -49,9 +51,9 @@ from pgcheck.trajectories import SideTable, Trajectories, is_count
 
 DEFAULT_DRAWS = 262_144  # most draws of one problem
 MOST_COORDINATES = 16_384  # P: a grain of them is 128 MiB
-_BLOCK_ELEMENTS = 240_000  # positions evaluated at once
-_GRAMS = 32  # grains of each doubling whose spectrum is taken
-_FORMAT = "pgcheck-checkpoint/4"
+_AT_ONCE = 8  # grains that are taken as one
+_MOST_NUMBERS = 2**20  # of an array of draws, or of what they are evaluated from
+_FORMAT = "pgcheck-checkpoint/5"
 _SCORES_A_POSITION = 8  # entries of a table of scores that cost as much as one position of the draws
 _ROUNDING = 1e-14  # a gradient below this part of the rewards is 0
 _FIRST = 64  # draws whose estimates are part of a checkpoint's identity
@@ -239,7 +241,7 @@ def monte_carlo(
         draws: most draws; rounded up to whole grains of 1024.
         space: where the verdict is given; default, logits.
         device: where coefficients are evaluated, as torch names it.
-        block: grains between two checkpoints, and calls of `progress`.
+        block: grains between two checkpoints, and calls of `progress`, at least.
         workers: processes that evaluate grains; this one judges them.
         checkpoint: a file that is written after each block, and from which a run that was cut off goes on.
 
@@ -273,10 +275,11 @@ def monte_carlo(
     last = -(-draws // GRAIN)
     if checkpoint is not None:
         run.resume(checkpoint, draws=last * GRAIN)
-    with run.in_processes(workers, last):
+    with run.in_processes(workers):
         while run.active and run.grain < last:
-            for _ in range(min(block, last - run.grain)):
-                run.step()
+            until = min(run.grain + block, last)
+            while run.active and run.grain < until:
+                run.step(last)
             if checkpoint is not None:
                 run.save(checkpoint, draws=last * GRAIN)
             if progress is not None:
@@ -292,8 +295,8 @@ def _check_counts(**given: Any) -> None:
 
 
 @dataclass(frozen=True)
-class _Grain:
-    """What one grain of draws has to say of an estimator."""
+class _Grains:
+    """What grains of draws that are taken at once have to say of an estimator."""
 
     draws: Grain
     r: Tensor | None  # an unbiased estimate of ∇J drawn beside each
@@ -312,24 +315,26 @@ class _Lane:
     centre: Tensor | None = None  # the mean of the first grain
     pairs: Pairs | None = None  # ‖x − centre‖² beside that of the estimator that it is compared to
 
-    def evaluated(self, x: Tensor, r: Tensor | None, reference: Tensor, grain: int) -> _Grain:
-        """What is to be taken of a grain with number `grain`."""
-        gram = grain % max(1, 2 ** max(grain.bit_length() - 1, 0) // _GRAMS) == 0
+    def evaluated(self, x: Tensor, r: Tensor | None, reference: Tensor, grain: int) -> _Grains:
+        """What is to be taken of grains from number `grain` on."""
         draws = Grain.of(x, self.centre)
-        account = Account.of_grain(draws, reference, gram=gram and not (self._judged and r is None))
+
+        def account(of: Grain, *, judged: bool) -> Account:
+            return Account.of_grain(of, reference, blocks=None if judged else gram_blocks(of.x, grain, GRAIN))
+
         if r is None:
-            return _Grain(draws, None, account, None)
+            return _Grains(draws, None, account(draws, judged=self._judged), None)
         r = r.detach().to(torch.float64)
         beside = Grain.of(draws.x - r + reference, reference)
-        return _Grain(draws, r, account, Account.of_grain(beside, reference, gram=gram and not self._judged))
+        return _Grains(draws, r, account(draws, judged=False), account(beside, judged=self._judged))
 
     def pair(self, squares: Floats, of_other: Floats) -> None:
-        """Squared distances of the next grain, and those of the other."""
+        """Squared distances of the next draws, and those of the other."""
         new = Pairs.of(squares, of_other)
         self.pairs = new if self.pairs is None else self.pairs.merge(new)
 
-    def take(self, new: _Grain) -> None:
-        """The next grain."""
+    def take(self, new: _Grains) -> None:
+        """The next grains."""
         self.centre = new.draws.centre
         self.account = new.account if self.account is None else self.account.merge(new.account)
         if new.paired is not None:
@@ -379,7 +384,7 @@ class _Run:
     beside: int | None = None
     grain: int = 0  # the next
     lanes: list[_Lane] = field(init=False)
-    _workers: Workers[dict[int, _Grain]] | None = field(init=False)
+    _workers: Workers[dict[int, _Grains]] | None = field(init=False)
 
     def __post_init__(self) -> None:
         self.lanes = [
@@ -390,10 +395,14 @@ class _Run:
             n: self.problem.sampler(seed=self.seed, needs=n, device=self.device) for n in needs
         }
         self._stack, self._workers = ExitStack(), None
-        self._processes, self._last, self._given = 1, 0, 0
+        self._processes, self._given = 1, 0
         positions = self.problem.rows * self.problem.steps
-        self._rows = min([GRAIN, *(draws_at_once(sampler, GRAIN) for sampler in self._samplers.values())])
-        while self._rows > 1 and self._rows * positions > _BLOCK_ELEMENTS:
+        self._at_once = min(_AT_ONCE, max(1, _MOST_NUMBERS // (GRAIN * max(positions, len(self.reference)))))
+        if any(e.leaf == "logits" for e in self.estimators):
+            positions *= max(1, self.problem.actions)
+        most = self._at_once * GRAIN
+        self._rows = min([most, *(draws_at_once(sampler, most) for sampler in self._samplers.values())])
+        while self._rows > 1 and self._rows * positions > _MOST_NUMBERS:
             self._rows //= 2
 
     def _judge(self, scale: Scale) -> AnyJudge:
@@ -413,9 +422,14 @@ class _Run:
     def _undecided(self) -> list[int]:
         return [i for i, lane in enumerate(self.lanes) if not lane.done]
 
-    def step(self) -> None:
-        """One grain, for every estimator that is not judged yet."""
-        evaluated = self._next()
+    def _size(self, grain: int, last: int) -> int:
+        """Grains from number `grain` on that are drawn, evaluated and taken as one; what they are depends on no more than
+        where the run looks, and on how much they hold."""
+        return min(self.settings.grains_at_once(grain, self._at_once), last - grain)
+
+    def step(self, last: int) -> None:
+        """The next grains before `last`, for every estimator that is not judged yet."""
+        evaluated = self._next(last)
         now = self._undecided
         if self.beside in now:
             of_other = evaluated[self.beside].draws.spread.cpu().numpy()
@@ -424,30 +438,31 @@ class _Run:
                     self.lanes[i].pair(evaluated[i].draws.spread.cpu().numpy(), of_other)
         for i in now:
             self.lanes[i].take(evaluated[i])
-        self.grain += 1
+        self.grain += self._size(self.grain, last)
 
-    def _next(self) -> dict[int, _Grain]:
+    def _next(self, last: int) -> dict[int, _Grains]:
         if self._workers is None:
             if self._processes == 1 or self.grain == 0:  # the first has the centres, which workers are to know
-                return self._evaluated(self.grain, self._undecided)
+                return self._evaluated(self.grain, self._size(self.grain, last), self._undecided)
             self._workers = self._stack.enter_context(Workers(self._processes, self._evaluated))
             self._given = self.grain
-        while self._workers.hungry and self._given < self._last:
-            self._workers.give(self._given, self._undecided)
-            self._given += 1
+        while self._workers.hungry and self._given < last:
+            size = self._size(self._given, last)
+            self._workers.give(self._given, size, self._undecided)
+            self._given += size
         return self._workers.take()
 
-    def _evaluated(self, grain: int, numbers: Sequence[int]) -> dict[int, _Grain]:
-        """What a grain is to be taken as, by number of the estimator."""
-        found = self._estimates([self.lanes[i].estimator for i in numbers], grain * GRAIN, GRAIN)
+    def _evaluated(self, grain: int, size: int, numbers: Sequence[int]) -> dict[int, _Grains]:
+        """What `size` grains are to be taken as, by number of the estimator."""
+        found = self._estimates([self.lanes[i].estimator for i in numbers], grain * GRAIN, size * GRAIN)
         return {
             i: self.lanes[i].evaluated(x, r, self.reference, grain) for i, (x, r) in zip(numbers, found, strict=True)
         }
 
     @contextmanager
-    def in_processes(self, count: int, last: int) -> Iterator[None]:
-        """Within, grains before `last` are evaluated by so many processes."""
-        self._processes, self._last = count, last
+    def in_processes(self, count: int) -> Iterator[None]:
+        """Within, grains are evaluated by so many processes."""
+        self._processes = count
         with self._stack:
             yield
 

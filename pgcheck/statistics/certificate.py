@@ -34,11 +34,14 @@ import scipy
 import torch
 from torch import Tensor
 
+from pgcheck.statistics.eigenvalues import largest_eigenvalues
 from pgcheck.statistics.guarded import Floats, z_of
 
 Numbers = float | Floats
 
 GRAM = 256  # draws of one Gram block
+_BLOCKS = 32  # of each doubling of n
+_MOST_POWER = 59  # of 2, of draws
 _Z = np.linspace(-9, 9, 721)
 _WEIGHT = np.exp(-(_Z**2) / 2) / np.exp(-(_Z**2) / 2).sum()
 
@@ -53,8 +56,15 @@ class Spectrum:
     square2: Numbers = 0.0  # Σ of its square
 
     def add(self, d: Tensor) -> Spectrum:
-        """With one more block `[256, P]`."""
-        return self.with_block(*of_block(d))
+        """With one more block `[256, P]`, or several `[m, 256, P]`."""
+        return self.with_blocks(*of_blocks(d.reshape(-1, *d.shape[-2:])))
+
+    def with_blocks(self, tops: list[float], squares: list[float]) -> Spectrum:
+        """With more blocks, of which this is known."""
+        found = self
+        for top, square in zip(tops, squares, strict=True):
+            found = found.with_block(top, square)
+        return found
 
     def with_block(self, top: Numbers, square: Numbers) -> Spectrum:
         """With one more block, of which this is known."""
@@ -86,32 +96,54 @@ class Spectrum:
         return np.minimum(np.maximum(self.top / self.blocks, variance), np.sqrt(self.trace_of_square))
 
 
-def of_block(d: Tensor) -> tuple[float, float]:
-    """The largest eigenvalue of Σ_i D_i D_iᵀ / m, and the mean of ⟨D_i, D_j⟩² over i ≠ j, of draws `[m, P]`.
+Blocks = tuple[list[float], list[float]]  # the largest eigenvalue of each, and the mean square of its products
+
+
+def gram_blocks(x: Tensor, first: int, size: int) -> Tensor:
+    """The first 256 draws `[m, 256, P]` of some of the grains of `size` draws in `x` `[k · size, P]`: about 32 in each doubling
+    of n; they are grains number `first` and on."""
+    taken = [
+        i for i in range(len(x) // size) if (first + i) % max(1, 2 ** ((first + i).bit_length() - 1) // _BLOCKS) == 0
+    ]
+    parts = x.unflatten(0, (-1, size))[:, :GRAM]
+    return parts if len(taken) == len(parts) else parts[taken]
+
+
+def of_blocks(d: Tensor) -> Blocks:
+    """The largest eigenvalue of Σ_i D_i D_iᵀ / m, and the mean of ⟨D_i, D_j⟩² over i ≠ j, of draws `[..., m, P]`, one of each
+    block.
 
     DᵀD and DDᵀ have the same eigenvalues; the smaller is made.
     """
-    return _of_gram(_gram(d), torch.linalg.vector_norm(d, dim=1).square())
+    return _of_grams(_grams(d), torch.linalg.vector_norm(d, dim=-1).square())
 
 
-def of_block_and_across(d: Tensor, along: Tensor) -> tuple[tuple[float, float], tuple[float, float]]:
+def of_block(d: Tensor) -> tuple[float, float]:
+    """That of one block `[m, P]`."""
+    (top,), (square,) = of_blocks(d.unsqueeze(0))
+    return top, square
+
+
+def of_blocks_and_across(d: Tensor, along: Tensor) -> tuple[Blocks, Blocks]:
     """That of D, and that of D − ⟨D, a⟩ a for a unit vector a = `along` `[P]`."""
-    gram, norms2, par = _gram(d), torch.linalg.vector_norm(d, dim=1).square(), d @ along
-    if len(gram) < len(d):  # of few coordinates, which D may fill with one direction: what is left is made by itself
-        across = of_block(d - torch.outer(par, along))
+    grams, norms2, par = _grams(d), torch.linalg.vector_norm(d, dim=-1).square(), d @ along
+    if (
+        d.shape[-1] < d.shape[-2]
+    ):  # of few coordinates, which D may fill with one direction: what is left is made by itself
+        across = of_blocks(d - par.unsqueeze(-1) * along)
     else:
-        across = _of_gram(gram - torch.outer(par, par), norms2 - par.square())
-    return _of_gram(gram, norms2), across
+        across = _of_grams(grams - par.unsqueeze(-1) * par.unsqueeze(-2), norms2 - par.square())
+    return _of_grams(grams, norms2), across
 
 
-def _gram(d: Tensor) -> Tensor:
-    return d.T @ d if d.shape[1] < len(d) else d @ d.T
+def _grams(d: Tensor) -> Tensor:
+    return d.mT @ d if d.shape[-1] < d.shape[-2] else d @ d.mT
 
 
-def _of_gram(gram: Tensor, norms2: Tensor) -> tuple[float, float]:
-    m = len(norms2)
-    off = float((gram * gram).sum() - (norms2 @ norms2))
-    return float(torch.linalg.eigvalsh(gram)[-1]) / m, max(off, 0.0) / (m * (m - 1))
+def _of_grams(grams: Tensor, norms2: Tensor) -> Blocks:
+    m = norms2.shape[-1]
+    off = (grams.square().sum((-1, -2)) - norms2.square().sum(-1)).clamp(min=0.0) / (m * (m - 1))
+    return (largest_eigenvalues(grams) / m).tolist(), off.tolist()
 
 
 def stretch(skewness_of_mean: Numbers, level: float, error: Numbers = 0.0) -> Any:
@@ -125,7 +157,7 @@ def p_value(
     U: Numbers, Δ: float, *, n: float, largest: Numbers, square: Numbers, stretch: Numbers = 1.0
 ) -> Any:  # of numbers a number, of arrays `[R]` an array
     """The probability p(U; Δ) of a statistic at most max(U, 0) under a bias of size Δ in the noisiest direction."""
-    if not any(np.ndim(x) for x in (U, largest, square, stretch)):
+    if not any(not isinstance(x, float) and np.ndim(x) for x in (U, largest, square, stretch)):
         U, A = max(float(U), 0.0), math.sqrt(largest / n) * float(stretch)
         B = math.sqrt(max(2 * (float(square) - float(largest) ** 2), 0.0)) / n
         law = _over_par if 2 * Δ * A < B else _without_noise if A <= 0 else _over_rest
@@ -161,8 +193,9 @@ def _without_noise(U: Floats, Δ: float, A: Floats, B: Floats) -> Floats:
 def upper_bound(U: float, β: float, *, n: int, largest: float, square: float, stretch: float = 1.0) -> float:
     """The Δ with p(U; Δ) = β; 0 where even no bias at all makes so small a U less likely than β."""
 
-    def excess(Δ: float) -> float:
-        return float(p_value(U, Δ, n=n, largest=largest, square=square, stretch=stretch)) - β
+    def excess(Δ: float) -> float:  # as z-scores, in which it is almost a line
+        p = float(p_value(U, Δ, n=n, largest=largest, square=square, stretch=stretch))
+        return z_of(β) - z_of(min(max(p, 1e-300), 1 - 1e-16))
 
     if excess(0.0) <= 0:
         return 0.0
@@ -179,15 +212,19 @@ def draws_to_certify(Δ: float, β: float, *, largest: float, square: float, U: 
     """The n at which a statistic of U certifies Δ at level β; infinite if ‖b‖² = U is not below Δ²."""
     if Δ**2 <= U:
         return math.inf
-    low, high = 2.0, 4.0
 
     def fails(n: float) -> bool:
         return bool(p_value(U, Δ, n=n, largest=largest, square=square) > β)
 
-    while fails(high):
-        low, high = high, high * 2
-        if high > 1e18:
+    below, power = 1, 2  # of 2, at which it still fails, and does not
+    while fails(2.0**power):
+        if power == _MOST_POWER:
             return math.inf
+        below, power = power, min(2 * power, _MOST_POWER)
+    while power > below + 1:
+        half = (below + power) // 2
+        below, power = (half, power) if fails(2.0**half) else (below, half)
+    low, high = 2.0**below, 2.0**power
     while high > low * 1.001:
         middle = math.sqrt(low * high)
         low, high = (middle, high) if fails(middle) else (low, middle)

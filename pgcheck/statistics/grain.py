@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 PRODUCTS_UP_TO = 512  # P up to which products of coordinates are summed
+_FIRST = 1024  # draws whose mean is near enough
 _SIDE = 96  # columns of a block of a symmetric product
 
 
@@ -33,9 +34,9 @@ class Grain:
 
     @classmethod
     def of(cls, x: Tensor, centre: Tensor | None = None) -> Grain:
-        """Draws of any dtype; around their mean if not told otherwise."""
+        """Draws of any dtype; around the mean of the first 1024 of them if not told otherwise."""
         exact = x.detach().to(torch.float64).contiguous()
-        return cls(exact, exact.mean(0) if centre is None else centre, torch.finfo(x.dtype).eps)
+        return cls(exact, exact[:_FIRST].mean(0) if centre is None else centre, torch.finfo(x.dtype).eps)
 
     @cached_property
     def off(self) -> Tensor:
@@ -64,9 +65,10 @@ class Grain:
         """Σ g gᵀ, `[P, P]`."""
         return _symmetric(self.off)
 
-    def along(self, v: Tensor) -> Tensor:
-        """⟨x, v⟩ of each draw and column of `v` `[P, k]`, `[n, k]`."""
-        return torch.addmm(self.centre @ v, self.off, v)
+    def along(self, v: Tensor, t: Tensor | None = None) -> Tensor:
+        """⟨x − t, v⟩ of each column of `v` `[P, k]` and draw, `[k, n]`; without `t`, ⟨x, v⟩."""
+        middle = self.centre if t is None else self.centre - t
+        return torch.addmm((middle @ v).unsqueeze(1), v.T, self.off.T)
 
     def total_from(self, t: Tensor) -> Tensor:
         """Σ(x − t), `[P]`."""
@@ -78,9 +80,12 @@ class Grain:
         return self.squares + s * (2 * self.total + len(self.x) * s)
 
     def distances_from(self, t: Tensor) -> Tensor:
-        """‖x − t‖² of each draw, `[n]`."""
-        s = self.centre - t
-        return (self.spread + 2 * (self.off @ s) + s @ s).clamp(min=0.0)
+        """‖x − t‖² of each draw, `[n]`; kept until another point is asked for."""
+        known: tuple[Tensor, Tensor] | None = vars(self).get("_distances")
+        if known is None or not torch.equal(known[0], t):
+            s = self.centre - t
+            known = vars(self)["_distances"] = t, (self.spread + 2 * (self.off @ s) + s @ s).clamp_(min=0.0)
+        return known[1]
 
     def __getstate__(self) -> dict[str, Any]:
         """What is sent to another process: not what is made of the draws there, and the products to nobody."""

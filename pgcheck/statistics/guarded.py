@@ -56,7 +56,7 @@ class Scores:
 
     @staticmethod
     def of(y: Floats) -> Scores:
-        """Of scores `[n, kinds]`."""
+        """Of scores `[n, kinds]`; fastest if it is the transpose of an array."""
         columns = np.ascontiguousarray(y.T)
         mean = columns.mean(1)
         d = columns - mean[:, None]

@@ -87,6 +87,18 @@ class Settings:
         unit = GRAIN * (self.stages - 1)
         return -(-n // unit) * unit
 
+    def grains_at_once(self, grain: int, most: int) -> int:
+        """Of the grains from number `grain` on, how many can be taken as one, `most` or up to the next place where something is
+        decided or started: directions, a look, the end of a confirming part."""
+        first = self.first_look // GRAIN
+        if grain >= first:
+            part = first * 2 ** int(math.log2(grain // first)) // (self.stages - 1)
+            stop = (grain // part + 1) * part
+        else:
+            learns = max(1, first // 4)
+            stop = learns if grain < learns else first
+        return min(most, stop - grain)
+
     def look_after(self, n: float, draws: int) -> int:
         """The first look at `n` draws or more that comes after `draws`."""
         look = self.first_look

@@ -38,6 +38,7 @@ from pgcheck.statistics.sequential import (
     Judgement,
     Settings,
     Tails,
+    check_grains,
     confidence_after,
     refuse_not_finite,
     total_variance,
@@ -170,7 +171,7 @@ class OpenJudge:
     # -- eating
 
     def update(self, draws: Tensor | Grain, reference_draws: Tensor | None = None) -> None:
-        """Take the next grain `[1024, P]`, and the r of each draw; after a verdict nothing is done.
+        """Take the next grain `[1024, P]`, or several as a `Judge` may, and the r of each; after a verdict nothing is done.
 
         Raises:
             UsageError: a wrong shape, or no r. NotFiniteError: a NaN or infinity, with the number of its draw.
@@ -181,12 +182,10 @@ class OpenJudge:
             x, self._eps = draws.x, max(self._eps, draws.eps)
         else:
             x = draws
-        P = len(self._reference)
-        for name, given in (("draws", x), ("reference_draws", reference_draws)):
-            if given is None or tuple(given.shape) != (GRAIN, P):
-                shape = None if given is None else list(given.shape)
-                raise UsageError(f"{name}: shape {shape}; a grain against this reference is [{GRAIN}, {P}].")
-        assert reference_draws is not None
+        if reference_draws is None:
+            P = len(self._reference)
+            raise UsageError(f"reference_draws: shape None; a grain against this reference is [{GRAIN}, {P}].")
+        check_grains(self.settings, self.draws, len(self._reference), draws=x, reference_draws=reference_draws)
         if x.dtype.is_floating_point:
             self._eps = max(self._eps, float(torch.finfo(x.dtype).eps))
         x, r = (
@@ -202,9 +201,9 @@ class OpenJudge:
         self._absx += x.abs().sum(0)
         self._absr += r.abs().sum(0)
         if self.draws == 0:
-            self._centre = x.mean(0)
+            self._centre = x[:GRAIN].mean(0)
             self._loud = loud_directions((x - r * self._ratio)[:GRAM])
-        self.draws += GRAIN
+        self.draws += len(x)
         self._spread = self._spread.merge(Scores.of((x - self._centre).square().sum(1, keepdim=True).cpu().numpy()))
         a, b = ((d @ self._v).cpu().numpy() for d in (x, r))
         self._ever = _merged(self._ever, a[:, 0], b[:, 0])

@@ -38,7 +38,8 @@ from pgcheck.statistics.certificate import (
     GRAM,
     Spectrum,
     draws_to_certify,
-    of_block_and_across,
+    gram_blocks,
+    of_blocks_and_across,
     p_value,
     stretch,
     upper_bound,
@@ -73,7 +74,6 @@ __all__ = [
 ]
 
 _TAIL = 256  # largest scores kept for the tail index
-_PILOT_GRAMS = 32  # Gram blocks of each doubling
 SLACK = 32  # roundings of the draws' own dtype that may look like a bias
 _W = len(WITNESSES)
 _ASIDE, _CONFIRM = _W, _W + 1  # columns of the directions after the witnesses
@@ -154,11 +154,11 @@ class Judge:
     # -- eating
 
     def update(self, draws: Tensor | Grain, reference_draws: Tensor | None = None) -> None:
-        """Take the next grain `[1024, P]`; after a verdict nothing is done.
+        """Take the next grain `[1024, P]`, or several at once (`Settings.grains_at_once`); after a verdict nothing is done.
 
         Args:
             draws: by themselves, or with what others need of them as well, around the mean of the first grain.
-            reference_draws: draws r_i of an unbiased estimator on the same random numbers, `[1024, P]`: then D = X − κ r, and
+            reference_draws: draws r_i of an unbiased estimator on the same random numbers, as many: then D = X − κ r, and
                 `reference` only says where to look and how large the tolerance is.
 
         Raises:
@@ -174,7 +174,7 @@ class Judge:
         if r is not None:
             d, at = Grain(x.x - r * float(self.scale or 0.0), origin), origin
         elif self.scale is None:
-            d, at = Grain(x.x - torch.outer(x.along(self._along.unsqueeze(1)).squeeze(1), self._along), origin), origin
+            d, at = Grain(x.x - torch.outer(x.along(self._along.unsqueeze(1)).squeeze(0), self._along), origin), origin
         if self.draws == 0:
             self._loud = loud_directions(d.x[:GRAM] - at)
         self._add_spectrum(d.x, at)
@@ -187,7 +187,7 @@ class Judge:
         self._squares += d.squares_from(at)
         self._norms2 += float(norms2.sum())
         self._norms += float(norms2.sqrt().sum())
-        kept = torch.cat([y, x.spread.unsqueeze(1)], 1).cpu().numpy()
+        kept = torch.cat([y, x.spread[None]]).cpu().numpy().T
         new = Scores.of(kept)
         self._ever = self._ever.merge(new[[0, _SPREAD, _LOUDEST]])
         self._block = self._block.merge(new[:_CONFIRM])
@@ -201,15 +201,11 @@ class Judge:
             self._look()
 
     def _checked(self, draws: Tensor | Grain, reference_draws: Tensor | None) -> tuple[Grain, Tensor | None]:
-        P, device = len(self._reference), self._reference.device
-        for name, given in (
-            ("draws", draws.x if isinstance(draws, Grain) else draws),
-            ("reference_draws", reference_draws),
-        ):
-            if given is not None and tuple(given.shape) != (GRAIN, P):
-                raise UsageError(
-                    f"{name}: shape {list(given.shape)}; a grain against this reference is [{GRAIN}, {P}]."
-                )
+        device = self._reference.device
+        check_grains(
+            self.settings, self.draws, len(self._reference), draws=draws.x if isinstance(draws, Grain) else draws,
+            reference_draws=reference_draws,
+        )  # fmt: skip
         if reference_draws is not None and self.scale is None:
             raise UsageError("reference_draws: with an estimated reference the scale must be given.")
         if isinstance(draws, Tensor):
@@ -223,21 +219,21 @@ class Judge:
         return draws, r
 
     def _scores(self, x: Grain, d: Grain, at: Tensor) -> Tensor:
-        """⟨D, v⟩ of every direction in use, and of the noisiest of the pilot, `[1024, 9]`; with an open κ, X along μ*."""
+        """⟨D, v⟩ of every direction in use, and of the noisiest of the pilot, `[9, n]`; with an open κ, X along μ*."""
         loudest = self._loud.directions[:, -1:] if self._loud.kept.numel() else self._along.unsqueeze(1)
         v = torch.cat([self._v, loudest], 1)
-        y = d.along(v) - at @ v
+        y = d.along(v, at)
         if self.scale is None:
             par = x.along(self._along.unsqueeze(1))
-            y[:, :1] = par
-            y[:, _CONFIRM:_LOUDEST] += par * (self._along @ self._v[:, _CONFIRM])
+            y[:1] = par
+            y[_CONFIRM:_LOUDEST] += par * (self._along @ self._v[:, _CONFIRM])
             if self.settings.mode == "exceeds":  # v·b > δ κ‖μ*‖ is (v − δ μ*/‖μ*‖)·E X > 0
-                y[:, 1:_LOUDEST] -= self.settings.rtol * par
+                y[1:_LOUDEST] -= self.settings.rtol * par
         return y
 
     def _bet(self, y: Tensor, norms2: Tensor) -> None:
         """On the witnesses as they are; with an open κ what lies along μ* is none of `norms2`."""
-        whole = norms2 if self.scale is not None else norms2 + y[:, 0].square()
+        whole = norms2 if self.scale is not None else norms2 + y[0].square()
         far = whole > (self.settings.bound * (1 + 1e-9)) ** 2
         if bool(far.any()):
             first = int(far.nonzero()[0, 0])
@@ -248,20 +244,18 @@ class Judge:
         bound, shifts = self.settings.bound, self._shifts()
         if self.scale is None and self.settings.mode == "exceeds":
             bound *= 1 + self.settings.rtol
-        both = torch.cat([y[:, :_W], -y[:, :TWO_SIDED]], 1).cpu().numpy()
+        both = torch.cat([y[:_W], -y[:TWO_SIDED]]).cpu().numpy().T
         self._wealth = self._wealth.after(both, np.concatenate([shifts, shifts[:TWO_SIDED]]), bound)
         self._q = self._q.merge(Scores.of(norms2.unsqueeze(1).cpu().numpy()))
 
     def _add_spectrum(self, d: Tensor, at: Tensor) -> None:
-        """The Gram block of this grain, if it is one of about 32 in each doubling of n."""
-        grain = self.draws // GRAIN
-        if grain % max(1, 2 ** (grain.bit_length() - 1) // _PILOT_GRAMS):
-            return
+        """The Gram blocks of these grains."""
+        blocks = gram_blocks(d, self.draws // GRAIN, GRAIN) - at
         if self.scale is None:
-            self._whole = self._whole.add(d[:GRAM] - at)
+            self._whole = self._whole.add(blocks)
             return
-        whole, across = of_block_and_across(d[:GRAM] - at, self._along)
-        self._whole, self._across = self._whole.with_block(*whole), self._across.with_block(*across)
+        whole, across = of_blocks_and_across(blocks, self._along)
+        self._whole, self._across = self._whole.with_blocks(*whole), self._across.with_blocks(*across)
 
     def _keep_largest(self, size: Floats) -> None:
         if len(self._tail) == _TAIL:
@@ -630,6 +624,17 @@ _NUMBERS = (
     "decided", "next_look", "_norms2", "_norms", "_weight2", "_looked", "_spent", "_eps", "_frozen", "_frozen_at",
     "_shown", "_failed", "_passed", "_last", "_aside_low",
 )  # fmt: skip
+
+
+def check_grains(settings: Settings, before: int, P: int, **given: Tensor | None) -> None:
+    """Raise `UsageError` unless all that is given after so many draws is grains that can be taken at once, of P coordinates."""
+    first, *_ = (x for x in given.values() if x is not None)
+    grains = len(first) // GRAIN if first.dim() else 0
+    for name, x in given.items():
+        if x is not None and (tuple(x.shape) != (grains * GRAIN, P) or not grains):
+            raise UsageError(f"{name}: shape {list(x.shape)}; a grain against this reference is [{GRAIN}, {P}].")
+    if grains > (most := settings.grains_at_once(before // GRAIN, grains)):
+        raise UsageError(f"draws: {grains} grains, of which something is decided after {most}; give those first.")
 
 
 def refuse_not_finite(x: Tensor, before: int, *, total: Tensor | None = None) -> None:

@@ -19,7 +19,7 @@ import pgcheck
 from pgcheck.engines.accounts import Account
 from pgcheck.engines.coefficients import estimates, per_row, unmasked_coefficients
 from pgcheck.engines.exact import exact_moments
-from pgcheck.engines.monte_carlo import LogitSpace, Sampling, monte_carlo
+from pgcheck.engines.monte_carlo import LogitSpace, Sampling, _Run, monte_carlo
 from pgcheck.estimators.lookup import as_estimator
 from pgcheck.registry import find_problem
 from pgcheck.statistics.sequential import Settings
@@ -360,13 +360,15 @@ def test_sigkill_loses_at_most_a_block(tmp_path):
 
     whole, out = tmp_path / "whole.txt", tmp_path / "killed.txt"
     with start(tmp_path / "a", whole) as process:
-        process.communicate()
+        told = list(map(int, process.communicate()[0].split()))
+    assert told[-1] == 65_536
     seen = 0
     for after in (2, 5, 1):  # blocks, each time from where the one before was killed
         with start(tmp_path / "b", out) as process:
             lines = [int(process.stdout.readline()) for _ in range(after)]
             process.send_signal(signal.SIGKILL)
-        assert lines[0] in (seen + 2048, seen + 4096)  # what a block that was saved but not told has in it is not lost
+        at = [0, *told].index(seen)
+        assert lines[0] in told[at : at + 2]  # what a block that was saved but not told has in it is not lost
         seen = lines[-1]
     with start(tmp_path / "b", out) as process:
         process.communicate()
@@ -408,3 +410,15 @@ def test_bounds_that_are_known_decide(name: str, status: str) -> None:
     assert (float((exact.mean - problem.gradient()).norm()) > 0.1 * float(problem.gradient().norm())) == (
         status == "FAIL"
     )
+
+
+def test_a_block_of_draws_is_small_whatever_an_estimator_differentiates():
+    """Positions, times actions where some estimator weighs the logits of each; of a task whose contexts are not listed too."""
+    weights = replace(as_estimator("rloo"), leaf="logits")
+    for name in ("lm-large/written", "sampled/token-tree"):
+        p = find_problem(name)
+        for chosen, width in (([as_estimator("rloo")], 1), ([as_estimator("rloo"), weights], p.actions)):
+            run = _Run(chosen, p, LogitSpace(torch.zeros(2)), 0, "cpu", LIGHT, [(), ()][: len(chosen)])
+            held = run._rows * p.rows * p.steps * width
+            assert held <= 2**20
+            assert run._rows == run._at_once * 1024 or 2 * held > 2**20

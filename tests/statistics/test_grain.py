@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pgcheck.statistics.certificate import GRAM, of_block_and_across
+from pgcheck.statistics.certificate import GRAM, of_blocks_and_across
 from pgcheck.statistics.grain import PRODUCTS_UP_TO, Grain
 
 
@@ -29,7 +29,8 @@ def test_sums_from_any_point_are_their_definitions(P: int) -> None:
         assert np.allclose(g.squares_from(t), (d**2).sum(0), rtol=1e-12)
         assert np.allclose(g.distances_from(t), (d**2).sum(1), rtol=1e-12)
     v = torch.randn(P, 3, generator=generator, dtype=torch.float64)
-    assert np.allclose(g.along(v), x @ v.numpy(), rtol=1e-12, atol=1e-10)
+    assert np.allclose(g.along(v).T, x @ v.numpy(), rtol=1e-12, atol=1e-10)
+    assert np.allclose(g.along(v, t).T, (x - t.numpy()) @ v.numpy(), rtol=1e-12, atol=1e-10)
     off = x - g.centre.numpy()
     assert np.allclose(g.products, np.einsum("ni,nj->ij", off, off), rtol=1e-12, atol=1e-9)
     assert torch.equal(g.products, g.products.T)
@@ -64,9 +65,10 @@ def test_what_lies_across_a_direction_is_its_definition(P: int) -> None:
     generator = torch.Generator().manual_seed(2)
     along = torch.randn(P, generator=generator, dtype=torch.float64)
     along /= along.norm()
-    d = torch.randn(GRAM, P, generator=generator, dtype=torch.float64) + 2 * along
-    across = d - torch.outer(d @ along, along)
-    for found, x in zip(of_block_and_across(d, along), (d, across), strict=True):
-        gram = (x @ x.T).numpy()
-        assert found[0] == pytest.approx(np.linalg.norm(x.numpy(), 2) ** 2 / GRAM, rel=1e-9)
-        assert found[1] == pytest.approx(np.mean(gram[~np.eye(GRAM, dtype=bool)] ** 2), rel=1e-9)
+    blocks = torch.randn(3, GRAM, P, generator=generator, dtype=torch.float64) + 2 * along
+    across = blocks - (blocks @ along).unsqueeze(-1) * along
+    for (tops, squares), parts in zip(of_blocks_and_across(blocks, along), (blocks, across), strict=True):
+        for top, square, x in zip(tops, squares, parts, strict=True):
+            gram = (x @ x.T).numpy()
+            assert top == pytest.approx(np.linalg.norm(x.numpy(), 2) ** 2 / GRAM, rel=1e-9)
+            assert square == pytest.approx(np.mean(gram[~np.eye(GRAM, dtype=bool)] ** 2), rel=1e-9)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import astuple
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from scipy import stats
 from torch import Tensor
 
 from pgcheck.errors import NotFiniteError, UsageError
+from pgcheck.statistics.open_scale import OpenJudge
 from pgcheck.statistics.sequential import GRAIN, Judge, Judgement, Settings, confidence_after
 from pgcheck.statistics.status import Status
 
@@ -103,6 +105,55 @@ def test_resumed_from_its_state_a_judge_says_the_same(at: int, scale: float | No
     assert a.keys() == b.keys()
     assert all(a[k].numpy().tobytes() == b[k].numpy().tobytes() for k in a)
     assert repr(whole.verdict()) == repr(part.verdict())
+
+
+@pytest.mark.parametrize(
+    ("alpha", "first", "rarest"),
+    [(1e-6 / 1024, 4096, None), (1e-4, 2048, None), (1e-9, 10_000, None), (1e-3, 1024, 1e-3)],
+)
+def test_grains_are_taken_together_up_to_where_something_happens(
+    alpha: float, first: int, rarest: float | None
+) -> None:
+    """To the looks, where directions are learned, and the ends of confirming parts, and over none of them."""
+    s = Settings(alpha=alpha, first=first, rarest=rarest)
+    looks = [s.first_look // GRAIN * 2**k for k in range(8)]
+    parts = [n + n * j // (s.stages - 1) for n in looks for j in range(1, s.stages)]
+    stops = sorted({max(1, looks[0] // 4), *looks, *parts})
+    for grain in range(looks[-1]):
+        ahead = next(x for x in stops if x > grain) - grain
+        assert [s.grains_at_once(grain, most) for most in (1, 3, 10**9)] == [1, min(3, ahead), ahead]
+
+
+@pytest.mark.parametrize("what", ["fails", "passes", "open", "bounded", "beside a reference", "an open one beside it"])
+def test_grains_that_are_taken_together_are_judged_as_one_by_one(what: str) -> None:
+    """The same decisions after the same draws; sums are the same to rounding."""
+    mu, κ = reference(7), None if what in ("open", "an open one beside it") else 1.0
+    bounds = (-40.0, 40.0) if what == "bounded" else None
+    s, paired = Settings(rtol=0.2, bounds=bounds), "beside" in what
+    bias = 0.0 if what == "passes" else 0.1
+    grains = [x for x, _ in zip(stream(7, mean=mu + bias, noise=5.0), range(64), strict=False)]
+    other = [x for x, _ in zip(stream(7, mean=mu, noise=1.0, seed=1), range(64), strict=False)]
+    kind = OpenJudge if what == "an open one beside it" else Judge
+    single, together = kind(mu, s, scale=κ), kind(mu, s, scale=κ)
+    for x, r in zip(grains, other, strict=True):
+        single.update(x, r if paired else None)
+    at = 0
+    while at < 64:
+        size = s.grains_at_once(at, 8)
+        x, r = (torch.cat(part[at : at + size]) for part in (grains, other))
+        together.update(x, r if paired else None)
+        at += size
+    assert single.decided
+    assert together.draws == single.draws
+    a, b = single.verdict(), together.verdict()
+    assert (a.status, a.witness, a.note, a.needed) == (b.status, b.witness, b.note, b.needed)
+    assert a.status is (Status.PASS if what == "passes" else Status.FAIL)
+    numbers = [(v.rel, v.missed, *astuple(v.scale), *astuple(v.variance)) for v in (a, b)]
+    assert numbers[0] == pytest.approx(numbers[1], rel=1e-9, nan_ok=True)
+    for name, x in single.state().items():
+        one, same = x.nan_to_num(), together.state()[name].nan_to_num()
+        largest = float(one.abs().max()) if one.numel() else 0.0
+        assert torch.allclose(one, same, rtol=1e-9, atol=1e-9 * (1 + largest)), name
 
 
 def test_a_nan_is_named_by_its_draw() -> None:
