@@ -53,17 +53,18 @@ from pgcheck.engines.exact import accumulate, exact_moments
 from pgcheck.engines.moments import Progress
 from pgcheck.engines.monte_carlo import monte_carlo
 from pgcheck.engines.parameters import ParameterSpace, one_by_one, policy_of
-from pgcheck.engines.sketch import SketchSpace, sketch_moments
+from pgcheck.engines.sketch import SketchSpace, default_space, sketch_moments
 from pgcheck.engines.threads import one_thread
 from pgcheck.envs.language import LMTask
 from pgcheck.envs.tabular import TabularMDP
 from pgcheck.errors import PgcheckError, UsageError
 from pgcheck.estimators.base import Estimator
 from pgcheck.estimators.lookup import as_estimator
+from pgcheck.generation import draws_at_once
 from pgcheck.policies import TinyGPT
 from pgcheck.problem import Problem
 from pgcheck.registry import find_problem
-from pgcheck.statistics.sequential import Settings
+from pgcheck.statistics.sequential import GRAIN, Settings
 from pgcheck.trajectories import Trajectories
 
 ROUNDS = 7
@@ -73,6 +74,7 @@ RIVAL_BLOCKS = (2_048, 4_096, 16_384)  # batches at once; a rival gets those tha
 MOST_TUPLES = 2_000_000
 LOOP_SAMPLES = 150  # batches a round for the loop of backward
 DRAWS = 65_536  # of a task whose contexts are listed, for the sketch
+GIVEN = 8_192  # of such a task for a whole verdict
 WRITTEN = 1_024  # of one whose completions the model writes
 MAPPED = 1_024  # draws of which every parameter is estimated
 DIRECTIONS = 32
@@ -541,6 +543,45 @@ def sketched(problem: Problem, *, batches: int, directions: int = 32, rounds: in
     ]
 
 
+def writer() -> Problem:
+    """A transformer of 820 thousand parameters writes up to sixteen of 64 tokens."""
+    task = LMTask(
+        [(1, 2), (3,)], vocab_size=64, eos=0, max_new_tokens=16, max_completions=1, max_prefixes=1, returns=(0, 1),
+        reward=lambda prompt, text: float(sum(text) % 2 == 0),
+    )  # fmt: skip
+    model = TinyGPT(64, context=18, width=128, layers=4, heads=4, seed=3)
+    return Problem(task, model, groups=1, group_size=4, name="bench/writer")
+
+
+def beside_sampling(
+    made: Callable[[], Problem], *, draws: int, device: str = "cpu", rounds: int = ROUNDS
+) -> list[Ratio]:
+    """A whole sampled verdict of what a model writes, its pilot and the estimates that stand for ∇J included, beside the drawing
+    of as many batches and nothing else; the problem is built anew in every round."""
+    e, settings = as_estimator("grpo"), Settings(rtol=1e-3, first=draws, looks=1)
+
+    def verdict() -> None:
+        fresh = made()
+        space = default_space(fresh, device=device)
+        monte_carlo([e], fresh, scales=[[1.0]], settings=settings, draws=draws, device=device, space=space)
+
+    def bare() -> None:
+        sampler = made().sampler(device=device)
+        at_once = draws_at_once(sampler, 8 * GRAIN)
+        for low in range(0, draws, at_once):
+            sampler.draw(low, min(at_once, draws - low))
+        if device != "cpu":
+            torch.cuda.synchronize()
+
+    contenders: dict[str, tuple[Callable[[], Any], float]] = {
+        "sampled verdict": (verdict, draws), "bare sampling": (bare, draws),
+    }  # fmt: skip
+    problem, where = made(), "" if device == "cpu" else f", on {torch.cuda.get_device_name()}"
+    P = sum(p.numel() for p in problem.policy.parameters())
+    subject = f"grpo, {problem.name}, G = {problem.rows}, P = {P:,}, {draws:,} draws{where}"
+    return _ratios("verdict beside sampling", subject, "draws/s", in_turns(contenders, rounds=rounds))
+
+
 def tenth_in_a_sketch(problem: Problem, *, batches: int, directions: int = 32, rounds: int = ROUNDS) -> list[Ratio]:
     """Ten estimators on the same draws against nine of them."""
     ten = [as_estimator(name) for name in TEN]
@@ -611,6 +652,12 @@ def bench(*, rounds: int = ROUNDS, progress: Progress | None = None) -> list[Rat
     work.append(functools.partial(sketched, digits_of_six(8), batches=DRAWS, directions=DIRECTIONS, rounds=few))
     work.append(functools.partial(sketched, written, batches=WRITTEN, directions=DIRECTIONS, rounds=few))
     work.append(functools.partial(tenth_in_a_sketch, written, batches=WRITTEN, directions=DIRECTIONS, rounds=few))
+    where = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    for device in where:
+        small = functools.partial(find_problem, written.name)
+        work.append(functools.partial(beside_sampling, small, draws=GIVEN, device=device, rounds=few))
+        if device != "cpu":
+            work.append(functools.partial(beside_sampling, writer, draws=GIVEN, device=device, rounds=few))
     work += [functools.partial(sampled, find_problem(name), draws=n, rounds=rounds) for name, n in SAMPLED.items()]
     out: list[Ratio] = []
     with one_core():
