@@ -556,8 +556,8 @@ def writer() -> Problem:
 def beside_sampling(
     made: Callable[[], Problem], *, draws: int, device: str = "cpu", rounds: int = ROUNDS
 ) -> list[Ratio]:
-    """A whole sampled verdict of what a model writes, its pilot and the estimates that stand for ∇J included, beside the drawing
-    of as many batches and nothing else; the problem is built anew in every round."""
+    """A whole sampled verdict of what a model writes, its pilot and the estimates that stand for ∇J included, beside drawing
+    as many batches and nothing else; the problem is built anew in every round."""
     e, settings = as_estimator("grpo"), Settings(rtol=1e-3, first=draws, looks=1)
 
     def verdict() -> None:

@@ -150,14 +150,17 @@ def _source_of(code: CodeType) -> str | None:
 
     def holds(node: Any) -> bool:
         first, last = (node.lineno, node.col_offset), (node.end_lineno, node.end_col_offset)
-        return all(first <= (low, begin) and (high, end) <= last for low, high, begin, end in places)
+        return bool(places) and all(first <= (low, begin) and (high, end) <= last for low, high, begin, end in places)
 
     name = code.co_name
     named = [n for n in nodes if begins(n) == code.co_firstlineno and getattr(n, "name", "<lambda>") == name]
     found = [n for n in named if holds(n)] or named
     if found and holds(found[0]):  # the innermost
         found = [min(found, key=lambda n: (n.end_lineno - n.lineno, n.end_col_offset - n.col_offset))]
-    return "\n".join(sorted(ast.unparse(_without_docstrings(n)) for n in found)) or None
+    told = sorted(ast.unparse(_without_docstrings(n)) for n in found)
+    if len(found) > 1:  # Python 3.12 does not say where the constant stands that a lambda returns
+        told.append(_without_source(code))
+    return "\n".join(told) or None
 
 
 def _without_docstrings(tree: ast.AST) -> ast.AST:

@@ -30,8 +30,8 @@ WHAT = {
     " verdicts take them where parameters are few, against one pass a group.",
     "sampled draws": "A sampled verdict with everything it needs, the drawing of the batches included; the rival is handed the"
     " same batches and adds up E ĝ and E ĝĝᵀ.",
-    "verdict beside sampling": "A whole sampled verdict of what a model writes, from nothing, beside drawing as many batches and"
-    " nothing else. The aim on a GPU is a third.",
+    "verdict beside sampling": "A whole sampled verdict of what a model writes, from nothing, beside drawing as many batches"
+    " and nothing else. The aim on a GPU is a third.",
     "tenth estimator": "Ten estimators in one call of an engine against nine of them; 1 − ratio is (t₁₀ − t₉)/t₁₀, the part of"
     " the run that the tenth is. Exactly: each of four cheap ones is the tenth in turn, and their times are added up.",
 }
