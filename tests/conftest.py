@@ -21,6 +21,13 @@ torch.set_num_threads(1)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+@pytest.fixture
+def forks() -> None:
+    """For a test that has several processes evaluate draws: they are forked."""
+    if torch.cuda.is_available():
+        pytest.skip("no process is forked where torch sees a GPU; CUDA_VISIBLE_DEVICES='' hides it")
+
+
 @pytest.fixture(scope="session")
 def contract() -> dict[str, Any]:
     """The worked example, computed elsewhere by brute force over ordered tuples."""

@@ -471,6 +471,7 @@ SAMPLED = [
 ]
 
 
+@pytest.mark.usefixtures("forks")
 def test_settings_of_samples_on_the_command_line(run: Run) -> None:
     """What is asked for is what verdicts carry; in a suite's file as well, and `--workers` changes nothing."""
     code, out, _ = run("run", "small.toml", "--json", *SAMPLED)
@@ -538,6 +539,7 @@ def test_a_design_from_a_pilot(run: Run) -> None:
     assert "at least 1,024" in run("design", "grpo", "--engine", "monte_carlo", "--pilot", "10")[2]
 
 
+@pytest.mark.usefixtures("forks")
 def test_settings_of_samples_compared(run: Run) -> None:
     code, out, _ = run("compare", "reinforce", "grpo", "--json", *SAMPLED, "--workers", "2", "--resume", "kept")
     assert code == 0

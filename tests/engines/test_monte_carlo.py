@@ -102,6 +102,7 @@ def test_the_set_of_estimators_the_block_and_the_number_of_them_change_no_byte()
 
 
 @pytest.mark.parametrize("problem", ["sampled/groups-16", "sampled/token-tree", "sampled/walk-50"])
+@pytest.mark.usefixtures("forks")
 def test_no_byte_depends_on_company_or_processes_where_gradients_are_sums_of_scores_and_where_not(problem):
     """From a fixed table, from rollouts drawn anew with few logits, and with many."""
     p, how = find_problem(problem), {"settings": LIGHT, "draws": 4096}
@@ -140,6 +141,7 @@ def test_weights_of_rows_give_the_same_bytes_in_blocks_of_any_size():
         assert torch.equal(torch.cat(parts), whole)
 
 
+@pytest.mark.usefixtures("forks")
 def test_pairs_are_those_of_the_two_whatever_is_drawn_beside_them():
     """Also in another block, in processes, and where one of the two is done before the other."""
     p = find_problem("dialogue/two-turn")

@@ -114,6 +114,7 @@ def test_the_length_of_what_was_stored() -> None:
     assert space.settings(Settings()).rtol * float(space.reference.norm()) < 0.05 * length
 
 
+@pytest.mark.usefixtures("forks")
 def test_from_the_door(tmp_path: Path) -> None:
     """A file, a path, an array: the same report, which says what it was held against; bytes do not depend on workers."""
     p = problem("written", group_size=4)

@@ -65,11 +65,13 @@ def test_a_killed_run_goes_on_to_the_same_report(tmp_path: Path, whole: bytes) -
     assert (tmp_path / "killed.json").read_bytes() == whole
 
 
+@pytest.mark.usefixtures("forks")
 def test_processes_change_no_byte(tmp_path: Path, whole: bytes) -> None:
     command("three.json", "--workers", "3", "--resume", "kept")
     assert (tmp_path / "three.json").read_bytes() == whole
 
 
+@pytest.mark.usefixtures("forks")
 def test_the_same_from_the_library(tmp_path: Path) -> None:
     """`compare` goes on as well, with a loss that could not be sent to another process, and settings are held to."""
 
