@@ -22,8 +22,8 @@ fifths of that the uniforms), a quarter the coefficients, a fifth what is kept o
 into trying whether the estimator is pure and into the bounds that are printed, so that this problem is raced with as many
 draws as a check takes. On a tree of 336 logits a third is the drawing, a fifth the coefficients, a fifth the largest
 eigenvalue of two 256 x 256 matrices of each grain, while grains are few, and a tenth Σ x xᵀ. The tenth estimator is within 3%
-of an exact run in the median, and of one where drawing is dear (walk-50, which is simulated). Elsewhere ten that are alike share a
-look-up that is cheaper than one of them, so that each is a tenth of what is not shared, whatever both cost.
+of an exact run in the median, and of one where drawing is dear (walk-50, which is simulated). Elsewhere ten that are alike
+share a look-up that is cheaper than one of them, so that each is a tenth of what is not shared, whatever both cost.
 
 Guarantee: a rate is reported only after the contenders gave the same E ĝ and E‖ĝ‖² to 1e-9: rivals on the same random
 batches, the exact verdict against ordered tuples wherever those are few enough to be raced. A ratio is the

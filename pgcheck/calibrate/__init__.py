@@ -13,8 +13,8 @@ Where ĝ can be enumerated it has a finite law, and a sample of n draws is a mul
 
 Guarantee: rates carry Clopper–Pearson bounds (99%); families are never pooled, as one in which the guard refuses would
 flatter another; every law and question has a stream of its own, so that neither the set of laws, nor that of questions, nor the
-number of processes moves a number, and more looks go on where fewer ended. The error rate of a whole verdict, 1e-6 for a run,
-is *inferred* from the stages and their independence.
+number of processes moves a number, and more looks go on where fewer ended (where κ is open, those of the first
+setting). The error rate of a whole verdict, 1e-6 for a run, is *inferred* from the stages and their independence.
 """
 
 from __future__ import annotations

@@ -119,7 +119,8 @@ def _again(c: Calibration) -> list[str]:
         return [f"{first} gives these figures again.", ""]
     return [
         f"{first} gives these figures again, and these commands those of questions and laws that it had too few runs to tell;"
-        " their numbers of runs were set beforehand, and a stream of looks goes on where the shorter one ended:",
+        " their numbers of runs were set beforehand, and a stream of looks goes on where the shorter one ended (where κ is"
+        " open only that of the first setting; the others are of other draws):",
         "",
         *(f"* {command}" for command in more),
         "",
