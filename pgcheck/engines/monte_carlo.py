@@ -398,12 +398,13 @@ class _Run:
         self._processes, self._given = 1, 0
         positions = self.problem.rows * self.problem.steps
         self._at_once = min(_AT_ONCE, max(1, _MOST_NUMBERS // (GRAIN * max(positions, len(self.reference)))))
-        if any(e.leaf == "logits" for e in self.estimators):
-            positions *= max(1, self.problem.actions)
         most = self._at_once * GRAIN
         self._rows = min([most, *(draws_at_once(sampler, most) for sampler in self._samplers.values())])
         while self._rows > 1 and self._rows * positions > _MOST_NUMBERS:
             self._rows //= 2
+        self._logit_rows = self._rows  # of those on logits; the others' blocks do not depend on whether there are any
+        while self._logit_rows > 1 and self._logit_rows * positions * self.problem.actions > _MOST_NUMBERS:
+            self._logit_rows //= 2
 
     def _judge(self, scale: Scale) -> AnyJudge:
         return self.space.judge_of(scale)(self.reference, self.space.settings(self.settings), scale=scale)
@@ -480,15 +481,18 @@ class _Run:
                 if needs not in drawn:
                     drawn[needs] = sampler.draw(low, min(self._rows, first + count - low))
                 table, index = drawn[needs]
-                batch = table.batch(index, sampler.labels, logits=logits)
-                for i in members:
-                    try:
-                        parts[i].append(self._projected(estimators[i], batch, table, index))
-                    except NotFiniteError:
-                        self._name_draw(estimators[i], low, len(index))
-                        raise
-                    if (r := self.space.drawn(table, index, low, estimators[i])) is not None:
-                        others[i].append(r)
+                at = low
+                for part in index.split(self._logit_rows) if logits else (index,):
+                    batch = table.batch(part, sampler.labels, logits=logits)
+                    for i in members:
+                        try:
+                            parts[i].append(self._projected(estimators[i], batch, table, part))
+                        except NotFiniteError:
+                            self._name_draw(estimators[i], at, len(part))
+                            raise
+                        if (r := self.space.drawn(table, part, at, estimators[i])) is not None:
+                            others[i].append(r)
+                    at += len(part)
         return [(_joined(x), _joined(r) if r else None) for x, r in zip(parts, others, strict=True)]
 
     def _projected(self, estimator: Estimator, batch: Batch, table: Trajectories, index: Tensor) -> Tensor:

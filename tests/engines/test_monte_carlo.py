@@ -415,12 +415,17 @@ def test_bounds_that_are_known_decide(name: str, status: str) -> None:
 
 
 def test_a_block_of_draws_is_small_whatever_an_estimator_differentiates():
-    """Positions, times actions where some estimator weighs the logits of each; of a task whose contexts are not listed too."""
+    """Positions, times actions for one that weighs the logits of each, beside which the others' blocks stay as they are; of a
+    task whose contexts are not listed too."""
     weights = replace(as_estimator("rloo"), leaf="logits")
     for name in ("lm-large/written", "sampled/token-tree"):
         p = find_problem(name)
-        for chosen, width in (([as_estimator("rloo")], 1), ([as_estimator("rloo"), weights], p.actions)):
-            run = _Run(chosen, p, LogitSpace(torch.zeros(2)), 0, "cpu", LIGHT, [(), ()][: len(chosen)])
-            held = run._rows * p.rows * p.steps * width
+        alone, beside = (
+            _Run(chosen, p, LogitSpace(torch.zeros(2)), 0, "cpu", LIGHT, [()] * len(chosen))
+            for chosen in ([as_estimator("rloo")], [as_estimator("rloo"), weights])
+        )
+        assert alone._rows == beside._rows
+        for rows, width in ((beside._rows, 1), (beside._logit_rows, p.actions)):
+            held = rows * p.rows * p.steps * width
             assert held <= 2**20
-            assert run._rows == run._at_once * 1024 or 2 * held > 2**20
+            assert rows == beside._at_once * 1024 or 2 * held > 2**20
