@@ -81,7 +81,7 @@ def _of_whole_runs(
     if "verdicts" in questions:
         ended, misses = end_to_end(law, runs=max(4, runs // 320), rng=_stream(law, "verdicts", seed))
         verdicts.append(ended)
-    if "power" in questions and law.family in ("light", "skewed"):
+    if "power" in questions:
         power, more = powers(law, runs=max(2, runs // 2000), rng=_stream(law, "power", seed))
         misses = misses + more
     return verdicts, power, misses

@@ -96,9 +96,10 @@ def powers(law: Law, *, runs: int, rng: np.random.Generator) -> tuple[list[Power
         for ratio in RATIOS:
             bias = direction * (ratio * noise)
             got = [endings.add(run_to_the_end(law, rng, bias=bias, settings=settings)) for _ in range(runs)]
-            failed = [v.draws for v in got if v.status is Status.FAIL]
-            median = float(np.median(failed)) if failed else math.inf
+            draws = [float(v.draws) if v.status is Status.FAIL else math.inf for v in got]
+            failed = sum(map(math.isfinite, draws))
+            median = float(np.median(draws)) if 2 * failed > runs else None
             size = float(bias.norm() / (law.mean - bias).norm())
             oracle = (z_of(settings.alpha) / ratio) ** 2
-            out.append(Power(law.name, shape, size, runs, len(failed), median, oracle))
+            out.append(Power(law.name, law.family, shape, size, runs, failed, median, oracle))
     return out, endings.rates("after stopping, a bias")

@@ -61,17 +61,18 @@ class Power:
     """Draws to a FAIL of whole judges, against the test at the same α that knows the direction of the bias."""
 
     law: str
+    family: str
     detail: str
     size: float  # ‖b‖/‖μ*‖
     runs: int
     failed: int
-    median_draws: float
+    median_draws: float | None  # None: at least half of the runs end without a FAIL
     oracle_draws: float
 
     @property
     def ratio(self) -> float:
-        """Median draws over those of the oracle."""
-        return self.median_draws / self.oracle_draws
+        """Median draws over those of the oracle; inf where there is no median."""
+        return math.inf if self.median_draws is None else self.median_draws / self.oracle_draws
 
 
 @dataclass(frozen=True)
