@@ -103,11 +103,10 @@ class Form:
         return product
 
     def over(self, number: float) -> Form:
-        """Divided as torch divides: by 0 too."""
-        x = np.float64(number)
-        with np.errstate(all="ignore"):
-            terms = {k: float(c / x) for k, c in self.terms.items()}
-            return Form(self.run, float(self.number / x), terms, self.known)
+        """Divided; by 0 only torch can."""
+        if number == 0:
+            raise NotLinearError
+        return Form(self.run, self.number / number, {k: c / number for k, c in self.terms.items()}, self.known)
 
     def minus(self, other: Form | float) -> Form:
         return self.plus(other, -1.0)
@@ -663,3 +662,14 @@ _PROPERTIES: dict[str, Callable[[Any], Any]] = {
 }
 for _name, _property in _PROPERTIES.items():
     setattr(Unknown, _name, property(_property))
+
+
+def _like(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A new tensor of known numbers, which asks of another for no more than its shape and precision."""
+    return lambda x, *args, **kwargs: fn(torch.zeros(_shape(x), dtype=torch.float64), *args, **kwargs)
+
+
+for _name in ("new_zeros", "new_ones", "new_full"):
+    _rule(_name)(_like(getattr(Tensor, _name)))
+for _name in ("zeros_like", "ones_like", "full_like"):
+    _rule(_name)(_like(getattr(torch, _name)))
