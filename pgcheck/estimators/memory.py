@@ -8,8 +8,9 @@ was asked for, the log-ratio among them; and a batch with the same numbers in th
 another problem, and (where there is no ratio, or it is 1) at another θ.
 
 Guarantee: nothing is remembered of a loss before it was found to be a function of its batch (`LossCoefficients.remember`), nor
-of a batch on which it looks at more; and the first of every block are compared with what autograd says at the
-log-probabilities that they have.
+of a batch on which it looks at more, whether or not it catches the refusal; and the first of every block are compared with what
+autograd says at the log-probabilities that they have. Not seen is a loss that, on few batches only, asks for the type of a tensor
+or catches what the copy `torch.tensor(x)` of an unknown number raises.
 """
 
 from __future__ import annotations
@@ -56,14 +57,14 @@ class Memory:
             return torch.arange(M)
         known = self._known.setdefault(_kind(batch), {})
         keys = {asked: _bytes(batch, asked) for asked in known}
-        d = batch.logp - batch.behavior_logp
+        shape, d = batch.logp.shape[1:], (batch.logp - batch.behavior_logp).flatten(1).tolist()
         one = batch.by_number()
         left, new = [], []
         for m in range(M):
             c = next((x for asked, key in keys.items() if (x := known[asked].get(key[m])) is not None), None)
             if c is None and self.pays:
                 run = Run(d[m])
-                found = self._run(one(m, Unknowns(run, d[m].shape)), run)
+                found = self._run(one(m, Unknowns(run, shape)), run)
                 if found is not None:
                     c, asked = found
                     if asked not in keys:
@@ -86,13 +87,13 @@ class Memory:
         """c, and the columns that the loss has asked for; None where it looks at more, or where c is not finite."""
         self._tried += 1
         try:
-            c = run.coefficients(self._value(one)).reshape(one.shape)
+            c = run.coefficients(self._value(one)).view(one.shape)
         except Exception:  # whatever is wrong, the loop says
             return None
         finally:
             run.end()
         asked = vars(one).keys() - _NEVER_MIND
-        if not asked <= _ASKED or not bool(torch.isfinite(c).all()):
+        if not asked <= _ASKED:
             return None
         self._linear += 1
         return c, tuple(sorted(asked))

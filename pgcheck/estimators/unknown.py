@@ -37,8 +37,8 @@ class NotLinearError(RuntimeError):
 class Run:
     """One call of a loss with unknown log-probabilities."""
 
-    def __init__(self, d: Tensor) -> None:
-        self.d: list[float] = d.flatten().tolist()
+    def __init__(self, d: list[float]) -> None:
+        self.d = d
         self.refused = False
         self.written: list[tuple[Tensor, Tensor]] = []  # numbers that unknown ones were added to, and what they were
 
@@ -51,16 +51,20 @@ class Run:
         """−∂loss/∂logp `[n]`.
 
         Raises:
-            NotLinearError: something was refused, or the loss is of another run.
+            NotLinearError: something was refused, the loss is of another run, or c is not finite.
         """
         if self.refused or (isinstance(loss, Unknown) and loss.forms.run is not self):
             raise NotLinearError
         if isinstance(loss, Unknown):
             terms = loss.forms.terms
-            return torch.tensor([-terms.get(k, 0.0) for k in range(len(self.d))], dtype=torch.float64)
-        if loss.requires_grad:
-            return -torch.autograd.grad(loss, self.leaf)[0]
-        return torch.zeros(len(self.d), dtype=loss.dtype) * loss  # a constant; NaN where that is
+            c = [-terms.get(k, 0.0) for k in range(len(self.d))]
+        elif loss.requires_grad:
+            c = (-torch.autograd.grad(loss, self.leaf)[0]).tolist()
+        else:
+            c = [0.0 * float(loss)] * len(self.d)  # a constant; NaN where that is
+        if not all(map(math.isfinite, c)):
+            raise NotLinearError
+        return torch.tensor(c, dtype=torch.float64)
 
     def end(self) -> None:
         """What was added to is again what it was: it may live longer than the call."""
@@ -110,6 +114,19 @@ class Form:
 
     def minus(self, other: Form | float) -> Form:
         return self.plus(other, -1.0)
+
+    @staticmethod
+    def total(several: Sequence[Form]) -> Form:
+        """Their sum."""
+        first = several[0]
+        if not all(x.known == first.known and x.run is first.run for x in several):
+            return functools.reduce(Form.plus, several)
+        number, terms = 0.0, dict[int, float]()
+        for x in several:
+            number += x.number
+            for k, c in x.terms.items():
+                terms[k] = terms.get(k, 0.0) + c
+        return Form(first.run, number, terms, first.known)
 
     __add__ = plus  # of arrays of forms
 
@@ -426,6 +443,8 @@ def _becomes(total: Any, new: Unknown) -> Any:
 
 def _reduced(x: Any, dim: Any, keepdim: bool) -> tuple[Unknown, int]:
     n = _dims(x)
+    if dim is None and n and x.forms.size and not keepdim:
+        return _new(Form.total(list(x.forms.flat)), x.tracked), x.forms.size
     dims = range(n) if dim is None else dim if isinstance(dim, (tuple, list)) else (dim,)
     axes = tuple(d + n if d < 0 else d for d in dims)
     if n == 0 and not axes:

@@ -254,7 +254,7 @@ def test_weights_are_those_of_autograd(name: str) -> None:
     g = torch.Generator().manual_seed(3)
     x = torch.randn(4, 3, generator=g, dtype=torch.float64, requires_grad=True)
     (expected,) = torch.autograd.grad(OPERATIONS[name](x), x)
-    run = Run(torch.zeros(4, 3, dtype=torch.float64))
+    run = Run([0.0] * 12)
     out = OPERATIONS[name](Unknowns(run, x.shape)["logp"])
     assert isinstance(out, Unknown)
     torch.testing.assert_close(-run.coefficients(out).view(4, 3), expected, rtol=1e-14, atol=1e-15)
@@ -262,7 +262,7 @@ def test_weights_are_those_of_autograd(name: str) -> None:
 
 def test_a_difference_has_its_value() -> None:
     d = torch.randn(4, 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    both = Unknowns(Run(d), d.shape)
+    both = Unknowns(Run(d.flatten().tolist()), d.shape)
     p, q = both["logp"], both["behavior_logp"]
     for x, value in ((2 * (p - q) + 1, 2 * d + 1), (p.detach() - q, d), (p - p.detach(), 0 * d)):
         torch.testing.assert_close(torch.tensor(x.tolist(), dtype=x.dtype), value, rtol=1e-15, atol=0)
