@@ -8,9 +8,9 @@ was asked for, the log-ratio among them; and a batch with the same numbers in th
 another problem, and (where there is no ratio, or it is 1) at another θ.
 
 Guarantee: nothing is remembered of a loss before it was found to be a function of its batch (`LossCoefficients.remember`), nor
-of a batch on which it looks at more, whether or not it catches the refusal; and the first of every block are compared with what
-autograd says at the log-probabilities that they have. Not seen is a loss that, on few batches only, asks for the type of a tensor
-or catches what the copy `torch.tensor(x)` of an unknown number raises.
+of a batch on which it looks at more, whether or not it catches the refusal; and the first of every block are compared with
+what autograd says at the log-probabilities that they have. Not seen is a loss that, on few batches only, asks for the type of a
+tensor or catches what the copy `torch.tensor(x)` of an unknown number raises.
 """
 
 from __future__ import annotations
