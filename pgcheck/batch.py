@@ -53,10 +53,11 @@ class _Block:
 
 
 class _Part(NamedTuple):
-    """Batch number `m` of a block."""
+    """Batch number `m` of a block; some columns are its own."""
 
     block: _Block
     m: int
+    own: Mapping[str, Tensor]
 
 
 def gathered_rows(x: Tensor, index: Tensor) -> Tensor:
@@ -139,25 +140,31 @@ class Batch:
 
     def one_by_one(self, **leaf: Tensor) -> Iterator[Batch]:
         """The M batches `[B, T]` of a block `[M, B, T]`, with `leaf` in place of its columns; they share its memory."""
+        return map(self.by_number(**leaf), range(len(self.group)))
+
+    def by_number(self, **leaf: Tensor) -> Callable[..., Batch]:
+        """Makes batch number m of a block, as `one_by_one` does, with other columns `[B, T]` if given."""
         block = _Block(self, leaf)
         plain = {"discount": self.discount, "discount_clock": self.discount_clock, "action_logits": None}
         plain |= {"kl_coefficient": self.kl_coefficient, "entropy_coefficient": self.entropy_coefficient}
         groups, sides = self.group.unbind(0), {name: x.unbind(0) for name, x in self.side.items()}
-        has_logits = self.action_logits is not None
-        for m, group in enumerate(groups):
+
+        def one(m: int, own: Mapping[str, Tensor] = {}) -> Batch:
             batch = object.__new__(type(self))
             side = {name: x[m] for name, x in sides.items()}
-            vars(batch).update(plain, group=group, side=side, _part=_Part(block, m))
-            if has_logits:
+            vars(batch).update(plain, group=groups[m], side=side, _part=_Part(block, m, own))
+            if self.action_logits is not None:
                 vars(batch)["action_logits"] = block.part("action_logits", m)
-            yield batch
+            return batch
+
+        return one
 
     def __getattr__(self, name: str) -> Any:  # only for what is not there (yet)
         if name == "logits":  # the property has raised
             raise LogitsNotAsked('batch.logits is there only for estimators made with leaf="logits"')
         source, part = vars(self).get("_source"), vars(self).get("_part")
         if part is not None and name in COLUMNS:
-            vars(self)[name] = (value := part.block.part(name, part.m))
+            vars(self)[name] = (value := part.own[name] if name in part.own else part.block.part(name, part.m))
             return value
         if source is None or name not in COLUMNS:
             known = [] if name.startswith("_") else [x for x in (*dir(type(self)), *COLUMNS) if not x.startswith("_")]

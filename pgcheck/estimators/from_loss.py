@@ -19,22 +19,20 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
 
 from pgcheck.batch import Batch, LogitsNotAsked
 from pgcheck.errors import EstimatorError, PgcheckError, in_words
 from pgcheck.estimators.base import Claim, Couples, Estimator, Leaf, unbiased
+from pgcheck.estimators.items import Branches, ItemSteersTheLossError, LogItems, Watch
 from pgcheck.estimators.memory import Memory
 
 Loss = Callable[[Batch], Any]
@@ -45,168 +43,6 @@ _BY_BRANCH = "vmap, by branch"
 _LANES = ("vmap", "vmap, logged items", _BY_BRANCH, "loop")
 _WATCHED = 16  # batches at once
 _MANY = 512  # of which it pays to watch some
-_MOST_BRANCHES = 64  # on one path; a loop that waits for data could else wait for ever
-
-
-class _Logged:
-    """What `.item()` returns under vmap: good for a log line, and for nothing that would steer the loss.
-
-    No float, so that `math.sqrt`, `float` or a torch function cannot turn it into one that compares.
-    """
-
-    def _refuse(self, *_: object) -> NoReturn:
-        raise _ItemSteersTheLossError
-
-    __bool__ = __float__ = __int__ = __index__ = __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = _refuse
-    __hash__ = object.__hash__
-
-    def _log(self, *_: object) -> _Logged:
-        return _Logged()
-
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _log
-    __neg__ = __pos__ = __abs__ = __pow__ = __rpow__ = __round__ = _log
-
-    def __format__(self, spec: str) -> str:
-        return format(math.nan, spec)
-
-    def __repr__(self) -> str:
-        return "nan"
-
-
-class _ItemSteersTheLossError(RuntimeError):
-    pass
-
-
-class _LogItems(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.item:
-            return _Logged()
-        return func(*args, **(kwargs or {}))
-
-
-class _Item:
-    """What `.item()` returns in the lane that goes branch by branch: a number that each batch has for itself. Comparing it is a
-    branch; calculating with it gives another such number, or a tensor. It is no float, and cannot be made one."""
-
-    def __init__(self, value: Tensor, branches: _Branches) -> None:
-        self.value, self.branches = value.detach(), branches
-
-    def _refuse(self, *_: object) -> NoReturn:
-        raise _ItemSteersTheLossError
-
-    __float__ = __int__ = __index__ = _refuse
-    __hash__ = object.__hash__
-
-    def __bool__(self) -> bool:
-        return self.branches.decide(self.value != 0)
-
-    def __format__(self, spec: str) -> str:
-        return format(math.nan, spec)
-
-    def __repr__(self) -> str:
-        return "nan"
-
-
-def _calculates(name: str) -> Callable[..., Any]:
-    def method(self: _Item, *others: Any) -> Any:
-        found = getattr(self.value, name)(*(x.value if isinstance(x, _Item) else x for x in others))
-        return found if any(isinstance(x, Tensor) for x in others) else _Item(found, self.branches)
-
-    return method
-
-
-def _compares(name: str) -> Callable[[_Item, Any], Any]:
-    def method(self: _Item, other: Any) -> Any:
-        found = getattr(self.value, name)(other.value if isinstance(other, _Item) else other)
-        return found if isinstance(other, Tensor) else self.branches.decide(found)
-
-    return method
-
-
-for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "neg", "pos", "abs", "pow", "rpow"):
-    setattr(_Item, f"__{_name}__", _calculates(f"__{_name}__"))
-for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
-    setattr(_Item, f"__{_name}__", _compares(f"__{_name}__"))
-
-
-class _Branches(TorchFunctionMode):
-    """Answers every branch as `path` says, and True after its end; `met` are the conditions that were asked for."""
-
-    def __init__(self, path: tuple[bool, ...]) -> None:
-        super().__init__()
-        self.path = path
-        self.met: list[Tensor] = []
-
-    def decide(self, condition: Tensor) -> bool:
-        if len(self.met) == _MOST_BRANCHES:
-            raise _ItemSteersTheLossError
-        self.met.append(condition.detach().reshape(()) != 0)
-        return self.answer(len(self.met) - 1)
-
-    def answer(self, n: int) -> bool:
-        return self.path[n] if n < len(self.path) else True
-
-    def conditions(self) -> Tensor:
-        """All of them, `[n]`."""
-        return torch.stack(self.met) if self.met else torch.zeros(0, dtype=torch.bool)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.item:
-            return _Item(args[0], self)
-        if func is Tensor.__bool__:
-            return self.decide(args[0])
-        args, kwargs = tree_map_only(_Item, lambda x: x.value, (args, kwargs or {}))
-        return func(*args, **kwargs)
-
-
-_READ = (
-    Tensor.item,
-    Tensor.__float__,
-    Tensor.__int__,
-    Tensor.__bool__,
-    Tensor.__index__,
-    Tensor.tolist,
-    Tensor.nonzero,
-)
-_INDEXED = (Tensor.__getitem__, Tensor.__setitem__)
-
-
-class _Watch(TorchFunctionMode):
-    """Notes every tensor that becomes a number, a list or the mask of an index, in `seen`; with `given`, the values that a
-    batch has seen, these are what it becomes."""
-
-    def __init__(self, given: list[Tensor] | None = None) -> None:
-        super().__init__()
-        self.given = given
-        self.seen: list[Tensor] = []
-
-    def known(self, x: Tensor) -> Tensor:
-        self.seen.append(x.detach())
-        if self.given is None:
-            return self.seen[-1]
-        if len(self.seen) > min(len(self.given), _MOST_BRANCHES):
-            raise _ItemSteersTheLossError
-        return self.given[len(self.seen) - 1]
-
-    def values(self) -> Tensor:
-        """All that was seen, `[n]`."""
-        none = torch.zeros(0, dtype=torch.float64)
-        return torch.cat([none, *(x.reshape(-1).to(torch.float64) for x in self.seen)])
-
-    def _places(self, index: Any) -> tuple[Any, ...]:
-        """Masks in an index as whole numbers."""
-        out: list[Any] = []
-        for i in index if isinstance(index, tuple) else (index,):
-            is_mask = isinstance(i, Tensor) and i.dtype == torch.bool and i.dim() > 0
-            out += self.known(i).nonzero(as_tuple=True) if is_mask else [i]
-        return tuple(out)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _READ:
-            args = (self.known(args[0]), *args[1:])
-        elif func in _INDEXED:
-            args = (args[0], self._places(args[1]), *args[2:])
-        return func(*args, **(kwargs or {}))
 
 
 class LossCoefficients:
@@ -315,11 +151,11 @@ class LossCoefficients:
             if lane == "vmap":
                 losses = run()
             else:
-                with _LogItems():
+                with LogItems():
                     losses = run()
             c = self._gradient(losses, leaf)
         if lane != "vmap" and not bool(torch.isfinite(c).all()):
-            raise _ItemSteersTheLossError
+            raise ItemSteersTheLossError
         return c
 
     def _by_branch(self, batch: Batch) -> Tensor:
@@ -332,7 +168,7 @@ class LossCoefficients:
             path, members = todo.pop()
             runs += 1
             if runs > max(16, M // 8):
-                raise _ItemSteersTheLossError  # nearly every batch goes its own way
+                raise ItemSteersTheLossError  # nearly every batch goes its own way
             some = batch.map(lambda x, rows=members: x[rows])  # type: ignore[misc]
             c, met = self._on_path(some, path)
             said = torch.tensor([*path, *[True] * (met.shape[1] - len(path))], dtype=torch.bool)
@@ -347,12 +183,12 @@ class LossCoefficients:
                 other = (*said[:k].tolist(), not bool(said[k]))
                 todo.append((other, members[~right & (first == k)]))
         if out is None:
-            raise _ItemSteersTheLossError
+            raise ItemSteersTheLossError
         return out
 
     def _on_path(self, batch: Batch, path: tuple[bool, ...]) -> tuple[Tensor, Tensor]:
         """c of every batch, as if it went that way, and the conditions that it met there, `[M, n]`."""
-        branches = _Branches(path)
+        branches = Branches(path)
 
         def one(alone: Batch) -> tuple[Tensor, Tensor]:
             branches.met.clear()
@@ -364,7 +200,7 @@ class LossCoefficients:
                 warnings.simplefilter("ignore")
                 losses, met = run()
         except EstimatorError as error:  # perhaps on a path that no batch takes: the loop will say
-            raise _ItemSteersTheLossError from error
+            raise ItemSteersTheLossError from error
         return self._gradient(losses, leaf) if losses.requires_grad else torch.zeros_like(leaf), met
 
     def _verify_path(self, one: Batch, found: Tensor, path: tuple[bool, ...]) -> None:
@@ -377,7 +213,7 @@ class LossCoefficients:
         finally:
             self.lane = lane
         if not torch.allclose(found, expected, rtol=1e-10, atol=1e-14, equal_nan=True):
-            raise _ItemSteersTheLossError
+            raise ItemSteersTheLossError
         self._paths.add(key)
 
     def _vectorised(self, batch: Batch, fn: Callable[[Batch], Any]) -> tuple[Tensor, Callable[[], Any]]:
@@ -420,9 +256,9 @@ class LossCoefficients:
         left = torch.arange(len(out))
         while len(left) > _WATCHED:
             picked = torch.linspace(0, len(left) - 1, _WATCHED).round().long()
-            watched: dict[tuple[Any, ...], list[tuple[int, _Watch]]] = {}
+            watched: dict[tuple[Any, ...], list[tuple[int, Watch]]] = {}
             for m in left[picked].tolist():
-                with _Watch() as watch:
+                with Watch() as watch:
                     out[m] = self._loop(batch.map(lambda x, m=m: x[m : m + 1]))[0]  # type: ignore[misc]
                 key = (*(x.shape for x in watch.seen), *watch.values().tolist())
                 watched.setdefault(key, []).append((m, watch))
@@ -436,14 +272,14 @@ class LossCoefficients:
                 members = torch.cat([torch.tensor([m]), left])
                 c, right = self._with_numbers(batch.map(lambda x, rows=members: x[rows]), watch)  # type: ignore[misc]
                 if not (bool(right[0]) and torch.allclose(c[0], out[m], rtol=1e-10, atol=1e-14, equal_nan=True)):
-                    raise _ItemSteersTheLossError
+                    raise ItemSteersTheLossError
                 out[members[right]] = c[right]
                 left = left[~right[1:]]
         return left
 
-    def _with_numbers(self, batch: Batch, watched: _Watch) -> tuple[Tensor, Tensor]:
+    def _with_numbers(self, batch: Batch, watched: Watch) -> tuple[Tensor, Tensor]:
         """c of every batch as if it saw the numbers that one has seen; and which do, `[M]`."""
-        watch = _Watch(watched.seen)
+        watch = Watch(watched.seen)
 
         def one(alone: Batch) -> tuple[Tensor, Tensor]:
             watch.seen.clear()

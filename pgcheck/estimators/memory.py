@@ -8,8 +8,9 @@ was asked for, the log-ratio among them; and a batch with the same numbers in th
 another problem, and (where there is no ratio, or it is 1) at another θ.
 
 Guarantee: nothing is remembered of a loss before it was found to be a function of its batch (`LossCoefficients.remember`), nor
-of a batch on which it looks at more; and the first of every block are compared with what autograd says at the
-log-probabilities that they have.
+of a batch on which it looks at more, whether or not it catches the refusal; and the first of every block are compared with
+what autograd says at the log-probabilities that they have. Not seen is a loss that, on few batches only, asks for the type of a
+tensor or catches what the copy `torch.tensor(x)` of an unknown number raises.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from pgcheck.batch import COLUMNS, Batch, row_by_row
-from pgcheck.estimators.unknown import Unknown, unknowns, weights
+from pgcheck.estimators.unknown import Run, Unknowns
 
 _MOST = 200_000  # batches that are kept
 _PATIENCE = 8  # batches tried, before it is known whether a loss is worth it
@@ -56,13 +57,14 @@ class Memory:
             return torch.arange(M)
         known = self._known.setdefault(_kind(batch), {})
         keys = {asked: _bytes(batch, asked) for asked in known}
+        shape, d = batch.logp.shape[1:], (batch.logp - batch.behavior_logp).flatten(1).tolist()
+        one = batch.by_number()
         left, new = [], []
-        unknown = _OfBlock(batch.logp - batch.behavior_logp)
-        columns: Any = {"logp": unknown, "behavior_logp": _Second(unknown)}
-        for m, one in enumerate(batch.one_by_one(**columns)):
+        for m in range(M):
             c = next((x for asked, key in keys.items() if (x := known[asked].get(key[m])) is not None), None)
             if c is None and self.pays:
-                found = self._run(one, unknown[m])
+                run = Run(d[m])
+                found = self._run(one(m, Unknowns(run, shape)), run)
                 if found is not None:
                     c, asked = found
                     if asked not in keys:
@@ -81,58 +83,27 @@ class Memory:
             self._known, self._kept = {}, 0
         return torch.tensor(left, dtype=torch.int64)
 
-    def _run(self, one: Batch, logp: Unknown) -> tuple[Tensor, _Columns] | None:
+    def _run(self, one: Batch, run: Run) -> tuple[Tensor, _Columns] | None:
         """c, and the columns that the loss has asked for; None where it looks at more, or where c is not finite."""
         self._tried += 1
         try:
-            c = self._coefficients(self._value(one), logp.d).reshape(logp.shape)
+            c = run.coefficients(self._value(one)).view(one.shape)
         except Exception:  # whatever is wrong, the loop says
             return None
+        finally:
+            run.end()
         asked = vars(one).keys() - _NEVER_MIND
-        if not asked <= _ASKED or not bool(torch.isfinite(c).all()):
+        if not asked <= _ASKED:
             return None
         self._linear += 1
         return c, tuple(sorted(asked))
 
-    def _coefficients(self, loss: Tensor, d: Tensor) -> Tensor:
-        if isinstance(loss, Unknown):
-            return -weights(loss)
-        if loss.requires_grad:
-            return -torch.autograd.grad(loss, d)[0]
-        return torch.zeros(len(d), dtype=d.dtype) * loss  # a constant; NaN where that is
-
     def _verified(self, batch: Batch, out: Tensor, some: list[int]) -> bool:
-        rows = torch.tensor(some, dtype=torch.int64)
-        return not some or torch.allclose(out[rows], self._loop(batch.map(lambda x: x[rows])), rtol=1e-12, atol=1e-15)
-
-
-class _OfBlock:
-    """A column of a block that makes the log-probabilities of a batch when they are asked for."""
-
-    def __init__(self, d: Tensor) -> None:
-        self._d = d
-        self._made: tuple[int, tuple[Unknown, Unknown]] | None = None
-
-    def pair(self, m: int) -> tuple[Unknown, Unknown]:
-        if self._made is None or self._made[0] != m:
-            self._made = m, unknowns(self._d[m])
-        return self._made[1]
-
-    def unbind(self, dim: int) -> _OfBlock:
-        return self
-
-    def __getitem__(self, m: int) -> Unknown:
-        return self.pair(m)[0]
-
-
-class _Second(_OfBlock):
-    """The same for those of the behavior policy."""
-
-    def __init__(self, first: _OfBlock) -> None:
-        self.pair = first.pair  # type: ignore[method-assign]
-
-    def __getitem__(self, m: int) -> Unknown:
-        return self.pair(m)[1]
+        if not some:
+            return True
+        rows = torch.tensor(some)
+        expected = self._loop(batch.map(lambda x: x[rows]))
+        return torch.allclose(out[rows], expected, rtol=1e-12, atol=1e-15 * float(expected.abs().max().clamp(min=1.0)))
 
 
 def _kind(batch: Batch) -> tuple[Any, ...]:

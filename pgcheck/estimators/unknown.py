@@ -1,17 +1,26 @@
 """Log-probabilities that are not known: what a loss does with them, where that is linear or only looks at their ratios.
 
-An `Unknown` is Σ_(i,t) (p_it logp_it + q_it behavior_logp_it) + a known number, for each entry of a tensor. It can be indexed,
-added up and multiplied by what is known; then its p and q are kept as it goes. Where p = −q it is a function of d = logp −
-behavior_logp, which is known: then it becomes the tensor that it is, and anything can be done to it. Everything else is
-refused: to be compared, turned into a number, exponentiated, multiplied by itself. The rules are few and as in NumPy.
+An `Unknown` is a tensor of forms. With n = B·T and d = logp − behavior_logp, which is known, a `Form` is one of two things:
 
-Guarantee: what gets through has looked at no log-probability, only at d.
+* linear: Σ_(i,t) (p_it logp_it + q_it behavior_logp_it) + a number;
+* a function of d: its value, and its derivatives by the d_it.
+
+Forms are added up and multiplied by what is known; tensors of them are indexed, stacked and summed, with rules that are few and
+as in NumPy. What is linear with p = −q is a function of d; of such there are products, exp, clamp, min and max by rules, and
+whatever else by torch, to which it is the tensor that it is. Everything else is refused: what is not known has no
+exponential, and is not compared.
+
+Guarantee: what gets through has looked at no log-probability, only at d. A refusal is noted (`Run.refused`), so that it counts
+also where the loss catches the exception. To all that gets around these rules an `Unknown` is a tensor on the device "meta",
+which has no numbers to look at.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -25,61 +34,317 @@ class NotLinearError(RuntimeError):
     """Something was asked of an `Unknown` that it has no answer to."""
 
 
-class Unknown(Tensor):
-    """See the module; `w` `[…, 2·B·T + 1]` is p, q and the number; `d` `[B·T]` is the leaf."""
+class Run:
+    """One call of a loss with unknown log-probabilities."""
 
-    w: NDArray[np.float64]
-    d: Tensor
+    def __init__(self, d: list[float]) -> None:
+        self.d = d
+        self.refused = False
+        self.written: list[tuple[Tensor, Tensor]] = []  # numbers that unknown ones were added to, and what they were
+
+    @cached_property
+    def leaf(self) -> Tensor:
+        """d `[n]`, of which functions that torch evaluates have their derivatives."""
+        return torch.tensor(self.d, dtype=torch.float64, requires_grad=True)
+
+    def coefficients(self, loss: Tensor) -> Tensor:
+        """−∂loss/∂logp `[n]`.
+
+        Raises:
+            NotLinearError: something was refused, the loss is of another run, or c is not finite.
+        """
+        if self.refused or (isinstance(loss, Unknown) and loss.forms.run is not self):
+            raise NotLinearError
+        if isinstance(loss, Unknown):
+            terms = loss.forms.terms
+            c = [-terms.get(k, 0.0) for k in range(len(self.d))]
+        elif loss.requires_grad:
+            c = (-torch.autograd.grad(loss, self.leaf)[0]).tolist()
+        else:
+            c = [0.0 * float(loss)] * len(self.d)  # a constant; NaN where that is
+        if not all(map(math.isfinite, c)):
+            raise NotLinearError
+        return torch.tensor(c, dtype=torch.float64)
+
+    def end(self) -> None:
+        """What was added to is again what it was: it may live longer than the call."""
+        for x, value in self.written:
+            x.__class__ = Tensor
+            vars(x).clear()
+            x.copy_(value)
+
+
+class Form:
+    """Linear: Σ_k terms[k] x_k + number, with x = (logp, behavior_logp) of 2n entries. Or a function of d: number is its value,
+    terms[k] its derivative by d_k."""
+
+    __slots__ = ("known", "number", "run", "terms")
+
+    def __init__(self, run: Run, number: float, terms: dict[int, float], known: bool) -> None:
+        self.run, self.number, self.terms, self.known = run, number, terms, known
+
+    def plus(self, other: Form | float, sign: float = 1.0) -> Form:
+        """self + sign · other."""
+        if not isinstance(other, Form):
+            return Form(self.run, self.number + sign * other, self.terms, self.known)
+        a, b = self, other
+        if a.run is not b.run:
+            raise NotLinearError
+        if a.known != b.known:
+            a, b = a.linear(), b.linear()
+        terms = a.terms.copy()
+        for k, c in b.terms.items():
+            terms[k] = terms.get(k, 0.0) + sign * c
+        return Form(a.run, a.number + sign * b.number, terms, a.known)
+
+    def times(self, other: Form | float) -> Form:
+        """A product; of two forms, where both are known."""
+        if not isinstance(other, Form):
+            return Form(self.run, self.number * other, {k: c * other for k, c in self.terms.items()}, self.known)
+        a, b = self.of_d(), other.of_d()
+        product = a.times(b.number).plus(b.times(a.number))
+        product.number = a.number * b.number
+        return product
+
+    def over(self, number: float) -> Form:
+        """Divided; by 0 only torch can."""
+        if number == 0:
+            raise NotLinearError
+        return Form(self.run, self.number / number, {k: c / number for k, c in self.terms.items()}, self.known)
+
+    def minus(self, other: Form | float) -> Form:
+        return self.plus(other, -1.0)
+
+    @staticmethod
+    def total(several: Sequence[Form]) -> Form:
+        """Their sum."""
+        first = several[0]
+        if not all(x.known == first.known and x.run is first.run for x in several):
+            return functools.reduce(Form.plus, several)
+        number, terms = 0.0, dict[int, float]()
+        for x in several:
+            number += x.number
+            for k, c in x.terms.items():
+                terms[k] = terms.get(k, 0.0) + c
+        return Form(first.run, number, terms, first.known)
+
+    __add__ = plus  # of arrays of forms
+
+    def of_d(self) -> Form:
+        """The function of d that it is.
+
+        Raises:
+            NotLinearError: it is none.
+        """
+        if self.known:
+            return self
+        d, terms, n = self.run.d, self.terms, len(self.run.d)
+        value, derivatives = self.number, {}
+        for k, c in terms.items():
+            if k < n:
+                derivatives[k] = c
+                value += c * d[k]
+            if c != -terms.get(k + n if k < n else k - n, 0.0):
+                raise NotLinearError
+        return Form(self.run, value, derivatives, True)
+
+    def linear(self) -> Form:
+        """Of a function of d, its tangent."""
+        if not self.known:
+            return self
+        d, n = self.run.d, len(self.run.d)
+        number = self.number - sum(c * d[k] for k, c in self.terms.items())
+        return Form(self.run, number, self.terms | {k + n: -c for k, c in self.terms.items()}, False)
+
+    def detached(self) -> Form:
+        """Without a gradient; logp = behavior_logp + d."""
+        if self.known:
+            return Form(self.run, self.number, {}, True)
+        d, n = self.run.d, len(self.run.d)
+        number, terms = self.number, dict[int, float]()
+        for k, c in self.terms.items():
+            number += c * d[k] if k < n else 0.0
+            terms[k if k >= n else k + n] = terms.get(k if k >= n else k + n, 0.0) + c
+        return Form(self.run, number, terms, False)
+
+    def exp(self) -> Form:
+        x = self.of_d()
+        value = _exp(x.number)
+        return Form(self.run, value, {k: c * value for k, c in x.terms.items()}, True)
+
+    def clamped(self, low: float, high: float) -> Form:
+        x = self.of_d()
+        if low <= x.number <= high:
+            return x
+        if x.number != x.number:
+            raise NotLinearError
+        return Form(self.run, low if x.number < low else high, {}, True)
+
+    def smaller(self, other: Form | float, sign: float = 1.0) -> Form:
+        """The minimum; where both are the same, each has half of the gradient. With sign −1 the maximum."""
+        a = self.of_d()
+        b = other.of_d() if isinstance(other, Form) else Form(self.run, other, {}, True)
+        gap = sign * (b.number - a.number)
+        if gap != gap:
+            raise NotLinearError
+        return a if gap > 0 else b if gap < 0 else a.plus(b).times(0.5)
+
+    def larger(self, other: Form | float) -> Form:
+        return self.smaller(other, -1.0)
+
+
+@functools.lru_cache(4096)
+def _exp(x: float) -> float:
+    """To the last digit as torch has it."""
+    return torch.tensor(x, dtype=torch.float64).exp().item()
+
+
+class Unknown(Tensor):
+    """See the module."""
+
+    forms: Any  # a Form, or an array of them
+    tracked: bool  # whether torch would say that it requires a gradient
+    shared = False  # whether it is, or has, a view: then nothing is written to it
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not torch.is_grad_enabled():
-            raise NotLinearError
-        kwargs = kwargs or {}
-        if func in _RULES:
-            try:
-                return _RULES[func](*args, **kwargs)
-            except (NotLinearError, TypeError):
-                pass
-        args, kwargs = tree_map_only(Unknown, known_value, (args, kwargs))
-        return func(*args, **kwargs)
+        return _ask(func, args, kwargs or {})
 
 
-def unknowns(d: Tensor) -> tuple[Unknown, Unknown]:
-    """The log-probabilities of a batch, and those of its behavior policy, `[B, T]` like d, their difference."""
-    rows, steps = d.shape
-    n = d.numel()
-    every, leaf = np.eye(2 * n, 2 * n + 1), d.detach().flatten().requires_grad_(True)
-    p, q = every[:n].reshape(rows, steps, -1), every[n:].reshape(rows, steps, -1)
-    return _unknown(p, leaf), _unknown(q, leaf)
+Forms = NDArray[np.object_]
 
 
-def weights(x: Unknown) -> Tensor:
-    """p, `[…, B·T]`: the gradient."""
-    return torch.from_numpy(x.w[..., : len(x.d)].copy())
+class Unknowns(Mapping[str, Tensor]):
+    """`logp` and `behavior_logp` `[B, T]` of one run, each made when it is read."""
+
+    def __init__(self, run: Run, shape: torch.Size) -> None:
+        self._run, self._shape = run, shape
+
+    def __getitem__(self, name: str) -> Unknown:
+        n, first = len(self._run.d), ("logp", "behavior_logp").index(name)
+        forms = np.empty(n, dtype=object)
+        forms[:] = [Form(self._run, 0.0, {first * n + k: 1.0}, False) for k in range(n)]
+        new = _new(forms.reshape(self._shape), first == 0)
+        new.shared = True
+        return new
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("logp", "behavior_logp"))
+
+    def __contains__(self, name: object) -> bool:
+        return name == "logp" or name == "behavior_logp"
+
+    def __len__(self) -> int:
+        return 2
 
 
-def known_value(x: Unknown) -> Tensor:
-    """The tensor that it is, if it is a function of d.
-
-    Raises:
-        NotLinearError: it is not.
-    """
-    n = len(x.d)
-    p, q, number = x.w[..., :n], x.w[..., n:-1], x.w[..., -1]
-    if (p + q).any():
-        raise NotLinearError
-    known = torch.from_numpy(number.copy())
-    return known + torch.from_numpy(p.copy()) @ x.d if p.any() else known
-
-
-def _unknown(w: NDArray[np.float64], leaf: Tensor) -> Unknown:
-    new: Unknown = Tensor._make_subclass(Unknown, _NAN)  # what gets around the rules sees this
-    new.w, new.d = w, leaf
+def _new(forms: Any, tracked: bool) -> Unknown:
+    new: Unknown = _made(Unknown, _NOWHERE)
+    new.forms, new.tracked = forms, tracked
     return new
 
 
-_NAN = torch.full((), math.nan, dtype=torch.float64)
+def _ask(func: Any, args: Any, kwargs: Any) -> Any:
+    """By its rule if that has an answer; else of the tensors that are known."""
+    try:
+        if not torch.is_grad_enabled() or "out" in kwargs:  # perhaps the forward of an autograd.Function
+            raise NotLinearError
+        if (rule := _RULES.get(func)) is not None:
+            try:
+                return rule(*args, **kwargs)
+            except Exception:
+                if func not in _FUNCTIONS:
+                    raise
+        known = _value if func in _LOOKS else _as_tensor if func in _FUNCTIONS else _refuse
+        args, kwargs = tree_map_only(Unknown, known, (args, kwargs))
+        return func(*args, **kwargs)
+    except Exception:
+        tree_map_only(Unknown, _note, (args, kwargs))
+        raise
+
+
+def _note(x: Unknown) -> None:
+    for form in np.ravel(x.forms):
+        form.run.refused = True
+
+
+def _refuse(x: Unknown) -> Tensor:
+    raise NotLinearError
+
+
+def _value(x: Unknown) -> Tensor:
+    """The value of a function of d, without a gradient."""
+    if isinstance(x.forms, Form):
+        return torch.tensor(x.forms.of_d().number, dtype=torch.float64)
+    return torch.tensor([form.of_d().number for form in x.forms.flat], dtype=torch.float64).view(x.forms.shape)
+
+
+def _as_tensor(x: Unknown) -> Tensor:
+    """The tensor that a function of d is."""
+    value = _value(x)
+    if not x.tracked:
+        return value
+    leaf = np.ravel(x.forms)[0].run.leaf
+    forms = [form.of_d() for form in np.ravel(x.forms)]
+    rows = torch.tensor([[form.terms.get(k, 0.0) for k in range(len(leaf))] for form in forms], dtype=torch.float64)
+    return value + (rows @ (leaf - leaf.detach())).view(value.shape)
+
+
+# -- numbers and forms side by side
+
+_EXACT = (torch.float64, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def _constant(x: Any, beside: Unknown) -> Any:
+    """A number, or an array of them."""
+    if type(x) is float:
+        return x
+    if isinstance(x, (float, int, np.number)):
+        return float(x)
+    if not isinstance(x, Tensor) or isinstance(x, Unknown) or x.requires_grad:
+        raise NotLinearError
+    if x.dtype not in _EXACT and (not x.is_floating_point() or (x.dim() > 0) > (_dims(beside) > 0)):
+        raise NotLinearError  # beside numbers, torch calculates in the precision of an array
+    return x.numpy().astype(np.float64).astype(object) if x.dim() else float(x)
+
+
+def _each(fn: Callable[..., Form], *xs: Any) -> Any:
+    """`fn` of forms and numbers; for each entry of arrays."""
+    for x in xs:
+        if type(x) is np.ndarray:
+            return np.frompyfunc(fn, len(xs), 1)(*xs)
+    return fn(*xs)
+
+
+def _with(fn: Callable[[Form, Any], Form], a: Any, b: Any) -> Unknown:
+    """`fn` of the unknown one and the other, which may be known."""
+    if not isinstance(a, Unknown):
+        a, b = b, a
+    if isinstance(b, Unknown):
+        return _new(_each(fn, a.forms, b.forms), a.tracked or b.tracked)
+    return _new(_each(fn, a.forms, _constant(b, a)), a.tracked)
+
+
+def _dims(x: Unknown) -> int:
+    return x.forms.ndim if type(x.forms) is np.ndarray else 0
+
+
+def _tracked(several: Sequence[Any]) -> bool:
+    return any(isinstance(x, Unknown) and x.tracked for x in several)
+
+
+def _all_forms(several: Sequence[Any]) -> list[Any]:
+    """Constants among them as forms that look at nothing."""
+    least = min((x for x in several if isinstance(x, Unknown)), key=_dims)
+    run = np.ravel(least.forms)[0].run
+    return [
+        x.forms if isinstance(x, Unknown) else _each(lambda c: Form(run, c, {}, True), _constant(x, least))
+        for x in several
+    ]
+
+
+_made = Tensor._make_subclass
+_NOWHERE = torch.empty((), dtype=torch.float64, device="meta")
 _RULES: dict[Any, Callable[..., Any]] = {}
 
 
@@ -91,100 +356,73 @@ def _rule(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
             for owner in (Tensor, torch):
                 if hasattr(owner, name):
                     _RULES[getattr(owner, name)] = rule
+            if hasattr(Tensor, name):
+                setattr(Unknown, name, _method(getattr(Tensor, name), rule))
         return rule
 
     return register
 
 
-def _known(x: Any) -> Any:
-    """A number or an array."""
-    if isinstance(x, Tensor):
-        if isinstance(x, Unknown) or x.requires_grad:
-            raise NotLinearError
-        return x.numpy()
-    return x
+def _method(func: Any, rule: Callable[..., Any]) -> Callable[..., Any]:
+    """Asked directly: the way by `__torch_function__` takes as long again as the rule."""
+
+    def method(*args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            try:
+                return rule(*args, **kwargs)
+            except Exception:
+                pass
+        return _ask(func, args, kwargs)
+
+    return method
 
 
-def _factor(x: Any) -> Any:
-    """A number, or an array `[…, 1]`."""
-    if isinstance(x, (float, int)):
-        return float(x)
-    array: NDArray[Any] = np.asarray(_known(x))
-    if array.dtype.kind not in "fiub":
-        raise NotLinearError
-    return array[..., None].astype(np.float64)
-
-
-def _shape(x: Any) -> tuple[int, ...]:
-    return x.w.shape[:-1] if isinstance(x, Unknown) else np.shape(_known(x))
-
-
-def _sum_of(a: Any, b: Any, sign: float) -> Unknown:
-    """a + sign · b."""
-    if isinstance(a, Unknown) and isinstance(b, Unknown):
-        return _unknown(a.w + b.w if sign > 0 else a.w - b.w, a.d)
-    x, w, number = (a, a.w, sign * _factor(b)) if isinstance(a, Unknown) else (b, sign * b.w, _factor(a))
-    if isinstance(number, float):
-        w = w.copy()
-        w[..., -1] += number
-    else:
-        w = np.broadcast_to(w, (*np.broadcast_shapes(w.shape[:-1], number.shape[:-1]), w.shape[-1])).copy()
-        w[..., -1:] += number
-    return _unknown(w, x.d)
+# -- sums and products
 
 
 @_rule("add", "__add__", "__radd__")
 def _add(a: Any, b: Any) -> Unknown:
-    return _sum_of(a, b, 1.0)
+    return _with(Form.plus, a, b)
 
 
 @_rule("sub", "__sub__", "subtract")
 def _subtract(a: Any, b: Any) -> Unknown:
-    return _sum_of(a, b, -1.0)
+    return _with(Form.minus, a, b) if isinstance(a, Unknown) else _add(_minus(b), a)
 
 
 @_rule("__rsub__", "rsub")
 def _subtract_from(a: Any, b: Any) -> Unknown:
-    return _sum_of(b, a, -1.0)
+    return _subtract(b, a)
 
 
 @_rule("mul", "__mul__", "__rmul__", "multiply")
 def _times(a: Any, b: Any) -> Unknown:
-    x, factor = (a, b) if isinstance(a, Unknown) else (b, a)
-    return _unknown(x.w * _factor(factor), x.d)
+    if isinstance(a, Unknown) and isinstance(b, Unknown) and a.tracked != b.tracked:
+        weight = _value(a if b.tracked else b)  # which has no gradient; what it is a weight of need not be known
+        return _times(b if b.tracked else a, weight)
+    return _with(Form.times, a, b)
 
 
 @_rule("div", "__truediv__", "divide", "true_divide")
 def _over(a: Any, b: Any) -> Unknown:
     if not isinstance(a, Unknown):
         raise NotLinearError
-    with np.errstate(all="ignore"):
-        return _unknown(a.w / np.asarray(_factor(b)), a.d)
+    return _new(_each(Form.over, a.forms, _constant(b, a)), a.tracked)
 
 
 @_rule("neg", "__neg__", "negative")
 def _minus(x: Unknown) -> Unknown:
-    return _unknown(-x.w, x.d)
-
-
-@_rule("detach")
-def _detach(x: Unknown) -> Unknown:
-    """logp = behavior_logp + d, without a gradient."""
-    n, w = len(x.d), x.w.copy()
-    w[..., -1] += w[..., :n] @ x.d.detach().numpy()
-    w[..., n:-1] += w[..., :n]
-    w[..., :n] = 0.0
-    return _unknown(w, x.d)
+    return _times(x, -1.0)
 
 
 @_rule("__iadd__", "add_")
 def _add_to(total: Any, x: Any) -> Any:
-    return _becomes(total, _sum_of(total, x, 1.0))
+    return _becomes(total, _add(total, x))
 
 
 @_rule("__isub__", "sub_")
 def _subtract_off(total: Any, x: Any) -> Any:
-    return _becomes(total, _sum_of(total, x, -1.0))
+    return _becomes(total, _subtract(total, x))
 
 
 def _becomes(total: Any, new: Unknown) -> Any:
@@ -192,29 +430,29 @@ def _becomes(total: Any, new: Unknown) -> Any:
     if _shape(total) or _shape(new):
         raise NotLinearError
     if not isinstance(total, Unknown):
+        if total.dtype != torch.float64 or total._is_view():
+            raise NotLinearError
+        new.forms.run.written.append((total, total.clone()))
         total.fill_(math.nan)
         total.__class__ = Unknown
-    total.w, total.d = new.w, new.d
+    elif total.shared:
+        raise NotLinearError
+    total.forms, total.tracked = new.forms, new.tracked
     return total
 
 
-@_rule("__getitem__")
-def _at(x: Unknown, index: Any) -> Unknown:
-    places = index if isinstance(index, tuple) else (index,)
-    if all(type(i) in (int, slice) for i in places):
-        return _unknown(x.w[places], x.d)
-    if not all(isinstance(i, (int, list, Tensor)) for i in places):
-        raise NotLinearError  # beside a slice, places from a tensor are another matter in NumPy
-    return _unknown(x.w[tuple(_known(i) for i in places)], x.d)
-
-
 def _reduced(x: Any, dim: Any, keepdim: bool) -> tuple[Unknown, int]:
-    n = x.w.ndim - 1
+    n = _dims(x)
+    if dim is None and n and x.forms.size and not keepdim:
+        return _new(Form.total(list(x.forms.flat)), x.tracked), x.forms.size
     dims = range(n) if dim is None else dim if isinstance(dim, (tuple, list)) else (dim,)
     axes = tuple(d + n if d < 0 else d for d in dims)
-    if any(not 0 <= a < n for a in axes):
+    if n == 0 and not axes:
+        return _new(x.forms, x.tracked), 1
+    number = math.prod(x.forms.shape[a] for a in axes)
+    if not axes or number == 0:
         raise NotLinearError
-    return _unknown(x.w.sum(axes, keepdims=keepdim), x.d), math.prod(x.w.shape[a] for a in axes)
+    return _new(x.forms.sum(axes, keepdims=keepdim), x.tracked), number
 
 
 @_rule("sum")
@@ -230,46 +468,148 @@ def _mean(x: Any, dim: Any = None, keepdim: bool = False) -> Unknown:
 
 @_rule("dot", "inner", "matmul", "__matmul__", "__rmatmul__")
 def _dot(a: Any, b: Any) -> Unknown:
-    if not len(_shape(a)) == len(_shape(b)) == 1:
+    if len(_shape(a)) != 1 or _shape(a) != _shape(b) or not a.dtype == b.dtype == torch.float64:
         raise NotLinearError
     return _sum(_times(a, b))
 
 
+# -- functions of d
+
+
+@_rule("detach")
+def _detach(x: Unknown) -> Unknown:
+    return _view(_each(Form.detached, x.forms), x, tracked=False)
+
+
+@_rule("exp")
+def _exponential(x: Unknown) -> Unknown:
+    return _new(_each(Form.exp, x.forms), x.tracked)
+
+
+@_rule("clamp", "clip")
+def _clamp(x: Unknown, min: Any = None, max: Any = None) -> Unknown:
+    low, high = (-math.inf if min is None else min), (math.inf if max is None else max)
+    if not isinstance(low, (float, int)) or not isinstance(high, (float, int)) or not low <= high:
+        raise NotLinearError
+    return _new(_each(Form.clamped, x.forms, float(low), float(high)), x.tracked)
+
+
+@_rule("min", "minimum")
+def _min(a: Any, b: Any) -> Unknown:
+    return _with(Form.smaller, _tensor(a), _tensor(b))
+
+
+@_rule("max", "maximum")
+def _max(a: Any, b: Any) -> Unknown:
+    return _with(Form.larger, _tensor(a), _tensor(b))
+
+
+def _tensor(x: Any) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise NotLinearError
+    return x
+
+
+def _of_torch(names: str) -> set[Any]:
+    return {getattr(owner, name) for name in names.split() for owner in (Tensor, torch) if hasattr(owner, name)}
+
+
+# what only looks at the values of a tensor
+_LOOKS = _of_torch(
+    "item tolist __float__ __int__ __bool__ __format__ isnan isfinite isinf sign argmax argmin"
+    " lt le gt ge eq ne __lt__ __le__ __gt__ __ge__ __eq__ __ne__"
+)
+# what makes a new tensor, and touches nothing else
+_FUNCTIONS = _LOOKS | _of_torch(
+    "exp exp2 expm1 log log1p log2 sqrt rsqrt square pow __pow__ __rpow__ reciprocal abs __abs__ sigmoid tanh relu"
+    " clamp clip clamp_min clamp_max min max minimum maximum amin amax where add __add__ __radd__ sub __sub__ __rsub__"
+    " mul __mul__ __rmul__ div __truediv__ __rtruediv__ neg __neg__ sum mean prod cumsum cumprod logsumexp softmax"
+    " log_softmax std var dot matmul __matmul__ __rmatmul__ stack cat"
+)
+
+
+# -- places and shapes
+
+
+def _view(forms: Any, x: Unknown, *, tracked: bool | None = None) -> Unknown:
+    if type(forms) is np.ndarray and forms.ndim == 0:
+        forms = forms[()]
+    new = _new(forms, x.tracked if tracked is None else tracked)
+    new.shared = x.shared = True
+    return new
+
+
+@_rule("__getitem__")
+def _at(x: Unknown, index: Any) -> Unknown:
+    places = index if type(index) is tuple else (index,)
+    if not _WHOLE.issuperset(map(type, places)):
+        places = _places(places)
+    if not places:
+        return _view(x.forms, x)
+    return _view(x.forms[places], x)  # where they are too many, a number has none, and NumPy says no
+
+
+_WHOLE = {int}
+
+
+def _places(several: Sequence[Any]) -> tuple[Any, ...]:
+    places = tuple(map(_place, several))
+    if any(type(i) is np.ndarray for i in places) and any(isinstance(i, slice) for i in places):
+        raise NotLinearError  # which NumPy puts in another order
+    return places
+
+
+def _place(i: Any) -> Any:
+    """For NumPy: a whole number, a slice or an array of whole numbers or of truths."""
+    if isinstance(i, Tensor) and not isinstance(i, Unknown) and i.dtype in (torch.int64, torch.bool):
+        return i.numpy() if i.dim() else _place(i.item())
+    if isinstance(i, list) and all(type(k) is int for k in i):
+        return np.array(i, dtype=np.int64)
+    if type(i) is int or isinstance(i, np.integer) or (isinstance(i, slice) and (i.step is None or i.step > 0)):
+        return i
+    raise NotLinearError
+
+
 @_rule("where")
 def _where(condition: Any, a: Any, b: Any) -> Unknown:
-    holds = np.asarray(_known(condition), dtype=bool)
-    left, right = (x if isinstance(x, Unknown) else torch.as_tensor(x) for x in (a, b))
-    return _sum_of(left * torch.from_numpy(holds), right * torch.from_numpy(~holds), 1.0)
+    if not isinstance(condition, Tensor) or isinstance(condition, Unknown) or condition.dtype != torch.bool:
+        raise NotLinearError
+    x, y = _all_forms([a, b])
+    return _new(_each(lambda holds, x, y: x if holds else y, condition.numpy(), x, y), _tracked([a, b]))
 
 
 @_rule("masked_fill")
 def _filled(x: Any, mask: Any, value: Any) -> Unknown:
-    return _where(mask, value, x)
+    filled = _where(mask, value, x)
+    if _shape(filled) != _shape(x):
+        raise NotLinearError
+    return filled
 
 
-def _alike(several: Sequence[Any]) -> tuple[list[NDArray[np.float64]], Tensor]:
-    x = next(x for x in several if isinstance(x, Unknown))
-    zero = _unknown(np.zeros_like(x.w[(0,) * (x.w.ndim - 1)]), x.d)
-    return [(y if isinstance(y, Unknown) else _add(zero, y)).w for y in several], x.d
+def _arrays(several: Sequence[Any]) -> list[Forms]:
+    out = []
+    for forms in _all_forms([_tensor(x) for x in several]):
+        array = np.empty(np.shape(forms), dtype=object)
+        array[()] = forms
+        out.append(array)
+    return out
 
 
 @_rule("stack")
 def _stack(several: Sequence[Any], dim: int = 0) -> Unknown:
-    ws, leaf = _alike(several)
-    return _unknown(np.stack(ws, dim - 1 if dim < 0 else dim), leaf)
+    return _new(np.stack(_arrays(several), dim), _tracked(several))
 
 
 @_rule("cat", "concat")
 def _cat(several: Sequence[Any], dim: int = 0) -> Unknown:
-    ws, leaf = _alike(several)
-    return _unknown(np.concatenate(ws, dim - 1 if dim < 0 else dim), leaf)
+    return _new(np.concatenate(_arrays(several), dim), _tracked(several))
 
 
 @_rule("unbind")
 def _unbind(x: Any, dim: int = 0) -> tuple[Unknown, ...]:
-    if dim != 0 or x.w.ndim < 2:
+    if dim != 0 or _dims(x) == 0:
         raise NotLinearError
-    return tuple(_unknown(w, x.d) for w in x.w)
+    return tuple(_view(forms, x) for forms in x.forms)
 
 
 @_rule("__iter__")
@@ -280,7 +620,9 @@ def _iter(x: Any) -> Iterator[Unknown]:
 @_rule("reshape", "view")
 def _reshape(x: Any, *shape: Any) -> Unknown:
     sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
-    return _unknown(x.w.reshape(*sizes, x.w.shape[-1]), x.d)
+    array = np.empty(_shape(x), dtype=object)
+    array[()] = x.forms
+    return _view(array.reshape(sizes), x)
 
 
 @_rule("flatten", "ravel")
@@ -290,24 +632,24 @@ def _flat(x: Any) -> Unknown:
 
 @_rule("unsqueeze")
 def _unsqueeze(x: Any, dim: int) -> Unknown:
-    return _unknown(np.expand_dims(x.w, dim - 1 if dim < 0 else dim), x.d)
+    return _view(np.expand_dims(x.forms, dim), x)
 
 
-@_rule("clone", "double", "contiguous")
-def _same(x: Any) -> Unknown:
-    return _unknown(x.w, x.d)
+@_rule("clone")
+def _clone(x: Any) -> Unknown:
+    return _new(x.forms, x.tracked)
+
+
+@_rule("double", "contiguous")
+def _itself(x: Any) -> Unknown:
+    return x
 
 
 # -- what is known of it
 
-_PROPERTIES: dict[str, Callable[[Any], Any]] = {
-    "shape": lambda x: torch.Size(_shape(x)),
-    "ndim": lambda x: x.w.ndim - 1,
-    "dtype": lambda x: torch.float64,
-    "device": lambda x: torch.device("cpu"),
-    "requires_grad": lambda x: bool(x.w[..., : len(x.d)].any()),
-}
-_RULES |= {getattr(Tensor, name).__get__: rule for name, rule in _PROPERTIES.items()}
+
+def _shape(x: Any) -> tuple[int, ...]:
+    return np.shape(x.forms) if isinstance(x, Unknown) else tuple(x.shape)
 
 
 @_rule("dim", "ndimension")
@@ -328,3 +670,25 @@ def _len(x: Any) -> int:
 @_rule("numel")
 def _numel(x: Any) -> int:
     return math.prod(_shape(x))
+
+
+_PROPERTIES: dict[str, Callable[[Any], Any]] = {
+    "shape": lambda x: torch.Size(_shape(x)),
+    "ndim": _dims,
+    "dtype": lambda x: torch.float64,
+    "device": lambda x: torch.device("cpu"),
+    "requires_grad": lambda x: x.tracked,
+}
+for _name, _property in _PROPERTIES.items():
+    setattr(Unknown, _name, property(_property))
+
+
+def _like(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A new tensor of known numbers, which asks of another for no more than its shape and precision."""
+    return lambda x, *args, **kwargs: fn(torch.zeros(_shape(x), dtype=torch.float64), *args, **kwargs)
+
+
+for _name in ("new_zeros", "new_ones", "new_full"):
+    _rule(_name)(_like(getattr(Tensor, _name)))
+for _name in ("zeros_like", "ones_like", "full_like"):
+    _rule(_name)(_like(getattr(torch, _name)))

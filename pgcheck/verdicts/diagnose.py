@@ -232,9 +232,9 @@ def _rows(estimators: Sequence[Estimator], p: Problem, m: Measurement) -> dict[s
 
 
 def expectations(estimators: Sequence[Estimator], p: Problem) -> dict[str, Tensor]:
-    """All at once; if one of them cannot be had, by halves."""
+    """All at once; if one of them cannot be had, by halves. That they are functions of their batch is not tried again."""
     try:
-        moments = exact_moments(estimators, p, budget=TRY_BUDGET)
+        moments = exact_moments(estimators, p, budget=TRY_BUDGET, functions=True)
     except PgcheckError:
         if len(estimators) == 1:
             return {}

@@ -14,7 +14,7 @@ from pgcheck.batch import Batch
 from pgcheck.engines.exact import exact_moments
 from pgcheck.errors import EstimatorError
 from pgcheck.estimators.from_loss import LossCoefficients, from_loss
-from pgcheck.estimators.unknown import NotLinearError, Unknown, known_value, unknowns, weights
+from pgcheck.estimators.unknown import NotLinearError, Run, Unknown, Unknowns
 from tests.engines.oracle import dialogue
 from tests.estimators.test_from_loss import batch_by_batch, random_batch
 
@@ -254,17 +254,20 @@ def test_weights_are_those_of_autograd(name: str) -> None:
     g = torch.Generator().manual_seed(3)
     x = torch.randn(4, 3, generator=g, dtype=torch.float64, requires_grad=True)
     (expected,) = torch.autograd.grad(OPERATIONS[name](x), x)
-    out = OPERATIONS[name](unknowns(torch.zeros(4, 3, dtype=torch.float64))[0])
+    run = Run([0.0] * 12)
+    out = OPERATIONS[name](Unknowns(run, x.shape)["logp"])
     assert isinstance(out, Unknown)
-    torch.testing.assert_close(weights(out).view(4, 3), expected, rtol=1e-14, atol=1e-15)
+    torch.testing.assert_close(-run.coefficients(out).view(4, 3), expected, rtol=1e-14, atol=1e-15)
 
 
 def test_a_difference_has_its_value() -> None:
     d = torch.randn(4, 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    p, q = unknowns(d)
-    torch.testing.assert_close(known_value(2 * (p - q) + 1).detach(), 2 * d + 1, rtol=1e-15, atol=0)
-    torch.testing.assert_close(known_value(p.detach() - q), d, rtol=1e-15, atol=0)
-    assert not known_value(p.detach() - q).requires_grad
-    for x in (p, q, p + q, p - 2 * q, p[0] - q[1]):
+    both = Unknowns(Run(d.flatten().tolist()), d.shape)
+    p, q = both["logp"], both["behavior_logp"]
+    for x, value in ((2 * (p - q) + 1, 2 * d + 1), (p.detach() - q, d), (p - p.detach(), 0 * d)):
+        torch.testing.assert_close(torch.tensor(x.tolist(), dtype=x.dtype), value, rtol=1e-15, atol=0)
+    assert (p - q).requires_grad
+    assert not (p.detach() - q).requires_grad
+    for y in (p, q, p + q, p - 2 * q, p[0] - q[1]):
         with pytest.raises(NotLinearError):
-            known_value(x)
+            y.tolist()
