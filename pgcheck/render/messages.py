@@ -12,7 +12,7 @@ from pgcheck.registry import heavy_problems, registered_problems
 from pgcheck.render.code import estimator_code
 from pgcheck.runs.report import MeasurementRow, ParameterRow, Report, VerdictRow
 from pgcheck.verdicts.checks import find_check
-from pgcheck.verdicts.diagnose import Diagnosis, Swap
+from pgcheck.verdicts.diagnose import PER_ROW, PER_TOKEN, WITHOUT_DISCOUNT, Diagnosis, Swap
 from pgcheck.verdicts.steps import Cause
 from pgcheck.verdicts.verdict import Status
 
@@ -95,6 +95,13 @@ _HINTS = {
 }
 
 
+_MADE_HINTS = {
+    WITHOUT_DISCOUNT: "J discounts the rewards, the loss does not",
+    PER_ROW: "each row is divided by its own length, which its actions decide",
+    PER_TOKEN: "it is divided by the number of tokens, which the actions decide",
+}  # of what a known estimator is assembled with
+
+
 def _factor_words(factor: str) -> str:
     return " × ".join(x if x in _HINTS or "/" in x else number(float(x)) for x in factor.split(" × "))
 
@@ -122,6 +129,7 @@ def cause_of(diagnosis: Diagnosis) -> str:
         return "float32 inside the loss: batches are float64, but a tensor made without a dtype is not (torch.zeros(n))"
     is_gradient = diagnosis.subject.startswith("the gradient")
     name = diagnosis.subject.replace("the", "the exact", 1) if is_gradient else f"`{diagnosis.subject}`"
+    name = " ".join((name, *diagnosis.made))
     if diagnosis.except_on:
         n = diagnosis.problems
         where = f"on {n - len(diagnosis.except_on)} of {n} problems compared, not on {', '.join(diagnosis.except_on)}"
@@ -130,7 +138,8 @@ def cause_of(diagnosis: Diagnosis) -> str:
     else:
         where = f"on all {diagnosis.problems} problems compared"
     this_is = "this is" if diagnosis.gap == 0 else f"this is, to {100 * diagnosis.gap:.2g}%,"
-    mistake = f": {diagnosis.mistake.rstrip('.')}" if diagnosis.mistake else ""
+    why = diagnosis.mistake.rstrip(".") or "; ".join(_MADE_HINTS[x] for x in diagnosis.made if x in _MADE_HINTS)
+    mistake = why and f": {why}"
     if not diagnosis.factor:
         return f"in expectation {this_is} {name}, {where}{mistake}"
     if diagnosis.same_here:
@@ -236,7 +245,12 @@ def _bias_part(
     rows.append(("allowed", number(worst.allowed)))
     if diagnosis or not worst.sample:
         rows.append(("cause", cause_of(diagnosis) if diagnosis else "no known estimator has this expectation"))
-    if diagnosis and not diagnosis.mistake and (known := registered_estimators().get(diagnosis.subject)):
+    if (
+        diagnosis
+        and not diagnosis.mistake
+        and not diagnosis.made
+        and (known := registered_estimators().get(diagnosis.subject))
+    ):
         rows.append(("which is", known.about))
     if swap:
         rows.append(("mend", mend_of(swap)))
