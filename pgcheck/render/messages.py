@@ -9,7 +9,7 @@ from pgcheck.engines.direct import DirectMoments
 from pgcheck.engines.stored import STORED
 from pgcheck.estimators.base import registered_estimators
 from pgcheck.registry import heavy_problems, registered_problems
-from pgcheck.render.code import estimator_code
+from pgcheck.render.code import estimator_code, shell_name
 from pgcheck.runs.report import MeasurementRow, ParameterRow, Report, VerdictRow
 from pgcheck.verdicts.checks import find_check
 from pgcheck.verdicts.diagnose import PER_ROW, PER_TOKEN, WITHOUT_DISCOUNT, Diagnosis, Swap
@@ -256,10 +256,12 @@ def _bias_part(
         rows.append(("mend", mend_of(swap)))
     against = diagnosis.subject if diagnosis and diagnosis.kind == "identity" else "reward_to_go"
     against = "reward_to_go" if against.startswith("the gradient") else against
-    if worst.problem.partition("@")[0] in {*registered_problems(), *heavy_problems()}:
-        rows.append(("next", f"pgcheck compare {command} '{against}' --problem {worst.problem}{_space(m)}"))
-    else:  # the command line knows only the named ones
-        rows.append(("next", f'pgcheck.compare(["{against}", {estimator_code(command)}], problem)'))
+    named = worst.problem.partition("@")[0] in {*registered_problems(), *heavy_problems()}
+    if named and (shown := shell_name(command)):
+        rows.append(("next", f"pgcheck compare {shown} '{against}' --problem {worst.problem}{_space(m)}"))
+    else:  # the command line does not know one of them
+        on = f'"{worst.problem}"' if named else "problem"
+        rows.append(("next", f'pgcheck.compare(["{against}", {estimator_code(command)}], {on})'))
     if any(f.check == "unbiased" for f in failed) and _only_scale(report, estimator):
         rows.append(("note", "the direction is right everywhere; if the factor is meant, claim proportional()"))
     return f"{estimator} is not {worst.check}: {len(failed)} of {len(asked)} problems contradict the claim.\n" + _lines(
@@ -280,7 +282,7 @@ def _undecided_part(report: Report, estimator: str, undecided: Sequence[VerdictR
     name = first.problem or first.reason
     if name.partition("@")[0] in registered_problems() and draws:
         how = f"--engine monte_carlo --draws {draws}{_space(m)}"
-        rows.append(("next", f"pgcheck compare {command} --problem {name} {how}"))
+        rows.append(("next", f"pgcheck compare {shell_name(command) or command} --problem {name} {how}"))
     else:
         rows.append(
             ("next", "a smaller problem, which can be enumerated; or an estimator with a lighter tail to compare with")
