@@ -82,6 +82,11 @@ def as_claim(claim: str | Claim) -> Claim:
     return made[claim]
 
 
+def _is_verdict(raised: Any) -> bool:
+    """Whether what pytest caught is one, and no defect on the way to it."""
+    return issubclass(raised.type, CheckFailed)
+
+
 def check_estimator(
     estimator: AnyEstimator,
     problems: AnyProblem | Sequence[AnyProblem] | None = None,
@@ -129,6 +134,7 @@ def check_estimator(
         CheckFailed: any other check failed, or nothing could be checked.
         UsageError: the estimator or a problem cannot be used; no estimator of the name `same_as`.
     """
+    __tracebackhide__ = _is_verdict  # pytest shows the test and the message, not these lines
     if not (isinstance(rtol, (int, float)) and 0.0 < rtol < 1.0):
         raise UsageError(f"rtol: {rtol!r}; it must lie between 0 and 1.")
     if space not in get_args(Space):
@@ -224,6 +230,7 @@ def check_training_step(
         BudgetError: too many batches; with their number, how long they would take, and the nearest plan that fits.
         UsageError: the model, the task or a policy cannot be used; the step raises or leaves no gradient.
     """
+    __tracebackhide__ = _is_verdict
     if not callable(step):
         raise UsageError(f"step: {step!r}; expected a function of (model, rollouts).")
     if not (isinstance(rtol, (int, float)) and 0.0 < rtol < 1.0):

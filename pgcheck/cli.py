@@ -622,7 +622,6 @@ def design(
     from typing import cast
 
     from pgcheck.design import PILOT, plan
-    from pgcheck.engines.exact import DEFAULT_BUDGET
     from pgcheck.estimators.lookup import as_estimator
     from pgcheck.registry import find_problem
     from pgcheck.render.design import design_json, design_text
@@ -636,7 +635,7 @@ def design(
             find_problem(problem),
             settings,
             draws=draws,
-            budget=budget or DEFAULT_BUDGET,
+            budget=budget,
             engine=engine.value,
             pilot=pilot or PILOT,
             seed=seed or 0,

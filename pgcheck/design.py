@@ -39,6 +39,7 @@ from pgcheck.statistics.sequential import GRAIN, Settings
 from pgcheck.trajectories import is_count
 
 LARGEST_GROUP = 32
+SWEPT_BATCHES = 2**18  # enumerated at most for a group size other than the problem's own; seconds for a plain loss
 PILOT = 2_048  # draws
 _ROUNDING = 1e-14  # a gradient below this part of the rewards is 0
 _APART = 2**33  # seeds of pilots are above that
@@ -100,7 +101,7 @@ def plan(
     settings: Settings,
     *,
     draws: int | None = None,
-    budget: int = DEFAULT_BUDGET,
+    budget: int | None = None,
     engine: Engine = "auto",
     pilot: int = PILOT,
     seed: int = 0,
@@ -110,7 +111,8 @@ def plan(
 
     Args:
         draws: batches that may be drawn.
-        budget: most batches enumerated.
+        budget: most batches enumerated, of the problem and of each other group size; default, that of `exact_moments`, and
+            `SWEPT_BATCHES`.
         engine: `exact`, `monte_carlo` (a pilot), or `auto`: a pilot where batches cannot be enumerated.
         pilot: its draws, in whole 1024s; for every group size as many.
         seed: of the pilot.
@@ -124,13 +126,13 @@ def plan(
             raise UsageError(f"{name}: {x!r}; it must be an integer of at least {least:,}.")
     if engine != "monte_carlo" and (engine == "exact" or problem.enumerable):
         try:
-            (m,) = exact_moments([estimator], problem, budget=budget, progress=progress)
+            (m,) = exact_moments([estimator], problem, budget=budget or DEFAULT_BUDGET, progress=progress)
         except BudgetError:
             if engine == "exact":
                 raise
         else:
             noise = Noise.of(m.whole_covariance, problem.gradient().flatten())
-            sizes = _group_sizes(estimator, problem, budget, progress)
+            sizes = _group_sizes(estimator, problem, budget or SWEPT_BATCHES, progress)
             return Plan(estimator.name, problem.name, design(noise, settings, budget=draws), sizes)
     number = -(-pilot // GRAIN) * GRAIN
     about, low, high = _sampled_noise(estimator, problem, number, seed)

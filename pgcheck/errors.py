@@ -28,8 +28,11 @@ T = TypeVar("T")
 
 
 def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.4) -> str:
-    """“ Did you mean …?” with the most similar of the known names; nothing if none is similar."""
-    near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=cutoff)
+    """“ Did you mean …?” with the first known name that goes on after an underscore, or the most similar; nothing if there is
+    none."""
+    names = list(known)
+    begun = [x for x in names if x.startswith(f"{name}_")]
+    near = begun or difflib.get_close_matches(str(name), names, n=1, cutoff=cutoff)
     return f" Did you mean '{near[0]}'?" if near else ""
 
 

@@ -337,7 +337,7 @@ def test_a_known_estimator_is_recognised() -> None:
 
     said = lines(message(lambda: pgcheck.check_estimator(no_discount_weight, ["mdp/*", "chain/*"])))
     assert "`reward_to_go_undiscounted_weight`" in said["cause"]
-    assert "'reward_to_go_undiscounted_weight'" in said["next"]
+    assert '"reward_to_go_undiscounted_weight"' in said["next"]
 
 
 def test_an_unknown_one_is_told_by_where_it_is_wrong() -> None:

@@ -7,6 +7,7 @@ import json
 import pytest
 from torch import Tensor
 
+from pgcheck import design
 from pgcheck.design import plan
 from pgcheck.engines.exact import exact_moments
 from pgcheck.engines.stored import reference_draws
@@ -30,6 +31,25 @@ def test_the_best_group_size_of_leave_one_out_on_two_arms() -> None:
     for g in got.group_sizes[:3]:
         (m,) = exact_moments([e], problem.with_sampling(groups=1, group_size=g.group_size))
         assert g.cost == pytest.approx(g.group_size * float(m.covariance.trace()) / float(m.mean.norm() ** 2))
+
+
+def test_other_group_sizes_are_enumerated_as_far_as_that_is_quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The problem's own batches are 30; of other sizes only those within the limit are, or within the budget that is given."""
+    e, problem = as_estimator("leave_one_out"), find_problem("dialogue/two-turn")
+
+    def fits(size: int, budget: int) -> bool:
+        try:
+            exact_moments([e], problem.with_sampling(groups=problem.groups, group_size=size), budget=budget)
+        except BudgetError:
+            return False
+        return True
+
+    monkeypatch.setattr(design, "SWEPT_BATCHES", 100)
+    swept, asked = plan(e, problem, Settings()), plan(e, problem, Settings(), budget=1_000)
+    for made, budget in ((swept, 100), (asked, 1_000)):
+        assert [g.group_size for g in made.group_sizes] == [g for g in range(2, 33) if fits(g, budget)]
+    assert 0 < len(swept.group_sizes) < len(asked.group_sizes) < 31
+    assert swept.design == asked.design
 
 
 def test_what_cannot_be_enumerated_is_refused_or_drawn() -> None:

@@ -1186,6 +1186,9 @@ case = section("Sampled verdicts")
 case("a tolerance of zero for a sampled engine", '''
 pgcheck.check_estimator("rloo", "dialogue/two-turn", engine="monte_carlo", sampling=pgcheck.Sampling(tolerance=0))
 ''')  # fmt: skip
+case("settings that are no Sampling", '''
+pgcheck.check_estimator("rloo", "dialogue/two-turn", engine="monte_carlo", sampling={"seed": 1})
+''')  # fmt: skip
 case("an error rate that is none", '''
 pgcheck.Sampling(alpha=0.7)
 ''')  # fmt: skip

@@ -33,6 +33,17 @@ def checked_engine(engine: str) -> Engine:
     raise UsageError(f"engine: {engine!r} is not one of {', '.join(get_args(Engine))}.")
 
 
+def checked_sampling(sampling: Sampling | None) -> Sampling:
+    """The settings of sampled verdicts, or those that nobody changed.
+
+    Raises:
+        UsageError: no `Sampling`.
+    """
+    if not isinstance(sampling, Sampling | None):
+        raise UsageError(f"sampling: {sampling!r}; expected pgcheck.Sampling(…), as in pgcheck.Sampling(seed=1).")
+    return sampling or Sampling()
+
+
 def engine_on(engine: str | None, problems: Iterable[Problem]) -> Engine:
     """The engine asked for; if none is, exact, but for problems whose rollouts cannot be listed, where it must be `auto`."""
     if engine is not None:
@@ -58,7 +69,7 @@ def moments_by(
     Raises:
         BudgetError: `exact`, and the batches are too many; or what an estimator needs cannot be sampled.
     """
-    how = sampling or Sampling()
+    how = checked_sampling(sampling)
     if engine == "exact" and how.reference is not None:
         raise UsageError(
             "reference: what was estimated before is for sampled verdicts; engine='auto' or 'monte_carlo'."

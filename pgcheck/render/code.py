@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,7 +16,9 @@ from typing import Any
 from torch import Tensor
 
 from pgcheck.envs.tabular import TabularMDP
-from pgcheck.estimators.base import registered_estimators
+from pgcheck.errors import UnknownNameError
+from pgcheck.estimators.base import find_estimator
+from pgcheck.estimators.broken import BROKEN
 from pgcheck.problem import Problem
 from pgcheck.trajectories import Paths
 
@@ -106,7 +109,21 @@ def problem_code(problem: Problem) -> str:
 def estimator_code(command: str) -> str:
     """What `lookup.command_name` returned, for Python: a name that pgcheck can look up is a string."""
     name = command.strip("'")
-    return literal(name) if ":" in name or name in registered_estimators() else name
+    if shell_name(command):
+        return literal(name)
+    return name if name.isidentifier() else "your_loss"
+
+
+def shell_name(command: str) -> str:
+    """What `lookup.command_name` returned, for a shell; "" for code that the command line cannot find: a lambda, or what is
+    made inside a function."""
+    name = command.strip("'")
+    if ":" not in name and name not in BROKEN:
+        try:
+            find_estimator(name)
+        except UnknownNameError:
+            return ""
+    return shlex.quote(name)
 
 
 def check_code(problem: Problem, *, estimator: str, asked: Mapping[str, str | None] | None = None) -> str:

@@ -9,10 +9,10 @@ from pgcheck.engines.direct import DirectMoments
 from pgcheck.engines.stored import STORED
 from pgcheck.estimators.base import registered_estimators
 from pgcheck.registry import heavy_problems, registered_problems
-from pgcheck.render.code import estimator_code
+from pgcheck.render.code import estimator_code, shell_name
 from pgcheck.runs.report import MeasurementRow, ParameterRow, Report, VerdictRow
 from pgcheck.verdicts.checks import find_check
-from pgcheck.verdicts.diagnose import Diagnosis, Swap
+from pgcheck.verdicts.diagnose import PER_ROW, PER_TOKEN, WITHOUT_DISCOUNT, Diagnosis, Swap
 from pgcheck.verdicts.steps import Cause
 from pgcheck.verdicts.verdict import Status
 
@@ -95,6 +95,13 @@ _HINTS = {
 }
 
 
+_MADE_HINTS = {
+    WITHOUT_DISCOUNT: "J discounts the rewards, the loss does not",
+    PER_ROW: "each row is divided by its own length, which its actions decide",
+    PER_TOKEN: "it is divided by the number of tokens, which the actions decide",
+}  # of what a known estimator is assembled with
+
+
 def _factor_words(factor: str) -> str:
     return " × ".join(x if x in _HINTS or "/" in x else number(float(x)) for x in factor.split(" × "))
 
@@ -122,6 +129,7 @@ def cause_of(diagnosis: Diagnosis) -> str:
         return "float32 inside the loss: batches are float64, but a tensor made without a dtype is not (torch.zeros(n))"
     is_gradient = diagnosis.subject.startswith("the gradient")
     name = diagnosis.subject.replace("the", "the exact", 1) if is_gradient else f"`{diagnosis.subject}`"
+    name = " ".join((name, *diagnosis.made))
     if diagnosis.except_on:
         n = diagnosis.problems
         where = f"on {n - len(diagnosis.except_on)} of {n} problems compared, not on {', '.join(diagnosis.except_on)}"
@@ -130,7 +138,8 @@ def cause_of(diagnosis: Diagnosis) -> str:
     else:
         where = f"on all {diagnosis.problems} problems compared"
     this_is = "this is" if diagnosis.gap == 0 else f"this is, to {100 * diagnosis.gap:.2g}%,"
-    mistake = f": {diagnosis.mistake.rstrip('.')}" if diagnosis.mistake else ""
+    why = diagnosis.mistake.rstrip(".") or "; ".join(_MADE_HINTS[x] for x in diagnosis.made if x in _MADE_HINTS)
+    mistake = why and f": {why}"
     if not diagnosis.factor:
         return f"in expectation {this_is} {name}, {where}{mistake}"
     if diagnosis.same_here:
@@ -236,16 +245,23 @@ def _bias_part(
     rows.append(("allowed", number(worst.allowed)))
     if diagnosis or not worst.sample:
         rows.append(("cause", cause_of(diagnosis) if diagnosis else "no known estimator has this expectation"))
-    if diagnosis and not diagnosis.mistake and (known := registered_estimators().get(diagnosis.subject)):
+    if (
+        diagnosis
+        and not diagnosis.mistake
+        and not diagnosis.made
+        and (known := registered_estimators().get(diagnosis.subject))
+    ):
         rows.append(("which is", known.about))
     if swap:
         rows.append(("mend", mend_of(swap)))
     against = diagnosis.subject if diagnosis and diagnosis.kind == "identity" else "reward_to_go"
     against = "reward_to_go" if against.startswith("the gradient") else against
-    if worst.problem.partition("@")[0] in {*registered_problems(), *heavy_problems()}:
-        rows.append(("next", f"pgcheck compare {command} '{against}' --problem {worst.problem}{_space(m)}"))
-    else:  # the command line knows only the named ones
-        rows.append(("next", f'pgcheck.compare(["{against}", {estimator_code(command)}], problem)'))
+    named = worst.problem.partition("@")[0] in {*registered_problems(), *heavy_problems()}
+    if named and (shown := shell_name(command)):
+        rows.append(("next", f"pgcheck compare {shown} '{against}' --problem {worst.problem}{_space(m)}"))
+    else:  # the command line does not know one of them
+        on = f'"{worst.problem}"' if named else "problem"
+        rows.append(("next", f'pgcheck.compare(["{against}", {estimator_code(command)}], {on})'))
     if any(f.check == "unbiased" for f in failed) and _only_scale(report, estimator):
         rows.append(("note", "the direction is right everywhere; if the factor is meant, claim proportional()"))
     return f"{estimator} is not {worst.check}: {len(failed)} of {len(asked)} problems contradict the claim.\n" + _lines(
@@ -266,7 +282,7 @@ def _undecided_part(report: Report, estimator: str, undecided: Sequence[VerdictR
     name = first.problem or first.reason
     if name.partition("@")[0] in registered_problems() and draws:
         how = f"--engine monte_carlo --draws {draws}{_space(m)}"
-        rows.append(("next", f"pgcheck compare {command} --problem {name} {how}"))
+        rows.append(("next", f"pgcheck compare {shell_name(command) or command} --problem {name} {how}"))
     else:
         rows.append(
             ("next", "a smaller problem, which can be enumerated; or an estimator with a lighter tail to compare with")

@@ -109,22 +109,17 @@ def summary(report: Report) -> str:
     """One line: how many verdicts and cases, how many of each status."""
     lines = []
     if report.verdicts or not report.cases:
-        exact = len(report.measurements) - report.sampled
-        pairs = " and ".join([*[f"{exact} exact"] * (exact > 0 or not report.sampled), *_sampled_words(report)])
+        exact, expected = len(report.measurements) - report.sampled, sum(v.expected for v in report.verdicts)
+        known = f" ({expected} of them as the suite expects)" if expected else ""
+        made = [f"{n} {how}" for n, how in ((exact, "exact"), (report.sampled, "sampled")) if n] or ["0 exact"]
         lines.append(
-            f"{len(report.verdicts)} verdicts: {_by_status(report.count())}. {pairs} measurements of"
+            f"{len(report.verdicts)} verdicts: {_by_status(report.count())}{known}. {' and '.join(made)} measurements of"
             f" {len(report.estimators)} estimators on {len(report.problems)} problems; {len(report.not_asked)} pairs not"
             " asked."
         )
     if report.cases:
         lines.append(f"{len(report.cases)} cases: {_by_status(Counter(c.status for c in report.cases))}.")
     return " ".join(lines)
-
-
-def _sampled_words(report: Report) -> list[str]:
-    expected = sum(v.expected for v in report.verdicts)
-    known = f" ({expected} of the undecided are expected to be)" if expected else ""
-    return [f"{report.sampled} sampled{known}"] if report.sampled else []
 
 
 def _by_status(count: Counter[Status]) -> str:
@@ -155,7 +150,7 @@ def case_rows(report: Report) -> list[CaseText]:
 
 def _case_text(c: CaseRow) -> CaseText:
     words = [x if not _is_number(x) and name != "group_size" else f"{name}={x}" for name, x in c.subject.items()]
-    among = [f"says most against it of {c.asked}"] if c.asked > 1 and c.value is not None else []
+    among = [f"the worst of {c.asked} asked"] if c.asked > 1 and c.value is not None else []
     return CaseText(
         name=c.name,
         says=c.says,

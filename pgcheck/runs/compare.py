@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from pgcheck.engines.choice import Engine, moments_by
+from pgcheck.engines.choice import Engine, checked_sampling, moments_by
 from pgcheck.engines.exact import DEFAULT_BUDGET
 from pgcheck.engines.moments import Moments, Progress
 from pgcheck.engines.monte_carlo import Sampling
@@ -190,7 +190,7 @@ def comparison(
         UnknownNameError: `relative_to` is none of the estimators.
         BudgetError: a problem as it is does not fit the budget; a point of a sweep that does not is `missing`.
     """
-    made, how, reference = _Tables(), sampling or Sampling(), relative_to or estimators[0].name
+    made, how, reference = _Tables(), checked_sampling(sampling), relative_to or estimators[0].name
     for p in problems:
         found = moments_by(
             engine,

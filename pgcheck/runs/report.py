@@ -6,6 +6,7 @@ same platform; NaN and infinities are null.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections import Counter
@@ -38,8 +39,19 @@ LARGEST_TABLE = 10_000  # entries of a gradient that is written out
 SCHEMA: Literal["pgcheck-report/1"] = "pgcheck-report/1"
 
 
+def _left_out(empty: Any) -> Any:
+    """A field that not every engine fills; the document leaves it out where it is `empty`."""
+    return Field(default=empty, json_schema_extra={"left_out": True})
+
+
 class _Row(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@functools.cache
+def _empty_fields(kind: type[_Row]) -> dict[str, Any]:
+    """The fields of a row made by `_left_out`, and what they are when empty."""
+    return {name: f.default for name, f in kind.model_fields.items() if f.json_schema_extra == {"left_out": True}}
 
 
 class ProblemRow(_Row):
@@ -129,15 +141,21 @@ class MeasurementRow(_Row):
     worst_step: int | None
     expected: list[list[float]]  # E ĝ in logits, [K, A]; empty if in parameters, or of over `LARGEST_TABLE` entries
     by_step: list[StepRow]  # what each position contributes to it; empty if the engine does not say
-    seed: int | None = None  # of the `batches` that were drawn
-    low: dict[str, float | None] = {}  # ends of 95% intervals, by the names above; null where the tails allow none
-    high: dict[str, float | None] = {}
-    spread: list[float] = []  # Var ⟨ĝ, v⟩ of an exact ĝ along fixed directions; empty if Cov ĝ is not kept
-    sampled: SampledRow | None = None  # what a later sample is held against
-    parameters: int | None = None  # P, of a sample that was seen in parameters, as the logits are too many
-    directions: int | None = None  # random ones among them, along which alone it was seen
-    against: str | None = None  # the unbiased estimator on the same rollouts that it was judged by its difference from
-    shown: float | None = None  # the part of a bias's length that is seen at least; verdicts allow for it; null: all
+    seed: int | None = _left_out(None)  # of the `batches` that were drawn
+    low: dict[str, float | None] = _left_out(
+        {}
+    )  # ends of 95% intervals, by the names above; null where the tails allow none
+    high: dict[str, float | None] = _left_out({})
+    spread: list[float] = _left_out([])  # Var ⟨ĝ, v⟩ of an exact ĝ along fixed directions; empty if Cov ĝ is not kept
+    sampled: SampledRow | None = _left_out(None)  # what a later sample is held against
+    parameters: int | None = _left_out(None)  # P, of a sample that was seen in parameters, as the logits are too many
+    directions: int | None = _left_out(None)  # random ones among them, along which alone it was seen
+    against: str | None = _left_out(
+        None
+    )  # the unbiased estimator on the same rollouts that it was judged by its difference from
+    shown: float | None = _left_out(
+        None
+    )  # the part of a bias's length that is seen at least; verdicts allow for it; null: all
 
 
 class SampleRow(_Row):
@@ -180,8 +198,8 @@ class VerdictRow(_Row):
     allowed: float
     claimed_scale: float | None = None
     reason: str = ""
-    sample: SampleRow | None = None
-    expected: bool = False  # the suite says that this is not decided
+    sample: SampleRow | None = _left_out(None)
+    expected: bool = _left_out(False)  # the suite says that this is not decided
 
 
 class NotAskedRow(_Row):
@@ -265,7 +283,7 @@ class Report(_Row):
             if key == "parameters" and not value:
                 continue
             if isinstance(value, list):
-                value = [_without_empty(row) for row in value]
+                value = [_without_empty(row, as_dict) for row, as_dict in zip(getattr(self, key), value, strict=True)]
             text = json.dumps(value, ensure_ascii=False)
             if isinstance(value, list) and value:
                 rows = ",\n  ".join(json.dumps(row, ensure_ascii=False) for row in value)
@@ -304,15 +322,9 @@ def merged(reports: Sequence[Report], *, suite: str) -> Report:
     )
 
 
-_EMPTY: dict[str, Any] = {
-    "seed": None, "low": {}, "high": {}, "sample": None, "expected": False, "spread": [], "sampled": None,
-    "parameters": None, "directions": None, "against": None, "shown": None,
-}  # fmt: skip
-
-
-def _without_empty(row: dict[str, Any]) -> dict[str, Any]:
-    """Without the fields that not every engine fills, where they are empty."""
-    return {name: x for name, x in row.items() if name not in _EMPTY or x != _EMPTY[name]}
+def _without_empty(row: _Row, as_dict: dict[str, Any]) -> dict[str, Any]:
+    empty = _empty_fields(type(row))
+    return {name: x for name, x in as_dict.items() if name not in empty or x != empty[name]}
 
 
 def _table(x: Tensor) -> list[list[float]]:

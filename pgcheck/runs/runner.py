@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 
-from pgcheck.engines.choice import Engine, moments_by
+from pgcheck.engines.choice import Engine, checked_sampling, moments_by
 from pgcheck.engines.exact import DEFAULT_BUDGET
 from pgcheck.engines.moments import Moments, Progress
 from pgcheck.engines.monte_carlo import Sampling
@@ -107,7 +107,7 @@ def run(
     """
     refuse_duplicates(estimators, problems)
     wanted = set(wanted_checks(checks))
-    how = sampling or Sampling()
+    how = checked_sampling(sampling)
     verdicts: list[Verdict] = []
     not_asked: list[NotAsked] = []
     clean = []

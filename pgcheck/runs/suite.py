@@ -175,7 +175,9 @@ def names_matching(patterns: list[str]) -> list[str]:
             known_problem(pattern)
             found = [pattern]
         if not found:
-            raise UnknownNameError("problem", pattern, [*registered_problems(), *heavy_problems()])
+            known = [*registered_problems(), *heavy_problems()]
+            families = [f"{family}/*" for family in dict.fromkeys(x.partition("/")[0] for x in known)]
+            raise UnknownNameError("problem", pattern, families if "*" in pattern else known)
         names += [name for name in found if name not in names]
     return names
 

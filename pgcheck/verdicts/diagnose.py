@@ -1,7 +1,8 @@
 """Why an estimator is biased: found by trying, not by guessing.
 
 `identify` compares E ĝ with ∇J, with the exact expectations of the whole zoo and with those of estimators that are wrong
-on purpose, up to a factor; `pattern` finds a fact of the problems that separates those with a bias from those without;
+on purpose, up to a factor, and where none of them explains it with those of every advantage of the zoo in every average
+(`assembled`); `pattern` finds a fact of the problems that separates those with a bias from those without;
 `find_swap` exchanges one part of a composition for a part of a known one until the claim holds.
 
 Guarantee: an identity is reported only if it holds at 1e-9 on every problem where it could be tried, or all but a few,
@@ -12,21 +13,27 @@ every problem.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pgcheck.batch import Batch
 from pgcheck.engines.coefficients import coefficients_of
 from pgcheck.engines.declarations import probe
 from pgcheck.engines.exact import exact_moments
 from pgcheck.errors import PgcheckError
-from pgcheck.estimators.base import COUPLES, Estimator, registered_estimators
+from pgcheck.estimators import aggregation, ratios
+from pgcheck.estimators.aggregation import Aggregation
+from pgcheck.estimators.base import COUPLES, Coefficients, Couples, Estimator, registered_estimators
 from pgcheck.estimators.broken import BROKEN
+from pgcheck.estimators.ratios import Ratio
 from pgcheck.estimators.zoo import Composition
 from pgcheck.problem import Problem
 from pgcheck.verdicts.checks.base import SAME, estimates_gap
@@ -56,6 +63,7 @@ class Diagnosis:
     except_on: tuple[str, ...] = ()  # problems on which the identity does not hold
     mistake: str = ""  # what is wrong with `subject`, where that is known
     gap: float = 0.0  # the largest ‖E ĝ − factor · E[subject]‖ over the size, where that is more than rounding
+    made: tuple[str, ...] = ()  # what `subject` is assembled with, where that is not its own: see `assembled`
     same_here: tuple[str, ...] = ()  # of a number found on a single problem: the known factors that it is there
 
 
@@ -96,12 +104,56 @@ class Candidate:
 
     estimator: Estimator
     mistake: str = ""
+    entry: str = ""  # of the zoo, whose advantage it has
+    made: tuple[str, ...] = ()  # what it has otherwise
 
 
 def candidates() -> list[Candidate]:
     """The zoo, then the shelf of estimators that are wrong on purpose, as far as their mistake moves E ĝ."""
     wrong = [Candidate(x.estimator, x.mistake) for x in BROKEN.values() if x.moves]
     return [*(Candidate(e) for e in registered_estimators().values()), *wrong]
+
+
+WITHOUT_DISCOUNT = "with γ = 1"
+PER_ROW, PER_TOKEN = "averaged over the tokens of each row", "averaged over all tokens of the batch"
+CLIPPED = "times the ratio of each token, clipped as in PPO"
+_AVERAGES: dict[str, Aggregation] = {
+    "summed over the tokens of each row": aggregation.mean_of_rows,
+    PER_ROW: aggregation.sequence_mean,
+    PER_TOKEN: aggregation.token_mean,
+}
+_WEIGHTS: dict[str, Ratio] = {
+    "without a ratio": ratios.none,
+    "times the ratio of each token": ratios.token_ratio,
+    CLIPPED: ratios.ppo_clip(),
+}
+
+
+def assembled(problems: Sequence[Problem]) -> list[Candidate]:
+    """Every advantage of the zoo in each average, where γ < 1 without it too, and off-policy with each weight: often a loss
+    is the advantage of one paper in the average of another. Without those that are one of the zoo already."""
+    discounts = ("", WITHOUT_DISCOUNT) if any(p.discount < 1 for p in problems) else ("",)
+    off_policy = not all(p.on_policy for p in problems)
+    found, seen = [], set()
+    for e in registered_estimators().values():
+        own = e.coefficients
+        if not isinstance(own, Composition) or own.penalty is not None or e.needs or own.advantage in seen:
+            continue
+        seen.add(own.advantage)
+        weights = _WEIGHTS if off_policy else {"": own.ratio}
+        for discount, (weight, ratio), (average, of_rows) in product(discounts, weights.items(), _AVERAGES.items()):
+            words = (discount, weight if ratio != own.ratio else "", average if of_rows != own.aggregation else "")
+            if made := tuple(x for x in words if x):
+                mixed = replace(own, ratio=ratio, aggregation=of_rows)
+                couples: Couples = "batch" if of_rows is aggregation.token_mean else e.couples
+                c = functools.partial(_without_discount, mixed) if discount else mixed
+                new = Estimator(" ".join((e.name, *made)), c, couples, min_group_size=e.min_group_size)
+                found.append(Candidate(new, entry=e.name, made=made))
+    return found
+
+
+def _without_discount(coefficients: Coefficients, batch: Batch) -> Tensor:
+    return coefficients(replace(batch, discount=1.0))
 
 
 def identify(estimator: Estimator, problems: Sequence[Problem], measured: Sequence[Measurement]) -> Diagnosis | None:
@@ -119,19 +171,31 @@ def identify(estimator: Estimator, problems: Sequence[Problem], measured: Sequen
     simple = truth or _without_a_term(ordered) or _on_one_problem(pairs)
     if simple is not None:
         return simple
+    return _identified(candidates(), estimator, ordered, pairs) or _identified(
+        assembled([p for p, _ in pairs]), estimator, ordered, pairs
+    )
+
+
+def _identified(
+    known: Sequence[Candidate],
+    estimator: Estimator,
+    ordered: Sequence[tuple[Problem, Measurement]],
+    pairs: Sequence[tuple[Problem, Measurement]],
+) -> Diagnosis | None:
+    """The best of the `known` that explain E ĝ on the problems with a bias, `ordered`, and on `pairs`, all of them."""
     left: dict[str, tuple[Candidate, list[_Row]]] = {
-        c.estimator.name: (c, []) for c in candidates() if c.estimator.coefficients is not estimator.coefficients
+        c.estimator.name: (c, []) for c in known if c.estimator.coefficients is not estimator.coefficients
     }
     tried = ordered[:TRIED_PROBLEMS]
     for p, m in tried:
         left = _sieved(left, p, m)
-    rest = ordered[TRIED_PROBLEMS:] + [(p, m) for p, m in pairs if m.finding == "unbiased"]
+    rest = [*ordered[TRIED_PROBLEMS:], *((p, m) for p, m in pairs if m.finding == "unbiased")]
     matches = []
     for candidate, rows in left.values():
         if len(rows) < max(1, len(tried) - 1) or _is_multiple_of_truth(rows):
             continue
-        exact = _match(candidate.estimator.name, rows)
-        match = exact or _match(candidate.estimator.name, rows, rtol=NEARLY)
+        exact = _match(candidate.entry or candidate.estimator.name, rows)
+        match = exact or _match(candidate.entry or candidate.estimator.name, rows, rtol=NEARLY)
         if match is not None:
             matches.append((exact is None, match, candidate, rows))
     found: list[Diagnosis] = []
@@ -145,7 +209,9 @@ def identify(estimator: Estimator, problems: Sequence[Problem], measured: Sequen
         if len(except_on) <= len(every) * _FEW:
             gap = max(gap for name, gap in gaps.items() if name not in except_on) if nearly else 0.0
             n, wrong_in = len(every), candidate.mistake
-            found.append(replace(match, problems=n, except_on=except_on, mistake=wrong_in, gap=gap))
+            found.append(
+                replace(match, problems=n, except_on=except_on, mistake=wrong_in, gap=gap, made=candidate.made)
+            )
     # of equals, the first
     return min(found, key=_merit, default=None)
 
@@ -282,7 +348,8 @@ def _is_multiple_of_truth(rows: Sequence[_Row]) -> bool:
 
 
 def _telling_first(pairs: Sequence[tuple[Problem, Measurement]]) -> list[tuple[Problem, Measurement]]:
-    """One of each family before the second of any; first those whose gradient has several free numbers, cheap ones first.
+    """One of each family before the second of any, and of each family one where E ĝ is no multiple of ∇J, if there is one;
+    first those whose gradient has several free numbers, cheap ones first.
 
     In a gradient of one free number everything is a multiple of everything. A γ that counts actions comes last: getting
     the clock wrong as well is a mistake of its own, and shall not hide the other."""
@@ -292,14 +359,13 @@ def _telling_first(pairs: Sequence[tuple[Problem, Measurement]]) -> list[tuple[P
         return p.discount < 1 and p.trajectories.paths.discount_clock == "action", m.truth.numel() < 6, m.enumerated
 
     by_price = sorted(pairs, key=late)
-    seen: set[str] = set()
-    first: list[tuple[Problem, Measurement]] = []
-    rest: list[tuple[Problem, Measurement]] = []
-    for pair in by_price:
-        family = pair[0].name.partition("/")[0]
-        (rest if family in seen else first).append(pair)
-        seen.add(family)
-    return first + rest
+    first: dict[str, tuple[Problem, Measurement]] = {}
+    for p, m in by_price:
+        family = p.name.partition("/")[0]
+        if family not in first or (m.off_axis > RTOL and not first[family][1].off_axis > RTOL):
+            first[family] = (p, m)
+    chosen = {p.name for p, _ in first.values()}
+    return [*first.values(), *(pair for pair in by_price if pair[0].name not in chosen)]
 
 
 def _match(subject: str, rows: Sequence[_Row], *, rtol: float = RTOL) -> Diagnosis | None:

@@ -118,7 +118,13 @@ def test_an_alias_is_the_entry(alias: str, name: str) -> None:
 
 @pytest.mark.parametrize(
     ("typo", "nearest"),
-    [("grop", "grpo"), ("leave_one_uot", "leave_one_out"), ("rlo", "rloo"), ("batchmean", "batch_mean")],
+    [
+        ("grop", "grpo"),
+        ("leave_one_uot", "leave_one_out"),
+        ("rlo", "rloo"),
+        ("batchmean", "batch_mean"),
+        ("ppo", "ppo_clip"),
+    ],
 )
 def test_an_unknown_name_suggests_the_nearest(typo: str, nearest: str) -> None:
     with pytest.raises(UnknownNameError, match=rf"unknown estimator '{typo}'\. Did you mean '{nearest}'\?") as caught:

@@ -85,6 +85,29 @@ def test_a_failure_says_everything(suite: Suite) -> None:
     result.stdout.no_fnmatch_line("*testing.py*raise*")
 
 
+def test_a_call_in_a_test_shows_the_test_and_the_message(pytester: pytest.Pytester) -> None:
+    """Not the hundred lines of `check_estimator`; a defect below it keeps its frames."""
+    pytester.makepyfile(
+        """
+        import pgcheck
+
+        def half(batch):
+            return -0.5 * (batch.episode_return[:, None] * batch.logp * batch.mask).sum(-1).mean()
+
+        def test_half():
+            pgcheck.check_estimator(half, "bandit/two-arm")
+
+        def test_refused():
+            pgcheck.check_estimator(half, "bandit/none")
+        """
+    )
+    result = pytester.runpytest_inprocess("-p", "no:cacheprovider")
+    result.assert_outcomes(failed=2)
+    result.stdout.fnmatch_lines(["*BiasError: half is not unbiased*", "*test_a_call*.py:*: BiasError"])
+    result.stdout.no_fnmatch_line("*raise kind(*")
+    result.stdout.fnmatch_lines(["*raise UnknownNameError*"])
+
+
 def test_an_expected_failure_is_shown_with_its_reason(suite: Suite) -> None:
     result = suite('[my_loss], expected_failed_checks={"unbiased": "divides by the std"}')
     result.assert_outcomes(passed=4, skipped=2, xfailed=1)

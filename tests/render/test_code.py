@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ import pgcheck
 from pgcheck import strategies
 from pgcheck.estimators.lookup import FILLED_BY  # noqa: F401  (fills the registries)
 from pgcheck.registry import find_problem, registered_problems
-from pgcheck.render.code import check_code, estimator_code, literal, problem_code
+from pgcheck.render.code import check_code, estimator_code, literal, problem_code, shell_name
 from tests.worlds import two_arm_env, two_arm_paths
 
 
@@ -108,6 +109,25 @@ def test_literals_read_back(x: object, text: str) -> None:
 )
 def test_estimators_by_name_or_by_their_own(command: str, text: str) -> None:
     assert estimator_code(command) == text
+
+
+@pytest.mark.parametrize(
+    ("command", "text"),
+    [
+        ("mine:loss", "mine:loss"),
+        ("mine:REGISTRY[a]", "'mine:REGISTRY[a]'"),
+        ("mine.py:make(eps=0.1)", "'mine.py:make(eps=0.1)'"),
+        ("rloo", "rloo"),
+        ("'gae(0.95)'", "'gae(0.95)'"),
+        ("token_mean", "token_mean"),  # of those that are wrong on purpose
+        ("made_inside", ""),
+        ("<lambda>", ""),
+    ],
+)
+def test_estimators_for_a_shell(command: str, text: str) -> None:
+    """Quoted where a shell reads brackets; nothing where the command line would find nothing."""
+    assert shell_name(command) == text
+    assert shlex.split(text) == ([command.strip("'")] if text else [])
 
 
 def test_what_is_pasted_runs() -> None:

@@ -278,7 +278,7 @@ def test_a_terminal_shows_a_sentence_a_line(tmp_path: Path) -> None:
 def test_a_page_shows_the_number_and_what_it_is_of(tmp_path: Path) -> None:
     page = markdown(run(tmp_path))
     (line,) = [x for x in page.splitlines() if "`batch-mean`" in x]
-    assert "| wrong | 0.6667<br>`scale(batch_mean, mdp/two-state)`<br>says most against it of 2 | = 1 |" in line
+    assert "| wrong | 0.6667<br>`scale(batch_mean, mdp/two-state)`<br>the worst of 2 asked | = 1 |" in line
     assert "Verdict matrix" not in page
 
 

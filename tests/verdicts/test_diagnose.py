@@ -25,9 +25,14 @@ from pgcheck.problem import Problem
 from pgcheck.registry import find_problem
 from pgcheck.render.messages import cause_of, mend_of
 from pgcheck.verdicts.diagnose import (
+    CLIPPED,
+    PER_ROW,
+    PER_TOKEN,
     TRIED_PROBLEMS,
+    WITHOUT_DISCOUNT,
     Diagnosis,
     Swap,
+    assembled,
     candidates,
     diagnose,
     find_mistake,
@@ -154,7 +159,6 @@ PATTERNS = {
     "observation_reward_dropped": ("core", "there are observation positions inside rows"),
     "reward_before_observation_dropped": ("core", "there are observation positions inside rows"),
     "to_go_reversed": ("core", "episodes have more than one step"),
-    "divided_by_own_length": ("core", "episodes have more than one step"),
     "advantages_transposed": ("core", "the batch has more than one group"),
     "ratio_inverted": ("core and off-policy", "the batch is off-policy"),
 }
@@ -495,6 +499,81 @@ def test_every_mistake_that_moves_the_expectation_is_a_candidate() -> None:
     assert len(names) == len(set(names))
     assert set(names) == {*registered_estimators(), *(name for name, x in BROKEN.items() if x.moves)}
     assert all(c.mistake for c in candidates() if c.estimator.name in BROKEN)
+
+
+# -- the advantage of one paper in the average of another
+
+
+def _weighed(advantage: Tensor, batch: Batch, over: str) -> Tensor:
+    per_token = advantage.unsqueeze(-1) * batch.logp * batch.mask
+    if over == "rows":
+        return -per_token.sum(-1).mean()
+    if over == "tokens of a row":
+        return -(per_token.sum(-1) / batch.mask.sum(-1).clamp(min=1.0)).mean()
+    return -per_token.sum() / batch.mask.sum()
+
+
+def rloo_without_discount(batch: Batch) -> Tensor:
+    """As in code for language models: rewards added up, leave-one-out in loops, and the mean over all tokens."""
+    score = batch.reward.sum(-1)
+    adv = torch.stack(
+        [
+            score[i] - sum(score[j] for j in same) / max(len(same), 1)
+            for i in range(len(score))
+            for same in [[j for j in range(len(score)) if j != i and bool(batch.group[j] == batch.group[i])]]
+        ]
+    )
+    return _weighed(adv, batch, "tokens")
+
+
+def minus_centered_row_mean(batch: Batch) -> Tensor:
+    return -_weighed(batch.episode_return - batch.episode_return.mean(), batch, "tokens of a row")
+
+
+def clipped_over_tokens(batch: Batch) -> Tensor:
+    R = batch.episode_return
+    adv, r = (R - R.mean()).unsqueeze(-1), (batch.logp - batch.behavior_logp).exp()
+    return -(torch.minimum(r * adv, r.clamp(0.8, 1.2) * adv) * batch.mask).sum() / batch.mask.sum()
+
+
+@pytest.mark.parametrize(
+    ("loss", "which", "subject", "factor", "made"),
+    [
+        (rloo_without_discount, "chain/* and tree/* and lm/*", "leave_one_out", "", (WITHOUT_DISCOUNT, PER_TOKEN)),
+        (minus_centered_row_mean, "lm/parity", "batch_mean", "−1", (PER_ROW,)),
+        (clipped_over_tokens, "off-policy", "batch_mean", "", (CLIPPED, PER_TOKEN)),
+    ],
+)
+def test_a_mixture_is_taken_apart(
+    loss: Callable[[Batch], Tensor], which: str, subject: str, factor: str, made: tuple[str, ...]
+) -> None:
+    e = from_loss(loss)
+    fitting = [p for p in problems(which) if e.fits(p) and p.rows > 1]
+    found = diagnose(e, fitting, [measure(e, p, exact_moments([e], p)[0]) for p in fitting])
+    assert found is not None
+    assert (found.kind, found.subject, found.factor, found.made) == ("identity", subject, factor, made)
+    assert found.except_on == ()
+    assert all(words in cause_of(found) for words in made)
+
+
+def test_without_γ_the_rewards_are_added_up() -> None:
+    """E Σ_t r_t · Σ_t ∇log π by a loop over rollouts; and where γ = 1 nothing is undone."""
+    assert not any(WITHOUT_DISCOUNT in c.made for c in assembled(problems("lm/parity")))
+    p = find_problem("chain/absorbing")
+    made = {c.entry: c.estimator for c in assembled([p]) if c.made == (WITHOUT_DISCOUNT,)}
+    found, discounted = (exact_moments([e], p)[0].mean for e in (made["reinforce"], find_estimator("reinforce")))
+    paths, π = p.trajectories.paths, torch.softmax(p.logits, -1)
+    chances = paths.env_probability * paths.start_probability[paths.start] * p.trajectories.logp.sum(-1).exp()
+    assert float(chances.sum()) == pytest.approx(1.0, abs=1e-12)
+    expected = torch.zeros_like(found)
+    for n, chance in enumerate(chances):
+        for k, a, of_policy in zip(paths.context[n], paths.action[n], paths.mask[n], strict=True):
+            if of_policy:
+                score = -π[k]
+                score[a] += 1.0
+                expected[k] += chance * paths.reward[n].sum() * score
+    assert float((found - expected).norm()) <= 1e-12
+    assert float((discounted - expected).norm()) > 1e-3
 
 
 # -- the step
