@@ -27,9 +27,16 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from pgcheck.batch import Batch
+from pgcheck.batch import Batch, scaled
 from pgcheck.engines.accounts import Account
-from pgcheck.engines.coefficients import cells_of, coefficients_of, per_row, scattered, unmasked_coefficients
+from pgcheck.engines.coefficients import (
+    cells_of,
+    coefficients_of,
+    factored_coefficients,
+    finite,
+    per_row,
+    scattered,
+)
 from pgcheck.engines.declarations import verify_purity
 from pgcheck.engines.moments import Moments, Progress
 from pgcheck.engines.scores import Draws, scores_of
@@ -39,6 +46,7 @@ from pgcheck.errors import BudgetError, NotFiniteError, UsageError, names_proble
 from pgcheck.estimators.base import Estimator
 from pgcheck.estimators.from_loss import LossCoefficients
 from pgcheck.generation import draws_at_once
+from pgcheck.memory import keep_freed_memory
 from pgcheck.problem import Problem
 from pgcheck.sampling import Sampler, as_device
 from pgcheck.statistics.certificate import gram_blocks
@@ -253,6 +261,7 @@ def monte_carlo(
     """
     _check_counts(seed=seed, draws=draws, block=block, workers=workers)
     check_workers(workers, device)
+    keep_freed_memory()
     settings, device = settings or Settings(), as_device(device)
     scales = [()] * len(estimators) if scales is None else scales
     if any(scales) and draws < settings.first_look:
@@ -497,11 +506,12 @@ class _Run:
 
     def _projected(self, estimator: Estimator, batch: Batch, table: Trajectories, index: Tensor) -> Tensor:
         logits = estimator.leaf == "logits"
-        c = unmasked_coefficients(estimator, batch)
+        number, c = factored_coefficients(estimator, batch)
         if isinstance(self.space, LogitSpace) and not logits and (w := per_row(c)) is not None:
             x = self.space.project_rows(w, table, index)
-            if x is not None:
-                return x
+            if x is not None and bool(torch.isfinite(x.sum())):  # then every coefficient is
+                return x if number == 1.0 else x.mul_(number)
+        c = finite(scaled(number, c), estimator, batch)
         return self.space.project(c * (batch.mask.unsqueeze(-1) if logits else batch.mask), table, index)
 
     def _name_draw(self, estimator: Estimator, first: int, count: int) -> None:
