@@ -11,6 +11,7 @@ every estimator; global generators are not touched.
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pgcheck.batch import gathered_rows
 from pgcheck.envs.language import PrefixTree
 from pgcheck.errors import UsageError
 from pgcheck.trajectories import Paths, Trajectories
@@ -26,6 +28,7 @@ from pgcheck.trajectories import Paths, Trajectories
 BITS = 53  # of a uniform
 _PER_COUNT = 4  # 64-bit numbers that one step of the counter gives
 _FEW = 2  # comparisons that are faster than a guide
+_MOST_TUPLES = 4096  # of rollouts that one number gives at once
 _CELLS, _CELLS_AN_ENTRY = 2**15, 512  # of a guide, so that it stays in the cache and most cells have one outcome
 
 
@@ -187,38 +190,59 @@ def _below_zero(x: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class TableSampler:
     """Batches from the table of all rollouts: a start for each group by its probability, then rollouts by that of the
-    behaviour policy."""
+    behaviour policy; where they are few, one number gives several rows of a group."""
 
     table: Trajectories
     labels: Tensor  # [B]
     stream: Stream
 
     @cached_property
-    def _starts(self) -> Tensor:
-        q = self.table.paths.start_probability
-        return q.cumsum(0) / q.sum()
+    def _start(self) -> Laws:
+        return Laws.of(self.table.paths.start_probability.unsqueeze(0))
 
     @cached_property
-    def _rows(self) -> Laws:
-        """Of the rollout, given the start."""
+    def _order(self) -> tuple[Tensor, Tensor]:
+        """The rollouts that are drawn at all, start after start, and how many each start has."""
         start = self.table.paths.start
         order = start.argsort(stable=True)
-        p, of = self.table.behavior_probability[order], start[order]
-        below = torch.cat([p.new_zeros(1), p.cumsum(0)])
-        first = torch.searchsorted(of, torch.arange(len(self._starts) + 1, device=of.device))
-        mass = (below[first[1:]] - below[first[:-1]])[of]
-        return Laws(((below[1:] - below[first[:-1]][of]) / mass).clamp(max=1.0), order, first[1:] - 1)
+        order = order[self.table.behavior_probability[order] > 0]
+        return order, torch.bincount(start[order], minlength=len(self.table.paths.start_probability))
+
+    @cached_property
+    def _rows_a_number(self) -> int:
+        """The k: it divides the size of every group, and the tuples of k rollouts are few."""
+        size = math.gcd(*torch.bincount(self.labels).tolist())
+        fitting = (k for k in range(size, 1, -1) if size % k == 0 and k < BITS)
+        return next((k for k in fitting if float((self._order[1].double() ** k).sum()) <= _MOST_TUPLES), 1)
+
+    @cached_property
+    def _tuples(self) -> tuple[Tensor, Laws]:
+        """Tuples of rollouts with one start `[·, k]`, and the law of their number given the start."""
+        (order, number), k = self._order, self._rows_a_number
+        device, tuples = order.device, number**k
+        start = torch.arange(len(number), device=device).repeat_interleave(tuples)
+        n, last = number[start].unsqueeze(1), tuples.cumsum(0) - 1
+        place = torch.arange(len(start), device=device) - (last + 1 - tuples)[start]  # among those of its start
+        digits = place.unsqueeze(1) // n ** torch.arange(k, device=device) % n
+        rows = order[(number.cumsum(0) - number)[start].unsqueeze(1) + digits]
+        p = self.table.behavior_probability[rows].prod(1)
+        upto = torch.cat([p.new_zeros(1), p.cumsum(0)])
+        below, mass = upto[last + 1 - tuples][start], (upto[last + 1] - upto[last + 1 - tuples])[start]
+        law = ((upto[1:] - below) / mass).clamp(max=1.0)
+        return rows, Laws(law, torch.arange(len(rows), device=device), last)
 
     def draw(self, first: int, count: int) -> tuple[Trajectories, Tensor]:
-        groups, starts = int(self.labels[-1]) + 1, len(self._starts)
-        n = self.stream.numbers(first, count, groups + len(self.labels)).to(self.labels.device)
-        u = n[:, :groups].to(torch.float64) * 2.0**-BITS
-        start = torch.searchsorted(self._starts, u, right=True).clamp(max=starts - 1)
-        size, rest = len(self.labels) // groups, len(self.labels) % groups
-        if rest or not torch.equal(self.labels[::size], self.labels[size - 1 :: size]):
-            return self.table, self._rows.draw(start.index_select(1, self.labels), n[:, groups:])
-        of_group = n[:, groups:].unflatten(1, (groups, size))
-        return self.table, self._rows.draw(start.unsqueeze(-1), of_group).flatten(1)
+        groups, k = int(self.labels[-1]) + 1, self._rows_a_number
+        tuples, laws = self._tuples
+        of_number = self.labels[::k]
+        n = self.stream.numbers(first, count, groups + len(of_number)).to(self.labels.device)
+        start = self._start.draw(of_number.new_zeros(1, 1), n[:, :groups])
+        each, rest = len(of_number) // groups, len(of_number) % groups
+        if rest or not torch.equal(of_number[::each], of_number[each - 1 :: each]):
+            found = laws.draw(start.index_select(1, of_number), n[:, groups:])
+        else:
+            found = laws.draw(start.unsqueeze(-1), n[:, groups:].unflatten(1, (groups, each)))
+        return self.table, gathered_rows(tuples, found.flatten()).view(count, -1)
 
 
 def inverted(law: Tensor, u: Tensor) -> Tensor:

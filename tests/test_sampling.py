@@ -2,6 +2,7 @@
 
 import bisect
 import itertools
+import math
 from fractions import Fraction
 
 import numpy as np
@@ -161,17 +162,29 @@ def test_a_guide_finds_what_bisection_finds(name):
     assert wide.tolist() == [expected[:20]]
 
 
-def test_groups_of_several_sizes_are_drawn_from_their_own_starts():
-    """Where groups are not alike rows are looked up one by one: against groups of one row, whose uniforms are put beside."""
-    p = find_problem("dialogue/two-turn")
-    alike = p.with_sampling(groups=3, group_size=2).sampler(seed=4)
-    mixed = p.with_sampling(groups=3, group_size=[1, 2, 3]).sampler(seed=4)
-    assert mixed.labels.tolist() == [0, 1, 1, 2, 2, 2]
-    same = type(mixed)(mixed.table, mixed.labels, alike.stream)
-    u = alike.stream.uniforms(0, 500, 9)
-    start = torch.searchsorted(same._starts, u[:, :3].contiguous(), right=True)
-    table, index = same.draw(0, 500)
-    assert torch.equal(table.paths.start[index], start[:, same.labels])
-    _, other = alike.draw(0, 500)
-    agree = start[:, same.labels] == start[:, alike.labels]
-    assert torch.equal(index[agree], other[agree])
+@pytest.mark.parametrize(
+    ("name", "k", "how"),
+    [
+        ("sampled/groups-16", 4, {}),
+        ("sampled/groups-16", 3, {"groups": 3, "group_size": [3, 6, 9]}),
+        ("sampled/groups-16", 1, {"groups": 3, "group_size": [3, 5, 6]}),
+        ("dialogue/two-turn", 1, {"groups": 3, "group_size": [1, 2, 3]}),
+        ("off-policy/contextual-drifted", 2, {"groups": 2, "group_size": 2}),
+    ],
+)
+def test_one_number_gives_several_rows_of_a_group(name, k, how):
+    """Against a walk through the tuples of rollouts of the group's start, the first row changing fastest."""
+    problem = find_problem(name)
+    sampler = (problem.with_sampling(**how) if how else problem).sampler(seed=4)
+    table, index = sampler.draw(5, 40)
+    labels = sampler.labels.tolist()
+    groups, start, q = labels[-1] + 1, table.paths.start.tolist(), table.behavior_probability.tolist()
+    u = sampler.stream.uniforms(5, 40, groups + len(labels) // k).tolist()
+    starts = list(itertools.accumulate(table.paths.start_probability.tolist()))
+    for drawn, rows in zip(u, index.tolist(), strict=True):
+        of_group = [bisect.bisect_right(starts, x) for x in drawn[:groups]]
+        for j, x in enumerate(drawn[groups:]):
+            own = [i for i, s in enumerate(start) if s == of_group[labels[j * k]]]
+            tuples = [t[::-1] for t in itertools.product(own, repeat=k)]
+            upto = list(itertools.accumulate(math.prod(q[i] for i in t) for t in tuples))
+            assert tuples[bisect.bisect_right(upto, x)] == tuple(rows[j * k : (j + 1) * k])
