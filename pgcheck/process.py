@@ -240,27 +240,39 @@ class ProcessSampler:
         x = self._tables
         return Laws.of(x["initial"][x["starts"]].unsqueeze(0)), Laws.of(x["law"]), Laws.of(x["move"])
 
-    def draw(self, first: int, count: int) -> tuple[Trajectories, Tensor]:
-        """As `Sampler.draw`: a table of count · B rows, each drawn once."""
-        x, env, labels = self._tables, self.process.env, self.labels.to(self.device)
-        B, T, groups = len(labels), env.horizon, int(labels[-1]) + 1
-        n = self.stream.numbers(first, count, groups + 2 * B * T).to(self.device)
-        of_start, of_action, of_state = self._laws
-        chosen = of_start.draw(
-            torch.zeros(count * groups, dtype=torch.int64, device=self.device), n[:, :groups].flatten()
+    @cached_property
+    def _certain(self) -> tuple[Tensor, Tensor] | None:
+        """The state after each (state, action) and what it pays, where nothing of it is left to chance."""
+        x, to = self._tables, self._laws[2].certain
+        return (
+            None if to is None else (x["next"][to], x["reward"].view(len(to), -1).gather(1, to.unsqueeze(1)).squeeze(1))
         )
-        start = chosen.unflatten(0, (count, groups))[:, labels].flatten()
-        n = n[:, groups:].unflatten(1, (B, 2 * T)).permute(2, 0, 1).contiguous().flatten(1)
+
+    def draw(self, first: int, count: int) -> tuple[Trajectories, Tensor]:
+        """As `Sampler.draw`: a table of count · B rows, each drawn once. Of a draw's numbers those of the starts come first,
+        then the actions of each position, then what follows on them, if that is not certain."""
+        x, env, labels = self._tables, self.process.env, self.labels.to(self.device)
+        B, T, groups, certain = len(labels), env.horizon, int(labels[-1]) + 1, self._certain
+        n = self.stream.numbers(first, count, groups + (2 if certain is None else 1) * B * T).to(self.device)
+        of_start, of_action, of_state = self._laws
+        start = of_start.draw(labels.new_zeros(1, 1), n[:, :groups])[:, labels]
+        n = n[:, groups:].unflatten(1, (-1, B))
         s, pairs, entered = x["starts"][start], [], []
         for t in range(T):
-            pair = s * env.actions + of_action.draw(s, n[2 * t])
-            to = of_state.draw(pair, n[2 * t + 1])
+            pair = s * env.actions + of_action.draw(s, n[:, t])
             pairs.append(pair)
+            if certain is not None:
+                s = _at(certain[0], pair)
+                continue
+            to = of_state.draw(pair, n[:, T + t])
             entered.append(to)
-            s = x["next"].index_select(0, to)
-        pair, to = torch.stack(pairs, -1), torch.stack(entered, -1)  # [N, T]
-        reward = _at(x["reward"], pair * (env.states + 1) + to)
-        table = self._table(start, pair, reward)
+            s = _at(x["next"], to)
+        pair = torch.stack(pairs, -1).flatten(0, 1)  # [N, T]
+        if certain is not None:
+            reward = _at(certain[1], pair)
+        else:
+            reward = _at(x["reward"], pair * (env.states + 1) + torch.stack(entered, -1).flatten(0, 1))
+        table = self._table(start.flatten(), pair, reward)
         for provide in self.provide:
             table = provide(table, self.process)
         return table, torch.arange(count * B, device=self.device).unflatten(0, (count, B))
@@ -300,10 +312,13 @@ class ProcessSampler:
         def at(name: str) -> Callable[[], Tensor]:
             return cache(partial(_at, x[name], pair))
 
+        def end() -> Tensor:
+            return (pair < env.states * env.actions).sum(-1)
+
         paths = Paths.known(
-            {name: at(name) for name in ("state", "context", "action", "mask")}, start=start, reward=reward,
+            {name: at(name) for name in ("state", "context", "action", "mask")} | {"end": end}, start=start, reward=reward,
             env_probability=unknown, start_probability=x["initial"][x["starts"]], discount=env.discount,
-            discount_clock=env.discount_clock, end=(pair < env.states * env.actions).sum(-1),
+            discount_clock=env.discount_clock,
         )  # fmt: skip
         columns = {name: at(name) for name in {*self._logps.values(), "cell"}}
         columns |= {name: columns[same] for name, same in self._logps.items()}

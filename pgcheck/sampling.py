@@ -137,10 +137,9 @@ class Laws:
         return first, list(torch.where(place < self.last, own, 2**62))
 
     @cached_property
-    def _only(self) -> Tensor:
-        """The first outcome of each row, `[rows]`."""
-        assert self._few is not None
-        return self.outcome.index_select(0, self._few[0])
+    def certain(self) -> Tensor | None:
+        """The outcome of each row `[rows]`, where none has a second one."""
+        return None if self._few is None or self._few[1] else self.outcome.index_select(0, self._few[0])
 
     @cached_property
     def _guide(self) -> tuple[int, Tensor]:
@@ -174,8 +173,8 @@ class Laws:
     def _of_few(self, row: Tensor, number: Tensor) -> Tensor:
         assert self._few is not None
         first, rest = self._few
-        if not rest:
-            return self._only.index_select(0, row)
+        if self.certain is not None:
+            return self.certain.index_select(0, row)
         own, entry = number >> (BITS - self._bits), first.index_select(0, row)
         for upto in rest:
             entry += upto.index_select(0, row) <= own

@@ -54,7 +54,7 @@ class Paths(Late):
     start_probability: Tensor
     discount: float = 1.0
     discount_clock: DiscountClock = "position"
-    end: Tensor = field(default=None)  # type: ignore[assignment]  # filled in __post_init__
+    end: Tensor = field(default_factory=lambda: None)  # type: ignore[assignment]  # filled in __post_init__
 
     def __post_init__(self) -> None:
         for name in ("start", "state", "context", "action"):

@@ -21,6 +21,7 @@ from torch import Tensor
 
 PRODUCTS_UP_TO = 512  # P up to which products of coordinates are summed
 _FIRST = 1024  # draws whose mean is near enough
+_FEW = 64  # coordinates up to which a product is a faster sum
 _SIDE = 96  # columns of a block of a symmetric product
 
 
@@ -46,11 +47,13 @@ class Grain:
     @cached_property
     def total(self) -> Tensor:
         """Σg, `[P]`."""
-        return self.off.sum(0)
+        return self.off.T @ self.off.new_ones(len(self.off))
 
     @cached_property
     def spread(self) -> Tensor:
         """‖g‖² of each draw, `[n]`."""
+        if self.x.shape[1] <= _FEW:
+            return self.off.square() @ self.off.new_ones(self.x.shape[1])
         return torch.linalg.vector_norm(self.off, dim=1).square()
 
     @cached_property
@@ -68,7 +71,7 @@ class Grain:
     def along(self, v: Tensor, t: Tensor | None = None) -> Tensor:
         """⟨x − t, v⟩ of each column of `v` `[P, k]` and draw, `[k, n]`; without `t`, ⟨x, v⟩."""
         middle = self.centre if t is None else self.centre - t
-        return torch.addmm((middle @ v).unsqueeze(1), v.T, self.off.T)
+        return torch.addmm((middle @ v).unsqueeze(1), v.T.contiguous(), self.off.T)
 
     def total_from(self, t: Tensor) -> Tensor:
         """Σ(x − t), `[P]`."""

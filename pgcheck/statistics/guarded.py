@@ -61,7 +61,8 @@ class Scores:
         mean = columns.mean(1)
         d = columns - mean[:, None]
         d2 = d * d
-        return Scores(len(y), mean, d2.sum(1), (d2 * d).sum(1), columns.min(1), columns.max(1))
+        third = np.einsum("ij,ij->i", d2, d)
+        return Scores(len(y), mean, d2.sum(1), third, columns.min(1), columns.max(1))
 
     @property
     def rows(self) -> Floats:
