@@ -175,9 +175,10 @@ class Laws:
         first, rest = self._few
         if self.certain is not None:
             return self.certain.index_select(0, row)
-        own, entry = number >> (BITS - self._bits), first.index_select(0, row)
+        own = number >> (BITS - self._bits)
+        entry = first.index_select(0, row) if len(first) > 1 else torch.zeros_like(number)
         for upto in rest:
-            entry += upto.index_select(0, row) <= own
+            entry += (upto.index_select(0, row) if len(first) > 1 else upto) <= own
         return self.outcome.index_select(0, entry)
 
 
@@ -216,8 +217,14 @@ class TableSampler:
 
     @cached_property
     def _tuples(self) -> tuple[Tensor, Laws]:
-        """Tuples of rollouts with one start `[·, k]`, and the law of their number given the start."""
-        (order, number), k = self._order, self._rows_a_number
+        """Tuples of rollouts with one start `[·, k]`, and the law of their number given the start; made once a table."""
+        made: dict[int, tuple[Tensor, Laws]] = vars(self.table).setdefault("_tuples", {})
+        if self._rows_a_number not in made:
+            made[self._rows_a_number] = self._made_tuples(self._rows_a_number)
+        return made[self._rows_a_number]
+
+    def _made_tuples(self, k: int) -> tuple[Tensor, Laws]:
+        order, number = self._order
         device, tuples = order.device, number**k
         start = torch.arange(len(number), device=device).repeat_interleave(tuples)
         n, last = number[start].unsqueeze(1), tuples.cumsum(0) - 1

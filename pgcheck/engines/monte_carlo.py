@@ -1,6 +1,6 @@
 """Sampled moments and verdicts: every estimator on the same numbered draws, until each is judged or the draws are spent.
 
-A draw is one whole batch (`pgcheck.sampling`). Draws are evaluated in grains of 1024 consecutive ones, up to eight
+A draw is one whole batch (`pgcheck.sampling`). Draws are evaluated in grains of 1024 consecutive ones, up to 32
 at once where they are small, by a schedule that depends on where the run looks and how large a draw is: rollouts → coefficients
 → C[k,a] → x = ĝ in the space of the verdict, `[1024, P]`. A grain goes to the estimator's account (mergeable moments,
 `pgcheck.engines.accounts`) and to one judge for each scale that is claimed of it (`pgcheck.statistics.sequential`). An
@@ -59,8 +59,8 @@ from pgcheck.trajectories import SideTable, Trajectories, is_count
 
 DEFAULT_DRAWS = 262_144  # most draws of one problem
 MOST_COORDINATES = 16_384  # P: a grain of them is 128 MiB
-_AT_ONCE = 8  # grains that are taken as one
-_MOST_NUMBERS = 2**20  # of an array of draws, or of what they are evaluated from
+_AT_ONCE = 32  # grains that are taken as one
+_MOST_NUMBERS = 2**21  # of an array of draws, or of what they are evaluated from
 _FORMAT = "pgcheck-checkpoint/6"
 _SCORES_A_POSITION = 8  # entries of a table of scores that cost as much as one position of the draws
 _ROUNDING = 1e-14  # a gradient below this part of the rewards is 0
@@ -406,7 +406,7 @@ class _Run:
         self._stack, self._workers = ExitStack(), None
         self._processes, self._given = 1, 0
         positions = self.problem.rows * self.problem.steps
-        self._at_once = min(_AT_ONCE, max(1, _MOST_NUMBERS // (GRAIN * max(positions, len(self.reference)))))
+        self._at_once = min(_AT_ONCE, max(1, _MOST_NUMBERS // (GRAIN * len(self.reference))))
         most = self._at_once * GRAIN
         self._rows = min([most, *(draws_at_once(sampler, most) for sampler in self._samplers.values())])
         while self._rows > 1 and self._rows * positions > _MOST_NUMBERS:

@@ -68,10 +68,13 @@ class Grain:
         """Σ g gᵀ, `[P, P]`."""
         return _symmetric(self.off)
 
-    def along(self, v: Tensor, t: Tensor | None = None) -> Tensor:
-        """⟨x − t, v⟩ of each column of `v` `[P, k]` and draw, `[k, n]`; without `t`, ⟨x, v⟩."""
-        middle = self.centre if t is None else self.centre - t
-        return torch.addmm((middle @ v).unsqueeze(1), v.T.contiguous(), self.off.T)
+    def along(self, v: Tensor, t: Tensor | None = None, *, room: int = 0) -> Tensor:
+        """⟨x − t, v⟩ of each column of `v` `[P, k]` and draw, `[k, n]`; without `t`, ⟨x, v⟩. `room`: so many rows more, to be
+        filled."""
+        middle, k = self.centre if t is None else self.centre - t, v.shape[1]
+        out = self.off.new_empty(k + room, len(self.off))
+        torch.addmm((middle @ v).unsqueeze(1), v.T.contiguous(), self.off.T, out=out[:k])
+        return out
 
     def total_from(self, t: Tensor) -> Tensor:
         """Σ(x − t), `[P]`."""
@@ -87,7 +90,8 @@ class Grain:
         known: tuple[Tensor, Tensor] | None = vars(self).get("_distances")
         if known is None or not torch.equal(known[0], t):
             s = self.centre - t
-            known = vars(self)["_distances"] = t, (self.spread + 2 * (self.off @ s) + s @ s).clamp_(min=0.0)
+            far = torch.addmv(self.spread, self.off, s, alpha=2.0).add_(s @ s)
+            known = vars(self)["_distances"] = t, far.clamp_(min=0.0)
         return known[1]
 
     def __getstate__(self) -> dict[str, Any]:

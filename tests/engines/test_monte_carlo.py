@@ -428,5 +428,5 @@ def test_a_block_of_draws_is_small_whatever_an_estimator_differentiates():
         assert alone._rows == beside._rows
         for rows, width in ((beside._rows, 1), (beside._logit_rows, p.actions)):
             held = rows * p.rows * p.steps * width
-            assert held <= 2**20
-            assert rows == beside._at_once * 1024 or 2 * held > 2**20
+            assert held <= 2**21
+            assert rows == beside._at_once * 1024 or 2 * held > 2**21
