@@ -156,7 +156,7 @@ class Laws:
     def draw(self, row: Tensor, number: Tensor) -> Tensor:
         """The outcome of each `row` `[..., n]`, or `[..., 1]`, at `number` = 2^53 u `[..., n]`."""
         if self._few is not None:
-            return self._of_few(row.expand_as(number).flatten(), number.flatten()).view(number.shape)
+            return self._of_few(row, number)
         k, outcome = self._guide
         cell = number >> (BITS - k)
         if len(self.last) > 1:
@@ -165,21 +165,22 @@ class Laws:
         several = _below_zero(found)
         if len(several):
             of = row.flatten().index_select(0, several // (number.numel() // row.numel()))
-            own = number.take(several) >> (BITS - self._bits)
+            rows = number.reshape(len(number), -1)
+            own = rows[several // rows.shape[1], several % rows.shape[1]] >> (BITS - self._bits)
             entry = torch.searchsorted(self._keys, (of << self._bits) + own, right=True)
-            found[several] = self.outcome.index_select(0, torch.minimum(entry, self.last.index_select(0, of)))
+            entry = torch.minimum(entry, self.last.index_select(0, of))
+            found.scatter_(0, several, self.outcome.index_select(0, entry))
         return found.view(number.shape)
 
     def _of_few(self, row: Tensor, number: Tensor) -> Tensor:
         assert self._few is not None
         first, rest = self._few
-        if self.certain is not None:
-            return self.certain.index_select(0, row)
-        own = number >> (BITS - self._bits)
-        entry = first.index_select(0, row) if len(first) > 1 else torch.zeros_like(number)
+        own, alone = number.flatten() >> (BITS - self._bits), len(first) == 1
+        row = first.new_zeros(1) if alone else row.expand_as(number).flatten()
+        entry = first.index_select(0, row).expand(len(own))
         for upto in rest:
-            entry += (upto.index_select(0, row) if len(first) > 1 else upto) <= own
-        return self.outcome.index_select(0, entry)
+            entry = entry + (upto.index_select(0, row) <= own)
+        return self.outcome.index_select(0, entry).view(number.shape)
 
 
 def _below_zero(x: Tensor) -> Tensor:
