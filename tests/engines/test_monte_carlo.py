@@ -349,7 +349,7 @@ file, out = map(Path, sys.argv[1:])
 def told(what, done, total):
     print(done, flush=True)
 (x,) = monte_carlo([as_estimator("rloo")], find_problem("dialogue/two-turn"), scales=[[1.0]],
-    settings=Settings(first=2048, alpha=1e-4, rtol=0.01), draws=65_536, block=2, checkpoint=file, progress=told)
+    settings=Settings(first=2048, alpha=1e-4, rtol=0.01), draws=262_144, block=2, checkpoint=file, progress=told)
 out.write_text(repr((x.mean.tolist(), x.intervals, x.judgements)))
 """
 
@@ -364,7 +364,7 @@ def test_sigkill_loses_at_most_a_block(tmp_path):
     whole, out = tmp_path / "whole.txt", tmp_path / "killed.txt"
     with start(tmp_path / "a", whole) as process:
         told = list(map(int, process.communicate()[0].split()))
-    assert told[-1] == 65_536
+    assert told[-1] == 262_144
     seen = 0
     for after in (2, 5, 1):  # blocks, each time from where the one before was killed
         with start(tmp_path / "b", out) as process:
