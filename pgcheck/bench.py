@@ -17,13 +17,16 @@ passes are faster at B = 3, its two transpositions cost more), smaller blocks, i
 kernel of numba for all sums at once took half the time at two columns and B = 3, as long at B = 8, and longer at 21 columns.
 
 A sampled verdict is more than the sums that its rival makes: it draws the batches, and keeps of every estimator what a judge
-and intervals need. With groups of 16, whose grains are taken eight at once, three tenths of the time are the drawing (two
-fifths of that the uniforms), a quarter the coefficients, a fifth what is kept of the draws; the rest, whatever is drawn, goes
-into trying whether the estimator is pure and into the bounds that are printed, so that this problem is raced with as many
-draws as a check takes. On a tree of 336 logits a third is the drawing, a fifth the coefficients, a fifth the largest
-eigenvalue of two 256 x 256 matrices of each grain, while grains are few, and a tenth Σ x xᵀ. The tenth estimator is within 3%
-of an exact run in the median, and of one where drawing is dear (walk-50, which is simulated). Elsewhere ten that are alike
-share a look-up that is cheaper than one of them, so that each is a tenth of what is not shared, whatever both cost.
+and intervals need. With groups of 16 a third of a long run is the drawing (a third of that the generator), three tenths the
+coefficients and ĝ, a third what is kept of the draws. A run of 32 768 draws spends a fifth on what every run does once:
+whether the estimator is pure, and the bounds that are printed; so that this problem is also raced with as many draws as a
+check takes. On a tree of 336 logits a fifth is the drawing, a sixth the coefficients and ĝ, a quarter the Gram blocks and
+their largest eigenvalues, of each grain while grains are few, and a seventh Σ x xᵀ.
+
+The tenth estimator is within 3% of an exact run in the median, and of one where drawing is dear (walk-50, which is
+simulated; what a model writes). Where drawing is cheap it cannot be, if one verdict is within three times its rival: of what
+this does with one estimator, E, a verdict shares next to nothing with the others', so that it takes m ≥ E for each and
+V ≤ 3 E for one; the tenth of ten that are alike is m/(V + 9 m) ≥ 1/12 of the run.
 
 Guarantee: a rate is reported only after the contenders gave the same E ĝ and E‖ĝ‖² to 1e-9: rivals on the same random
 batches, the exact verdict against ordered tuples wherever those are few enough to be raced. A ratio is the
@@ -51,7 +54,7 @@ from pgcheck.engines.coefficients import coefficients_of
 from pgcheck.engines.enumeration import Batches
 from pgcheck.engines.exact import accumulate, exact_moments
 from pgcheck.engines.moments import Progress
-from pgcheck.engines.monte_carlo import monte_carlo
+from pgcheck.engines.monte_carlo import DEFAULT_DRAWS, monte_carlo
 from pgcheck.engines.parameters import ParameterSpace, one_by_one, policy_of
 from pgcheck.engines.sketch import SketchSpace, default_space, sketch_moments
 from pgcheck.engines.threads import one_thread
@@ -78,7 +81,9 @@ GIVEN = 8_192  # of such a task for a whole verdict
 WRITTEN = 1_024  # of one whose completions the model writes
 MAPPED = 1_024  # draws of which every parameter is estimated
 DIRECTIONS = 32
-SAMPLED = {"sampled/groups-16": 32_768, "sampled/walk-50": 8_192, "sampled/token-tree": 8_192}  # draws of each
+SAMPLED = {  # draws of each; of the first also as many as a check takes at most
+    "sampled/groups-16": (32_768, DEFAULT_DRAWS), "sampled/walk-50": (8_192,), "sampled/token-tree": (8_192,),
+}  # fmt: skip
 VERDICTS = (("leave_one_out", 2), ("grpo", 2), ("leave_one_out", 8), ("leave_one_out", 16))  # of a transformer
 CHEAP = ("batch_mean", "leave_one_out", "batch_mean(group)", "leave_one_out(batch)")  # each the tenth in turn
 TEN = (
@@ -658,7 +663,8 @@ def bench(*, rounds: int = ROUNDS, progress: Progress | None = None) -> list[Rat
         work.append(functools.partial(beside_sampling, small, draws=GIVEN, device=device, rounds=few))
         if device != "cpu":
             work.append(functools.partial(beside_sampling, writer, draws=GIVEN, device=device, rounds=few))
-    work += [functools.partial(sampled, find_problem(name), draws=n, rounds=rounds) for name, n in SAMPLED.items()]
+    for name, numbers in SAMPLED.items():
+        work += [functools.partial(sampled, find_problem(name), draws=n, rounds=rounds) for n in numbers]
     out: list[Ratio] = []
     with one_core():
         for done, step in enumerate(work):

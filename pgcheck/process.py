@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property, partial
 
 import torch
 from torch import Tensor
@@ -210,7 +210,11 @@ class ProcessSampler:
         acts = torch.cat([p.acts, torch.tensor([False])]).repeat_interleave(A)
         state, action = torch.arange(S + 1).repeat_interleave(A), torch.arange(A).repeat(S + 1)
         context = torch.cat([p.context, torch.zeros(1, dtype=torch.int64)]).repeat_interleave(A)
-        logps = torch.stack([torch.log_softmax(z, -1).flatten() for z in (p.logits, p.behavior_logits, p.ref_logits)])
+        cell = (context * A + action).clamp(max=K * A - 1)
+        logp, behavior_logp, ref_logp = (
+            torch.where(acts, torch.log_softmax(z, -1).flatten()[cell], 0.0)
+            for z in (p.logits, p.behavior_logits, p.ref_logits)
+        )
         V = torch.nn.functional.pad(p.values[0], (0, 1))  # [T+1, 2, S+1]
         law = torch.nn.functional.pad(p.law(p.behavior_logits), (0, 0, 0, 1))
         law[S, 0] = 1.0
@@ -220,7 +224,7 @@ class ProcessSampler:
             "V": V, "initial": p.env.initial, "starts": torch.tensor(env.starts), "logits": p.logits,
             "state": torch.where(acts, state, -1), "action": torch.where(acts, action, -1),
             "context": torch.where(acts, context, -1), "acts": acts, "mask": acts.to(torch.float64),
-            "logps": torch.where(acts, logps[:, (context * A + action).clamp(max=K * A - 1)], 0.0),
+            "logp": logp, "behavior_logp": behavior_logp, "ref_logp": ref_logp, "cell": torch.where(acts, cell, 0),
             "reward": torch.nn.functional.pad(torch.nan_to_num(env.full_reward), (0, 1, 0, 0, 0, 1)).flatten(),
             "law": law, "move": move.flatten(0, 1),
             "next": torch.cat([torch.where(p.over, S, torch.arange(S)), torch.tensor([S])]),
@@ -236,32 +240,48 @@ class ProcessSampler:
         x = self._tables
         return Laws.of(x["initial"][x["starts"]].unsqueeze(0)), Laws.of(x["law"]), Laws.of(x["move"])
 
-    def draw(self, first: int, count: int) -> tuple[Trajectories, Tensor]:
-        """As `Sampler.draw`: a table of count · B rows, each drawn once."""
-        x, env, labels = self._tables, self.process.env, self.labels.to(self.device)
-        B, T, groups = len(labels), env.horizon, int(labels[-1]) + 1
-        u = self.stream.uniforms(first, count, groups + 2 * B * T).to(self.device)
-        of_start, of_action, of_state = self._laws
-        chosen = of_start.draw(
-            torch.zeros(count * groups, dtype=torch.int64, device=self.device), u[:, :groups].flatten()
+    @cached_property
+    def _certain(self) -> tuple[Tensor, Tensor] | None:
+        """The state after each (state, action) and what it pays, where nothing of it is left to chance."""
+        x, to = self._tables, self._laws[2].certain
+        return (
+            None if to is None else (x["next"][to], x["reward"].view(len(to), -1).gather(1, to.unsqueeze(1)).squeeze(1))
         )
-        start = chosen.unflatten(0, (count, groups))[:, labels].flatten()
-        u = u[:, groups:].unflatten(1, (B, 2 * T)).permute(2, 0, 1).contiguous().flatten(1)
+
+    def draw(self, first: int, count: int) -> tuple[Trajectories, Tensor]:
+        """As `Sampler.draw`: a table of count · B rows, each drawn once. Of a draw's numbers those of the starts come first,
+        then the actions of each position, then what follows on them, if that is not certain."""
+        x, env, labels = self._tables, self.process.env, self.labels.to(self.device)
+        B, T, groups, certain = len(labels), env.horizon, int(labels[-1]) + 1, self._certain
+        n = self.stream.numbers(first, count, groups + (2 if certain is None else 1) * B * T).to(self.device)
+        of_start, of_action, of_state = self._laws
+        start = of_start.draw(labels.new_zeros(1, 1), n[:, :groups])[:, labels]
+        n = n[:, groups:].unflatten(1, (-1, B))
         s, pairs, entered = x["starts"][start], [], []
         for t in range(T):
-            pair = s * env.actions + of_action.draw(s, u[2 * t])
-            to = of_state.draw(pair, u[2 * t + 1])
+            pair = s * env.actions + of_action.draw(s, n[:, t])
             pairs.append(pair)
+            if certain is not None:
+                s = _at(certain[0], pair)
+                continue
+            to = of_state.draw(pair, n[:, T + t])
             entered.append(to)
-            s = x["next"].index_select(0, to)
-        pair, to = torch.stack(pairs, -1), torch.stack(entered, -1)  # [N, T]
-        reward = _at(x["reward"], pair * (env.states + 1) + to)
-        value = torch.zeros(len(s), T + 1, dtype=torch.float64, device=self.device)
-        value[:, :T] = self._seen_values(pair)
-        table = self._table(start, pair, reward, value)
+            s = _at(x["next"], to)
+        pair = torch.stack(pairs, -1).flatten(0, 1)  # [N, T]
+        if certain is not None:
+            reward = _at(certain[1], pair)
+        else:
+            reward = _at(x["reward"], pair * (env.states + 1) + torch.stack(entered, -1).flatten(0, 1))
+        table = self._table(start.flatten(), pair, reward)
         for provide in self.provide:
             table = provide(table, self.process)
         return table, torch.arange(count * B, device=self.device).unflatten(0, (count, B))
+
+    def _values(self, pair: Tensor) -> Tensor:
+        """The same and 0 after the end, `[N, T+1]`."""
+        value = torch.zeros(len(pair), pair.shape[1] + 1, dtype=torch.float64, device=self.device)
+        value[:, :-1] = self._seen_values(pair)
+        return value
 
     def _seen_values(self, pair: Tensor) -> Tensor:
         """V at every position `[N, T]`; while the environment speaks, its state is not seen."""
@@ -284,21 +304,32 @@ class ProcessSampler:
             belief = belief / belief.sum(-1, keepdim=True).clamp(min=1e-300)
         return torch.where(here | (s == env.states), V, torch.stack(means, -1))
 
-    def _table(self, start: Tensor, pair: Tensor, reward: Tensor, value: Tensor) -> Trajectories:
+    def _table(self, start: Tensor, pair: Tensor, reward: Tensor) -> Trajectories:
+        """Whatever an estimator does not read is not looked up."""
         x, env = self._tables, self.process.env
         unknown = torch.full_like(start, torch.nan, dtype=torch.float64)
+
+        def at(name: str) -> Callable[[], Tensor]:
+            return cache(partial(_at, x[name], pair))
+
+        def end() -> Tensor:
+            return (pair < env.states * env.actions).sum(-1)
+
         paths = Paths.known(
-            start=start, state=_at(x["state"], pair), context=_at(x["context"], pair), action=_at(x["action"], pair),
-            reward=reward, mask=_at(x["mask"], pair), env_probability=unknown,
-            start_probability=x["initial"][x["starts"]], discount=env.discount, discount_clock=env.discount_clock,
-            end=(pair < env.states * env.actions).sum(-1),
+            {name: at(name) for name in ("state", "context", "action", "mask")} | {"end": end}, start=start, reward=reward,
+            env_probability=unknown, start_probability=x["initial"][x["starts"]], discount=env.discount,
+            discount_clock=env.discount_clock,
         )  # fmt: skip
-        logps: list[Tensor] = []
-        for i, table in enumerate(x["logps"]):
-            same = [logp for logp, other in zip(logps, x["logps"][:i], strict=True) if torch.equal(other, table)]
-            logps += same[:1] or [_at(table, pair)]
-        logp, behavior_logp, ref_logp = logps
-        return Trajectories(
-            paths, x["logits"], logp, behavior_logp, ref_logp, value, unknown, unknown,
-            kl_coefficient=self.kl_coefficient, entropy_coefficient=self.entropy_coefficient,
+        columns = {name: at(name) for name in {*self._logps.values(), "cell"}}
+        columns |= {name: columns[same] for name, same in self._logps.items()}
+        return Trajectories.known(
+            columns | {"value": cache(partial(self._values, pair))}, paths=paths, logits=x["logits"], probability=unknown,
+            behavior_probability=unknown, kl_coefficient=self.kl_coefficient, entropy_coefficient=self.entropy_coefficient,
+            side={},
         )  # fmt: skip
+
+    @cached_property
+    def _logps(self) -> dict[str, str]:
+        """Log-probabilities, and the first among them that are the same."""
+        names, x = ("logp", "behavior_logp", "ref_logp"), self._tables
+        return {name: next(n for n in names if torch.equal(x[n], x[name])) for name in names}

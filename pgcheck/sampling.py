@@ -11,6 +11,7 @@ every estimator; global generators are not touched.
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -19,13 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pgcheck.batch import gathered_rows
 from pgcheck.envs.language import PrefixTree
 from pgcheck.errors import UsageError
 from pgcheck.trajectories import Paths, Trajectories
 
+BITS = 53  # of a uniform
 _PER_COUNT = 4  # 64-bit numbers that one step of the counter gives
 _FEW = 2  # comparisons that are faster than a guide
-_CELLS, _CELLS_AN_ENTRY = 2**15, 64  # of a guide, so that it stays in the cache and most cells have one outcome
+_MOST_TUPLES = 4096  # of rollouts that one number gives at once
+_CELLS, _CELLS_AN_ENTRY = 2**15, 512  # of a guide, so that it stays in the cache and most cells have one outcome
 
 
 def as_device(name: str) -> str:
@@ -61,12 +65,17 @@ class Stream:
         text = "|".join((str(self.seed), *self.names))
         return np.frombuffer(hashlib.sha256(text.encode()).digest()[:16], dtype=np.uint64)
 
-    def uniforms(self, first: int, count: int, width: int) -> Tensor:
-        """Draws number first … first + count − 1: `[count, width]` in [0, 1), float64."""
+    def numbers(self, first: int, count: int, width: int) -> Tensor:
+        """Draws number first … first + count − 1: `[count, width]` in [0, 2^53), int64."""
         steps = -(-width // _PER_COUNT)
         philox = np.random.Philox(key=self._key, counter=first * steps)
-        numbers = np.random.Generator(philox).random((count, steps * _PER_COUNT))
-        return torch.from_numpy(numbers)[:, :width]
+        raw = philox.random_raw(count * steps * _PER_COUNT)
+        raw >>= np.uint64(64 - BITS)
+        return torch.from_numpy(raw.view(np.int64)).view(count, -1)[:, :width]
+
+    def uniforms(self, first: int, count: int, width: int) -> Tensor:
+        """The same as numbers in [0, 1), float64."""
+        return self.numbers(first, count, width).to(torch.float64) * 2.0**-BITS
 
 
 class Sampler(Protocol):
@@ -85,14 +94,15 @@ class Sampler(Protocol):
 
 @dataclass(frozen=True)
 class Laws:
-    """Discrete laws, one for each row of a table of weights, drawn from by inversion: the first entry of a row with row + u
-    below `upto`, or its last, as the sum is rounded and may have become row + 1.
+    """Discrete laws, one for each row of a table of weights, drawn from by inversion: the first entry of a row with u below
+    `upto`, or its last. A u is given as the integer 2^53 u, and as many bits of it are looked at as leave room for the row in
+    62: all of them up to 511 rows.
 
-    A guide table (Chen & Asau 1974; Devroye 1986, III.2.4) says the outcome wherever a whole cell [c/m, (c+1)/m) of row + u has
-    one; m is a power of two, so that cells are found without rounding. The rest is searched for.
+    A guide table (Chen & Asau 1974; Devroye 1986, III.2.4) says the outcome wherever a whole cell [c/m, (c+1)/m) of u has one;
+    m is a power of two, so that the cell is the leading bits. The rest is searched for.
     """
 
-    upto: Tensor  # [entries] row + P(outcome ≤ this | row), ascending
+    upto: Tensor  # [entries] P(outcome ≤ this | row), ascending in each row
     outcome: Tensor  # [entries]
     last: Tensor  # [rows] the last entry of each
 
@@ -102,60 +112,75 @@ class Laws:
         row, outcome = (weight > 0).nonzero(as_tuple=True)
         begins = torch.searchsorted(row, torch.arange(len(weight) + 1, device=weight.device))
         p = weight / weight.sum(-1, keepdim=True)
-        return cls(row + p.cumsum(-1)[row, outcome].clamp(max=1.0), outcome, begins[1:] - 1)
+        return cls(p.cumsum(-1)[row, outcome].clamp(max=1.0), outcome, begins[1:] - 1)
+
+    @cached_property
+    def _bits(self) -> int:
+        """Of u, that are looked at."""
+        return min(BITS, 62 - len(self.last).bit_length())
+
+    @cached_property
+    def _keys(self) -> Tensor:
+        """2^bits (row + upto), rounded up: what a row's own bits of u must stay below, `[entries]`, ascending."""
+        row = torch.searchsorted(self.last, torch.arange(len(self.upto), device=self.last.device))
+        return (row << self._bits) + (self.upto * 2.0**self._bits).ceil().long()
 
     @cached_property
     def _few(self) -> tuple[Tensor, list[Tensor]] | None:
-        """Of rows with few entries: the first of each `[rows]`, and `upto` of the first, second, … of each, ∞ for its last."""
+        """Of rows with few entries: the first of each `[rows]`, and from which u on it is the second, third, … of each."""
         first = torch.cat([self.last.new_zeros(1), self.last[:-1] + 1]).clamp(max=len(self.outcome) - 1)
         most = int((self.last - first).max())
         if most > _FEW:
             return None
         place = (first + torch.arange(most, device=first.device).unsqueeze(1)).clamp(max=len(self.upto) - 1)
-        inside = place < self.last
-        return first, list(torch.where(inside, self.upto[place], torch.inf))
+        own = self._keys[place] - (torch.arange(len(first), device=first.device) << self._bits)
+        return first, list(torch.where(place < self.last, own, 2**62))
 
     @cached_property
-    def _only(self) -> Tensor:
-        """The first outcome of each row, `[rows]`."""
-        assert self._few is not None
-        return self.outcome.index_select(0, self._few[0])
+    def certain(self) -> Tensor | None:
+        """The outcome of each row `[rows]`, where none has a second one."""
+        return None if self._few is None or self._few[1] else self.outcome.index_select(0, self._few[0])
 
     @cached_property
-    def _guide(self) -> tuple[float, Tensor]:
-        """The m, and the outcome of each cell `[rows · m + 1]`; −1 where there are several, and where row + u may be of the row
-        before."""
-        rows, entries = len(self.last), len(self.outcome)
-        m = 1
-        while 2 * m * rows <= max(min(_CELLS_AN_ENTRY * entries, _CELLS), 4 * entries):
-            m *= 2
-        edge = torch.arange(rows * m + 1, dtype=torch.float64, device=self.upto.device) / m
-        low = torch.searchsorted(self.upto, edge[:-1], right=True)
-        one = low == torch.searchsorted(self.upto, edge[1:])  # none in between
-        one[::m] = False
-        entry = torch.minimum(low, self.last.repeat_interleave(m)).clamp(min=0)
-        return float(m), torch.cat([torch.where(one, self.outcome[entry], -1), self.outcome.new_full((1,), -1)])
+    def _guide(self) -> tuple[int, Tensor]:
+        """The log2 of m, and the outcome of each cell `[rows · m]`, −1 where there are several."""
+        rows, entries, k = len(self.last), len(self.outcome), 0
+        while rows << (k + 1) <= max(min(_CELLS_AN_ENTRY * entries, _CELLS), 4 * entries):
+            k += 1
+        edge = torch.arange((rows << k) + 1, device=self.last.device) << (self._bits - k)
+        low = torch.searchsorted(self._keys, edge[:-1], right=True)
+        one = low == torch.searchsorted(self._keys, edge[1:])  # none in between
+        entry = torch.minimum(low, self.last.repeat_interleave(1 << k)).clamp(min=0)
+        return k, torch.where(one, self.outcome[entry], -1)
 
-    def draw(self, row: Tensor, u: Tensor) -> Tensor:
-        """The outcome of each `row` `[..., n]`, or `[..., 1]`, at `u` `[..., n]` in [0, 1)."""
-        if self._few is not None and not self._few[1]:
-            return self._only.index_select(0, row.expand_as(u).flatten()).view(u.shape)
-        v = row.to(u.dtype) + u
+    def draw(self, row: Tensor, number: Tensor) -> Tensor:
+        """The outcome of each `row` `[..., n]`, or `[..., 1]`, at `number` = 2^53 u `[..., n]`."""
         if self._few is not None:
-            first, rest = self._few
-            row = row.expand_as(v).flatten()
-            entry = first.index_select(0, row)
-            for upto in rest:
-                entry += upto.index_select(0, row) <= v.flatten()
-            return self.outcome.index_select(0, entry).view_as(v)
-        m, outcome = self._guide
-        found = outcome.index_select(0, (v * m).int().flatten())
+            return self._of_few(row, number)
+        k, outcome = self._guide
+        cell = number >> (BITS - k)
+        if len(self.last) > 1:
+            cell += row << k
+        found = outcome.index_select(0, cell.flatten())
         several = _below_zero(found)
         if len(several):
-            entry = torch.searchsorted(self.upto, v.flatten().index_select(0, several), right=True)
-            upmost = self.last.index_select(0, row.flatten().index_select(0, several // (v.numel() // row.numel())))
-            found[several] = self.outcome.index_select(0, torch.minimum(entry, upmost))
-        return found.view_as(v)
+            of = row.flatten().index_select(0, several // (number.numel() // row.numel()))
+            rows = number.reshape(len(number), -1)
+            own = rows[several // rows.shape[1], several % rows.shape[1]] >> (BITS - self._bits)
+            entry = torch.searchsorted(self._keys, (of << self._bits) + own, right=True)
+            entry = torch.minimum(entry, self.last.index_select(0, of))
+            found.scatter_(0, several, self.outcome.index_select(0, entry))
+        return found.view(number.shape)
+
+    def _of_few(self, row: Tensor, number: Tensor) -> Tensor:
+        assert self._few is not None
+        first, rest = self._few
+        own, alone = number.flatten() >> (BITS - self._bits), len(first) == 1
+        row = first.new_zeros(1) if alone else row.expand_as(number).flatten()
+        entry = first.index_select(0, row).expand(len(own))
+        for upto in rest:
+            entry = entry + (upto.index_select(0, row) <= own)
+        return self.outcome.index_select(0, entry).view(number.shape)
 
 
 def _below_zero(x: Tensor) -> Tensor:
@@ -166,39 +191,65 @@ def _below_zero(x: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class TableSampler:
     """Batches from the table of all rollouts: a start for each group by its probability, then rollouts by that of the
-    behaviour policy."""
+    behaviour policy; where they are few, one number gives several rows of a group."""
 
     table: Trajectories
     labels: Tensor  # [B]
     stream: Stream
 
     @cached_property
-    def _starts(self) -> Tensor:
-        q = self.table.paths.start_probability
-        return q.cumsum(0) / q.sum()
+    def _start(self) -> Laws:
+        return Laws.of(self.table.paths.start_probability.unsqueeze(0))
 
     @cached_property
-    def _rows(self) -> Laws:
-        """Of the rollout, given the start."""
+    def _order(self) -> tuple[Tensor, Tensor]:
+        """The rollouts that are drawn at all, start after start, and how many each start has."""
         start = self.table.paths.start
         order = start.argsort(stable=True)
-        p, of = self.table.behavior_probability[order], start[order]
-        below = torch.cat([p.new_zeros(1), p.cumsum(0)])
-        first = torch.searchsorted(of, torch.arange(len(self._starts) + 1, device=of.device))
-        mass = (below[first[1:]] - below[first[:-1]])[of]
-        return Laws(of + ((below[1:] - below[first[:-1]][of]) / mass).clamp(max=1.0), order, first[1:] - 1)
+        order = order[self.table.behavior_probability[order] > 0]
+        return order, torch.bincount(start[order], minlength=len(self.table.paths.start_probability))
+
+    @cached_property
+    def _rows_a_number(self) -> int:
+        """The k: it divides the size of every group, and the tuples of k rollouts are few."""
+        size = math.gcd(*torch.bincount(self.labels).tolist())
+        fitting = (k for k in range(size, 1, -1) if size % k == 0 and k < BITS)
+        return next((k for k in fitting if float((self._order[1].double() ** k).sum()) <= _MOST_TUPLES), 1)
+
+    @cached_property
+    def _tuples(self) -> tuple[Tensor, Laws]:
+        """Tuples of rollouts with one start `[·, k]`, and the law of their number given the start; made once a table."""
+        made: dict[int, tuple[Tensor, Laws]] = vars(self.table).setdefault("_tuples", {})
+        if self._rows_a_number not in made:
+            made[self._rows_a_number] = self._made_tuples(self._rows_a_number)
+        return made[self._rows_a_number]
+
+    def _made_tuples(self, k: int) -> tuple[Tensor, Laws]:
+        order, number = self._order
+        device, tuples = order.device, number**k
+        start = torch.arange(len(number), device=device).repeat_interleave(tuples)
+        n, last = number[start].unsqueeze(1), tuples.cumsum(0) - 1
+        place = torch.arange(len(start), device=device) - (last + 1 - tuples)[start]  # among those of its start
+        digits = place.unsqueeze(1) // n ** torch.arange(k, device=device) % n
+        rows = order[(number.cumsum(0) - number)[start].unsqueeze(1) + digits]
+        p = self.table.behavior_probability[rows].prod(1)
+        upto = torch.cat([p.new_zeros(1), p.cumsum(0)])
+        below, mass = upto[last + 1 - tuples][start], (upto[last + 1] - upto[last + 1 - tuples])[start]
+        law = ((upto[1:] - below) / mass).clamp(max=1.0)
+        return rows, Laws(law, torch.arange(len(rows), device=device), last)
 
     def draw(self, first: int, count: int) -> tuple[Trajectories, Tensor]:
-        groups = int(self.labels[-1]) + 1
-        u = self.stream.uniforms(first, count, groups + len(self.labels)).to(self.labels.device)
-        start = torch.searchsorted(self._starts, u[:, :groups].contiguous(), right=True).clamp(
-            max=len(self._starts) - 1
-        )
-        size, rest = len(self.labels) // groups, len(self.labels) % groups
-        if rest or not torch.equal(self.labels[::size], self.labels[size - 1 :: size]):
-            return self.table, self._rows.draw(start.index_select(1, self.labels), u[:, groups:])
-        of_group = u[:, groups:].unflatten(1, (groups, size))
-        return self.table, self._rows.draw(start.unsqueeze(-1), of_group).flatten(1)
+        groups, k = int(self.labels[-1]) + 1, self._rows_a_number
+        tuples, laws = self._tuples
+        of_number = self.labels[::k]
+        n = self.stream.numbers(first, count, groups + len(of_number)).to(self.labels.device)
+        start = self._start.draw(of_number.new_zeros(1, 1), n[:, :groups])
+        each, rest = len(of_number) // groups, len(of_number) % groups
+        if rest or not torch.equal(of_number[::each], of_number[each - 1 :: each]):
+            found = laws.draw(start.index_select(1, of_number), n[:, groups:])
+        else:
+            found = laws.draw(start.unsqueeze(-1), n[:, groups:].unflatten(1, (groups, each)))
+        return self.table, gathered_rows(tuples, found.flatten()).view(count, -1)
 
 
 def inverted(law: Tensor, u: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ behaviour policy; the table is float64.
 
 from __future__ import annotations
 
+import functools
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -20,12 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pgcheck.batch import DISCOUNT_CLOCKS, Batch, DiscountClock
+from pgcheck.batch import COLUMNS, DISCOUNT_CLOCKS, Batch, DiscountClock, Late
 from pgcheck.errors import ProblemError
 
 
 @dataclass(frozen=True)
-class Paths:
+class Paths(Late):
     """N distinct rollouts as the environment allows them; -1 stands for "no policy input here", "no action here".
 
     Args:
@@ -53,7 +54,7 @@ class Paths:
     start_probability: Tensor
     discount: float = 1.0
     discount_clock: DiscountClock = "position"
-    end: Tensor = field(default=None)  # type: ignore[assignment]  # filled in __post_init__
+    end: Tensor = field(default_factory=lambda: None)  # type: ignore[assignment]  # filled in __post_init__
 
     def __post_init__(self) -> None:
         for name in ("start", "state", "context", "action"):
@@ -123,13 +124,6 @@ class Paths:
             first = int(self.start[unknown][0])
             raise ProblemError(f"start: has an entry {first}; entries must lie in [0, {len(self.start_probability)}).")
 
-    @classmethod
-    def known(cls, **columns: Any) -> Paths:
-        """Paths of columns that are known to be right: nothing is checked or copied."""
-        made = object.__new__(cls)
-        vars(made).update(columns)
-        return made
-
     @property
     def steps(self) -> int:
         """T, the number of positions of a row."""
@@ -174,7 +168,7 @@ def row_logp(logits: Tensor, context: Tensor, action: Tensor, mask: Tensor) -> T
 
 
 @dataclass(frozen=True)
-class Trajectories:
+class Trajectories(Late):
     """`Paths` under a target, a behaviour and a reference policy: everything a batch is gathered from."""
 
     paths: Paths
@@ -241,17 +235,15 @@ class Trajectories:
 
     @cached_property
     def _table(self) -> Batch:
-        p = self.paths
-        return Batch(
-            **{name: getattr(p, name) for name in ("state", "context", "action", "reward", "mask")},
-            **{name: getattr(self, name) for name in ("logp", "behavior_logp", "ref_logp", "value")},
-            group=torch.arange(len(self)),
-            discount=p.discount,
-            discount_clock=p.discount_clock,
-            kl_coefficient=self.kl_coefficient,
-            entropy_coefficient=self.entropy_coefficient,
-            side=self.side,
-        )
+        p, own = self.paths, ("logp", "behavior_logp", "ref_logp", "value")
+        later = {name: functools.partial(getattr, p, name) for name in COLUMNS if name not in own}
+        later |= {name: make for name, make in vars(self).get("_later", {}).items() if name in own}
+        known: dict[str, Any] = {name: getattr(self, name) for name in own if name not in later}
+        return Batch.known(
+            later, **known, group=torch.arange(len(self)), discount=p.discount, discount_clock=p.discount_clock,
+            kl_coefficient=self.kl_coefficient, entropy_coefficient=self.entropy_coefficient, side=self.side,
+            action_logits=None,
+        )  # fmt: skip
 
     @cached_property
     def _table_with_logits(self) -> Batch:
@@ -260,6 +252,8 @@ class Trajectories:
     @cached_property
     def cell(self) -> Tensor:
         """Index of (context, action) among the K·A cells, `[N, T]`; any where the policy does not act."""
+        if "cell" in (later := vars(self).get("_later", {})):
+            return later["cell"]()
         return self.paths.context.clamp(min=0) * self.actions + self.paths.action.clamp(min=0)
 
     @cached_property
@@ -289,12 +283,14 @@ class Trajectories:
         """The table in the memory of a device; itself, if it is there already."""
         if self.logits.device == torch.device(device):
             return self
-        columns = {f.name: getattr(self.paths, f.name) for f in fields(self.paths)}
-        paths = Paths.known(**{k: x.to(device) if isinstance(x, Tensor) else x for k, x in columns.items()})
+        there: dict[str, Any] = {f.name: getattr(self.paths, f.name) for f in fields(self.paths)}
+        there = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in there.items()}
         moved: dict[str, Any] = {
             f.name: x.to(device) for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)
         }
-        return replace(self, paths=paths, side={name: x.to(device) for name, x in self.side.items()}, **moved)
+        return replace(
+            self, paths=Paths.known(**there), side={name: x.to(device) for name, x in self.side.items()}, **moved
+        )
 
     def with_side(self, **columns: Tensor) -> Trajectories:
         """The table with side columns `[N, *]` added."""

@@ -172,7 +172,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "WRITTEN", 16)
     monkeypatch.setattr(bench, "GIVEN", 2_048)
     monkeypatch.setattr(bench, "DIRECTIONS", 2)
-    monkeypatch.setattr(bench, "SAMPLED", {"sampled/groups-16": 2048})
+    monkeypatch.setattr(bench, "SAMPLED", {"sampled/groups-16": (2048,)})
 
 
 @pytest.mark.usefixtures("small")

@@ -178,9 +178,9 @@ def test_a_law_is_inverted(outcomes: int) -> None:
     weight[:, 0] += 1.0
     weight[3] = 0.0
     drawn = [r for r in range(7) for _ in range(300) if r != 3]
-    u = torch.rand(len(drawn), generator=generator, dtype=torch.float64)
-    found = Laws.of(weight).draw(torch.tensor(drawn), u)
-    for r, x, outcome in zip(drawn, u.tolist(), found.tolist(), strict=True):
-        left = Fraction(x) * int(weight[r].sum())
+    n = torch.randint(0, 2**53, (len(drawn),), generator=generator)
+    found = Laws.of(weight).draw(torch.tensor(drawn), n)
+    for r, x, outcome in zip(drawn, n.tolist(), found.tolist(), strict=True):
+        left = Fraction(x, 2**53) * int(weight[r].sum())
         expected = next(j for j in range(outcomes) if (left := left - int(weight[r, j])) < 0)
         assert outcome == expected

@@ -1,6 +1,9 @@
 """Numbered draws: the same however they are asked for, and of the right law."""
 
 import bisect
+import itertools
+import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -28,6 +31,12 @@ def test_uniforms_belong_to_their_draw(width):
 def test_streams_of_other_names_and_seeds_differ():
     drawn = [Stream(s, n).uniforms(0, 4, 4) for s, n in [(0, ("a",)), (1, ("a",)), (0, ("b",)), (0, ("a", "b"))]]
     assert len({tuple(x.flatten().tolist()) for x in drawn}) == 4
+
+
+def test_uniforms_are_those_of_numpy():
+    stream = Stream(3, ("somewhere",))
+    numpy = np.random.Generator(np.random.Philox(key=stream._key, counter=2 * 7)).random((5, 8))
+    assert torch.equal(stream.uniforms(7, 5, 6), torch.from_numpy(numpy)[:, :6])
 
 
 def test_uniforms_are_uniform():
@@ -108,13 +117,9 @@ def test_a_number_of_batches_that_is_none_is_refused(batches):
         find_problem("bandit/two-arm").sample(batches)
 
 
-def upto_of(row: int, weights: list[float]) -> list[float]:
-    """Row + P(outcome ≤ this | row), of weights that are exact as they stand."""
-    total, out = 0.0, []
-    for w in weights:
-        total += w
-        out.append(min(row + total, row + 1.0))
-    return out
+def upto_of(weights: list[float]) -> list[float]:
+    """P(outcome ≤ this), as it is summed up."""
+    return [min(x, 1.0) for x in itertools.accumulate(weights)]
 
 
 ADVERSE = {
@@ -130,43 +135,56 @@ ADVERSE = {
 
 @pytest.mark.parametrize("name", ADVERSE)
 def test_a_guide_finds_what_bisection_finds(name):
-    """At the edges of the unit interval, at and beside each boundary, at the edges of cells, and anywhere."""
-    upto, last = [], []
-    for row, weights in enumerate(ADVERSE[name]):
-        upto += upto_of(row, weights)
-        last.append(len(upto) - 1)
-    outcome = np.random.default_rng(0).permutation(len(upto))
-    laws = Laws(torch.tensor(upto, dtype=torch.float64), torch.from_numpy(outcome), torch.tensor(last))
+    """At the edges of the unit interval, at and beside each boundary, at the edges of cells, and anywhere; in whole numbers."""
+    upto = [upto_of(weights) for weights in ADVERSE[name]]
+    last = list(itertools.accumulate(map(len, upto), initial=-1))[1:]
+    outcome = np.random.default_rng(0).permutation(last[-1] + 1)
+    laws = Laws(torch.tensor(np.concatenate(upto)), torch.from_numpy(outcome), torch.tensor(last))
     rng = np.random.default_rng(1)
-    rows, us = [], []
+    rows, ns, expected = [], [], []
+    unseen = 2 ** max(0, len(last).bit_length() - 9)  # of 2^53 u, what is below the bits that are looked at
     for row in range(len(last))[:: max(1, len(last) // 50)]:
-        ends = np.array(upto[last[row - 1] + 1 if row else 0 : last[row] + 1]) - row
-        u = [0.0, 2.0**-53, 1 - 2.0**-53, 1 - 2.0**-45, *np.arange(64) / 64, *rng.random(100)]
-        u += [*ends, *np.nextafter(ends, 0), *np.nextafter(ends, 1)]
-        u = [x for x in u if 0 <= x < 1]
-        rows += [row] * len(u)
-        us += u
-    expected = [outcome[min(bisect.bisect_right(upto, row + u), last[row])] for row, u in zip(rows, us, strict=True)]
-    found = laws.draw(torch.tensor(rows), torch.tensor(us, dtype=torch.float64))
+        ends = [int(Fraction(x) * 2**53) for x in upto[row]]
+        n = [0, 1, 2**53 - 1, 2**53 - 2**8, *(i * 2**47 for i in range(64)), *rng.integers(0, 2**53, 100).tolist()]
+        n += [x + i * unseen for x in ends for i in (-1, 0, 1)]
+        n = [x for x in n if 0 <= x < 2**53]
+        rows += [row] * len(n)
+        ns += n
+        bounds, seen = [Fraction(x) for x in upto[row]], [Fraction(x // unseen * unseen, 2**53) for x in n]
+        entries = [bisect.bisect_right(bounds, u) for u in seen]
+        expected += [outcome[min(last[row] - len(upto[row]) + 1 + i, last[row])] for i in entries]
+    found = laws.draw(torch.tensor(rows), torch.tensor(ns))
     assert found.tolist() == expected
     assert set(expected) >= set(outcome[: last[0] + 1][np.array(ADVERSE[name][0]) >= 2.0**-7])
     few = laws._few is not None
     assert few == (name == "a few")
-    wide = laws.draw(torch.tensor(rows[:1]).unsqueeze(1), torch.tensor([us[:20]], dtype=torch.float64))
+    wide = laws.draw(torch.tensor(rows[:1]).unsqueeze(1), torch.tensor([ns[:20]]))
     assert wide.tolist() == [expected[:20]]
 
 
-def test_groups_of_several_sizes_are_drawn_from_their_own_starts():
-    """Where groups are not alike rows are looked up one by one: against groups of one row, whose uniforms are put beside."""
-    p = find_problem("dialogue/two-turn")
-    alike = p.with_sampling(groups=3, group_size=2).sampler(seed=4)
-    mixed = p.with_sampling(groups=3, group_size=[1, 2, 3]).sampler(seed=4)
-    assert mixed.labels.tolist() == [0, 1, 1, 2, 2, 2]
-    same = type(mixed)(mixed.table, mixed.labels, alike.stream)
-    u = alike.stream.uniforms(0, 500, 9)
-    start = torch.searchsorted(same._starts, u[:, :3].contiguous(), right=True)
-    table, index = same.draw(0, 500)
-    assert torch.equal(table.paths.start[index], start[:, same.labels])
-    _, other = alike.draw(0, 500)
-    agree = start[:, same.labels] == start[:, alike.labels]
-    assert torch.equal(index[agree], other[agree])
+@pytest.mark.parametrize(
+    ("name", "k", "how"),
+    [
+        ("sampled/groups-16", 4, {}),
+        ("sampled/groups-16", 3, {"groups": 3, "group_size": [3, 6, 9]}),
+        ("sampled/groups-16", 1, {"groups": 3, "group_size": [3, 5, 6]}),
+        ("dialogue/two-turn", 1, {"groups": 3, "group_size": [1, 2, 3]}),
+        ("off-policy/contextual-drifted", 2, {"groups": 2, "group_size": 2}),
+    ],
+)
+def test_one_number_gives_several_rows_of_a_group(name, k, how):
+    """Against a walk through the tuples of rollouts of the group's start, the first row changing fastest."""
+    problem = find_problem(name)
+    sampler = (problem.with_sampling(**how) if how else problem).sampler(seed=4)
+    table, index = sampler.draw(5, 40)
+    labels = sampler.labels.tolist()
+    groups, start, q = labels[-1] + 1, table.paths.start.tolist(), table.behavior_probability.tolist()
+    u = sampler.stream.uniforms(5, 40, groups + len(labels) // k).tolist()
+    starts = list(itertools.accumulate(table.paths.start_probability.tolist()))
+    for drawn, rows in zip(u, index.tolist(), strict=True):
+        of_group = [bisect.bisect_right(starts, x) for x in drawn[:groups]]
+        for j, x in enumerate(drawn[groups:]):
+            own = [i for i, s in enumerate(start) if s == of_group[labels[j * k]]]
+            tuples = [t[::-1] for t in itertools.product(own, repeat=k)]
+            upto = list(itertools.accumulate(math.prod(q[i] for i in t) for t in tuples))
+            assert tuples[bisect.bisect_right(upto, x)] == tuple(rows[j * k : (j + 1) * k])

@@ -30,6 +30,7 @@ from pgcheck.statistics.guarded import Scores, interval, z_of
 from pgcheck.statistics.sequential import CONFIDENCE, Interval
 from pgcheck.statistics.two_sample import fixed_directions
 
+_ORDER = [0, 9, 10, *range(1, 9)]  # of the scores, as `Grain.along` and what is put beside it have them
 _NONE = Interval(math.nan, math.nan, math.nan)
 
 
@@ -60,14 +61,16 @@ class Account:
         """The same of a grain, around its centre; the spectrum from `blocks` of its draws, `[m, 256, P]`."""
         n, P = draws.x.shape
         size = float(reference @ reference)
-        seen = draws.along(torch.cat([_seen_along(P, reference.device), (reference / (size or 1.0)).unsqueeze(1)], 1))
-        rows = torch.cat([seen[-1:], draws.distances_from(reference)[None], draws.spread[None], seen[:-1]])
+        rows = draws.along(
+            torch.cat([(reference / (size or 1.0)).unsqueeze(1), _seen_along(P, reference.device)], 1), room=2
+        )
+        rows[-2], rows[-1] = draws.distances_from(reference), draws.spread
         off = draws.total / n
         squares = (
             draws.products - torch.outer(off, draws.total) if P <= PRODUCTS_UP_TO else draws.squares - off * draws.total
         )
         spectrum = Spectrum() if blocks is None else Spectrum().add(blocks - reference)
-        return cls(n, draws.centre + off, squares, Scores.of(rows.cpu().numpy().T), spectrum)
+        return cls(n, draws.centre + off, squares, Scores.of(rows.cpu().numpy().T)[_ORDER], spectrum)
 
     def merge(self, other: Account) -> Account:
         """Of the draws of both."""

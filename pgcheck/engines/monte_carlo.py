@@ -1,6 +1,6 @@
 """Sampled moments and verdicts: every estimator on the same numbered draws, until each is judged or the draws are spent.
 
-A draw is one whole batch (`pgcheck.sampling`). Draws are evaluated in grains of 1024 consecutive ones, up to eight
+A draw is one whole batch (`pgcheck.sampling`). Draws are evaluated in grains of 1024 consecutive ones, up to 32
 at once where they are small, by a schedule that depends on where the run looks and how large a draw is: rollouts → coefficients
 → C[k,a] → x = ĝ in the space of the verdict, `[1024, P]`. A grain goes to the estimator's account (mergeable moments,
 `pgcheck.engines.accounts`) and to one judge for each scale that is claimed of it (`pgcheck.statistics.sequential`). An
@@ -27,9 +27,16 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from pgcheck.batch import Batch
+from pgcheck.batch import Batch, scaled
 from pgcheck.engines.accounts import Account
-from pgcheck.engines.coefficients import cells_of, coefficients_of, per_row, scattered, unmasked_coefficients
+from pgcheck.engines.coefficients import (
+    cells_of,
+    coefficients_of,
+    factored_coefficients,
+    finite,
+    per_row,
+    scattered,
+)
 from pgcheck.engines.declarations import verify_purity
 from pgcheck.engines.moments import Moments, Progress
 from pgcheck.engines.scores import Draws, scores_of
@@ -39,6 +46,7 @@ from pgcheck.errors import BudgetError, NotFiniteError, UsageError, names_proble
 from pgcheck.estimators.base import Estimator
 from pgcheck.estimators.from_loss import LossCoefficients
 from pgcheck.generation import draws_at_once
+from pgcheck.memory import keep_freed_memory
 from pgcheck.problem import Problem
 from pgcheck.sampling import Sampler, as_device
 from pgcheck.statistics.certificate import gram_blocks
@@ -51,9 +59,9 @@ from pgcheck.trajectories import SideTable, Trajectories, is_count
 
 DEFAULT_DRAWS = 262_144  # most draws of one problem
 MOST_COORDINATES = 16_384  # P: a grain of them is 128 MiB
-_AT_ONCE = 8  # grains that are taken as one
-_MOST_NUMBERS = 2**20  # of an array of draws, or of what they are evaluated from
-_FORMAT = "pgcheck-checkpoint/5"
+_AT_ONCE = 32  # grains that are taken as one
+_MOST_NUMBERS = 2**21  # of an array of draws, or of what they are evaluated from
+_FORMAT = "pgcheck-checkpoint/6"
 _SCORES_A_POSITION = 8  # entries of a table of scores that cost as much as one position of the draws
 _ROUNDING = 1e-14  # a gradient below this part of the rewards is 0
 _FIRST = 64  # draws whose estimates are part of a checkpoint's identity
@@ -253,6 +261,7 @@ def monte_carlo(
     """
     _check_counts(seed=seed, draws=draws, block=block, workers=workers)
     check_workers(workers, device)
+    keep_freed_memory()
     settings, device = settings or Settings(), as_device(device)
     scales = [()] * len(estimators) if scales is None else scales
     if any(scales) and draws < settings.first_look:
@@ -397,7 +406,7 @@ class _Run:
         self._stack, self._workers = ExitStack(), None
         self._processes, self._given = 1, 0
         positions = self.problem.rows * self.problem.steps
-        self._at_once = min(_AT_ONCE, max(1, _MOST_NUMBERS // (GRAIN * max(positions, len(self.reference)))))
+        self._at_once = min(_AT_ONCE, max(1, _MOST_NUMBERS // (GRAIN * len(self.reference))))
         most = self._at_once * GRAIN
         self._rows = min([most, *(draws_at_once(sampler, most) for sampler in self._samplers.values())])
         while self._rows > 1 and self._rows * positions > _MOST_NUMBERS:
@@ -497,11 +506,12 @@ class _Run:
 
     def _projected(self, estimator: Estimator, batch: Batch, table: Trajectories, index: Tensor) -> Tensor:
         logits = estimator.leaf == "logits"
-        c = unmasked_coefficients(estimator, batch)
+        number, c = factored_coefficients(estimator, batch)
         if isinstance(self.space, LogitSpace) and not logits and (w := per_row(c)) is not None:
             x = self.space.project_rows(w, table, index)
-            if x is not None:
-                return x
+            if x is not None and bool(torch.isfinite(x.sum())):  # then every coefficient is
+                return x if number == 1.0 else x.mul_(number)
+        c = finite(scaled(number, c), estimator, batch)
         return self.space.project(c * (batch.mask.unsqueeze(-1) if logits else batch.mask), table, index)
 
     def _name_draw(self, estimator: Estimator, first: int, count: int) -> None:

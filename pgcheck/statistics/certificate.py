@@ -126,14 +126,19 @@ def of_block(d: Tensor) -> tuple[float, float]:
 
 def of_blocks_and_across(d: Tensor, along: Tensor) -> tuple[Blocks, Blocks]:
     """That of D, and that of D − ⟨D, a⟩ a for a unit vector a = `along` `[P]`."""
-    grams, norms2, par = _grams(d), torch.linalg.vector_norm(d, dim=-1).square(), d @ along
+    par = d @ along
     if (
         d.shape[-1] < d.shape[-2]
     ):  # of few coordinates, which D may fill with one direction: what is left is made by itself
-        across = of_blocks(d - par.unsqueeze(-1) * along)
+        both = torch.cat([d, d - par.unsqueeze(-1) * along])
+        found = of_blocks(both)
     else:
-        across = _of_grams(grams - par.unsqueeze(-1) * par.unsqueeze(-2), norms2 - par.square())
-    return _of_grams(grams, norms2), across
+        grams, norms2 = _grams(d), torch.linalg.vector_norm(d, dim=-1).square()
+        across = grams - par.unsqueeze(-1) * par.unsqueeze(-2)
+        found = _of_grams(torch.cat([grams, across]), torch.cat([norms2, norms2 - par.square()]))
+    tops, squares = found
+    m = len(d)
+    return (tops[:m], squares[:m]), (tops[m:], squares[m:])
 
 
 def _grams(d: Tensor) -> Tensor:

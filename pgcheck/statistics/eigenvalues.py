@@ -10,12 +10,16 @@ Guarantee: what is returned is at most 1e-12 of itself above the largest eigenva
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import numpy as np
+import scipy
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-Matrix = NDArray[np.float64]
+Matrix = NDArray[Any]
 
 _SMALL = 128  # rows of a matrix below which all eigenvalues are as fast
 _STEPS = (20, 40)
@@ -27,42 +31,54 @@ def largest_eigenvalues(grams: Tensor) -> Tensor:
     """Of matrices `[m, s, s]`, `[m]`."""
     if grams.shape[-1] < _SMALL or grams.device.type != "cpu":
         return torch.linalg.eigvalsh(grams)[..., -1]
-    return torch.stack([_largest(gram) for gram in grams])
+    found = _ritz(grams.numpy())
+    return torch.stack([_proven(gram, θ) for gram, θ in zip(grams, found.tolist(), strict=True)])
 
 
-def _largest(gram: Tensor) -> Tensor:
-    found = _ritz(gram.numpy())
-    if found is not None:
+def _proven(gram: Tensor, found: float) -> Tensor:
+    if math.isfinite(found):
         above = found * (1 + _ROOM)
-        rest = torch.diag_embed(gram.new_full((len(gram),), above)) - gram
-        if not int(torch.linalg.cholesky_ex(rest).info):
+        rest = -gram.numpy()
+        rest.flat[:: len(rest) + 1] += above
+        if not scipy.linalg.lapack.dpotrf(rest, overwrite_a=True, clean=False)[1]:
             return gram.new_tensor(above)
     return torch.linalg.eigvalsh(gram)[-1]
 
 
-def _ritz(gram: Matrix) -> float | None:
-    """The largest eigenvalue of the matrix as a Krylov space sees it, once that has settled."""
-    v = np.random.Generator(np.random.Philox(len(gram))).standard_normal(len(gram))
-    v /= np.sqrt(v @ v)
-    before, β = np.zeros_like(v), 0.0
-    diagonal: list[float] = []
-    beside: list[float] = []
+def _ritz(grams: Matrix) -> Matrix:
+    """The largest eigenvalue of each as a Krylov space sees it, once that has settled; else NaN."""
+    number, size = grams.shape[:2]
+    found, left = np.full(number, np.nan), np.arange(number)  # those that have not settled
+    start = np.random.Generator(np.random.Philox(size)).standard_normal((1, size))
+    v = np.repeat(start / np.sqrt(np.vecdot(start, start)), number, axis=0)
+    before, β = np.zeros_like(v), np.zeros((number, 1))
+    diagonal, beside = np.zeros((2, number, _STEPS[-1]))
     for step in range(1, _STEPS[-1] + 1):
-        w = gram @ v
-        w -= β * before
-        diagonal.append(float(v @ w))
-        w -= diagonal[-1] * v
-        β = float(np.sqrt(w @ w))
-        if not β > _ROOM * abs(diagonal[0]):  # the space is all that there is to see from this start
-            return None
+        w = np.matmul(grams, v[:, :, None])[:, :, 0] - β * before
+        diagonal[:, step - 1] = np.vecdot(v, w)
+        w -= diagonal[:, step - 1, None] * v
+        β = np.sqrt(np.vecdot(w, w))[:, None]
+        goes_on = β[:, 0] > _ROOM * np.abs(diagonal[:, 0])  # else the space is all that there is to see from this start
         if step in _STEPS:
-            now, then = (_top(diagonal[:k], beside[: k - 1]) for k in (step, step - _BACK))
-            if now - then <= _ROOM * now:
-                return now
-        beside.append(β)
+            now, then = (_tops(diagonal[:, :k], beside[:, : k - 1]) for k in (step, step - _BACK))
+            settled = goes_on & (now - then <= _ROOM * now)
+            found[left[settled]] = now[settled]
+            goes_on &= ~settled
+        beside[:, step - 1] = β[:, 0]
+        if not goes_on.all():
+            grams, diagonal, beside, left = (x[goes_on] for x in (grams, diagonal, beside, left))
+            v, w, β = (x[goes_on] for x in (v, w, β))
+            if not len(left):
+                break
         before, v = v, w / β
-    return None
+    return found
 
 
-def _top(diagonal: list[float], beside: list[float]) -> float:
-    return float(np.linalg.eigvalsh(np.diag(diagonal) + np.diag(beside, -1))[-1])
+def _tops(diagonal: Matrix, beside: Matrix) -> Matrix:
+    """The largest eigenvalues of tridiagonal matrices, from their diagonals and what is beside these."""
+    k = diagonal.shape[1]
+    T = np.zeros((len(diagonal), k, k))
+    T[:, range(k), range(k)] = diagonal
+    T[:, range(1, k), range(k - 1)] = beside
+    found: Matrix = np.linalg.eigvalsh(T)[:, -1]
+    return found

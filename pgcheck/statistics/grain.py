@@ -21,6 +21,7 @@ from torch import Tensor
 
 PRODUCTS_UP_TO = 512  # P up to which products of coordinates are summed
 _FIRST = 1024  # draws whose mean is near enough
+_FEW = 64  # coordinates up to which a product is a faster sum
 _SIDE = 96  # columns of a block of a symmetric product
 
 
@@ -46,11 +47,13 @@ class Grain:
     @cached_property
     def total(self) -> Tensor:
         """Σg, `[P]`."""
-        return self.off.sum(0)
+        return self.off.T @ self.off.new_ones(len(self.off))
 
     @cached_property
     def spread(self) -> Tensor:
         """‖g‖² of each draw, `[n]`."""
+        if self.x.shape[1] <= _FEW:
+            return self.off.square() @ self.off.new_ones(self.x.shape[1])
         return torch.linalg.vector_norm(self.off, dim=1).square()
 
     @cached_property
@@ -65,10 +68,13 @@ class Grain:
         """Σ g gᵀ, `[P, P]`."""
         return _symmetric(self.off)
 
-    def along(self, v: Tensor, t: Tensor | None = None) -> Tensor:
-        """⟨x − t, v⟩ of each column of `v` `[P, k]` and draw, `[k, n]`; without `t`, ⟨x, v⟩."""
-        middle = self.centre if t is None else self.centre - t
-        return torch.addmm((middle @ v).unsqueeze(1), v.T, self.off.T)
+    def along(self, v: Tensor, t: Tensor | None = None, *, room: int = 0) -> Tensor:
+        """⟨x − t, v⟩ of each column of `v` `[P, k]` and draw, `[k, n]`; without `t`, ⟨x, v⟩. `room`: so many rows more, to be
+        filled."""
+        middle, k = self.centre if t is None else self.centre - t, v.shape[1]
+        out = self.off.new_empty(k + room, len(self.off))
+        torch.addmm((middle @ v).unsqueeze(1), v.T.contiguous(), self.off.T, out=out[:k])
+        return out
 
     def total_from(self, t: Tensor) -> Tensor:
         """Σ(x − t), `[P]`."""
@@ -84,7 +90,8 @@ class Grain:
         known: tuple[Tensor, Tensor] | None = vars(self).get("_distances")
         if known is None or not torch.equal(known[0], t):
             s = self.centre - t
-            known = vars(self)["_distances"] = t, (self.spread + 2 * (self.off @ s) + s @ s).clamp_(min=0.0)
+            far = torch.addmv(self.spread, self.off, s, alpha=2.0).add_(s @ s)
+            known = vars(self)["_distances"] = t, far.clamp_(min=0.0)
         return known[1]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -34,6 +34,7 @@ MOST_SHARE = 0.05  # of one score in Σ(y−ȳ)²
 INTERVAL_SKEWNESS, INTERVAL_SHARE = 0.20, 0.10  # the same, of intervals
 MARGIN = 1.005  # on errors
 CONSTANT = 1e-9  # a standard deviation below this times max|y| is rounding
+_IN_CACHE = 8192  # scores of each kind that are gone through at a time
 _LEAST_P = 1e-300  # so that a z-score is finite: 37.04
 
 
@@ -59,9 +60,13 @@ class Scores:
         """Of scores `[n, kinds]`; fastest if it is the transpose of an array."""
         columns = np.ascontiguousarray(y.T)
         mean = columns.mean(1)
-        d = columns - mean[:, None]
-        d2 = d * d
-        return Scores(len(y), mean, d2.sum(1), (d2 * d).sum(1), columns.min(1), columns.max(1))
+        second, third = np.zeros_like(mean), np.zeros_like(mean)
+        for low in range(0, len(y), _IN_CACHE):
+            d = columns[:, low : low + _IN_CACHE] - mean[:, None]
+            d2 = d * d
+            second += d2.sum(1)
+            third += np.einsum("ij,ij->i", d2, d)
+        return Scores(len(y), mean, second, third, columns.min(1), columns.max(1))
 
     @property
     def rows(self) -> Floats:

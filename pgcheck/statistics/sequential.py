@@ -187,7 +187,8 @@ class Judge:
         self._squares += d.squares_from(at)
         self._norms2 += float(norms2.sum())
         self._norms += float(norms2.sqrt().sum())
-        kept = torch.cat([y, x.spread[None]]).cpu().numpy().T
+        y[_SPREAD] = x.spread
+        kept = y.cpu().numpy().T
         new = Scores.of(kept)
         self._ever = self._ever.merge(new[[0, _SPREAD, _LOUDEST]])
         self._block = self._block.merge(new[:_CONFIRM])
@@ -219,10 +220,11 @@ class Judge:
         return draws, r
 
     def _scores(self, x: Grain, d: Grain, at: Tensor) -> Tensor:
-        """⟨D, v⟩ of every direction in use, and of the noisiest of the pilot, `[9, n]`; with an open κ, X along μ*."""
+        """⟨D, v⟩ of every direction in use, and of the noisiest of the pilot, `[9, n]`, with an open κ X along μ*; and a row to
+        be filled."""
         loudest = self._loud.directions[:, -1:] if self._loud.kept.numel() else self._along.unsqueeze(1)
         v = torch.cat([self._v, loudest], 1)
-        y = d.along(v, at)
+        y = d.along(v, at, room=1)
         if self.scale is None:
             par = x.along(self._along.unsqueeze(1))
             y[:1] = par
