@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import pytest
 from torch import Tensor
 
 from pgcheck import design
-from pgcheck.design import plan
+from pgcheck.design import Plan, plan
 from pgcheck.engines.exact import exact_moments
 from pgcheck.engines.stored import reference_draws
 from pgcheck.errors import BudgetError
@@ -16,6 +17,7 @@ from pgcheck.estimators.base import Estimator
 from pgcheck.estimators.lookup import as_estimator
 from pgcheck.registry import find_problem
 from pgcheck.render.design import design_json, design_text
+from pgcheck.statistics.power import Design
 from pgcheck.statistics.sequential import Settings
 from tests.engines.test_sketch import problem as written
 
@@ -66,29 +68,35 @@ def test_what_cannot_be_enumerated_is_refused_or_drawn() -> None:
     [("leave_one_out", "dialogue/two-turn"), ("grpo", "dialogue/two-turn"), ("reinforce", "mdp/two-state")],
 )
 def test_a_pilot_against_the_exact_design(name: str, problem: str) -> None:
-    """What is exact lies between the ends; the seed is fixed, so that this is a fact."""
+    """What is exact lies between the ends of 95% intervals, for seven seeds of eight at least; seeds are fixed, so that this is
+    a fact."""
     e, p = as_estimator(name), find_problem(problem)
-    exact, drawn = (
-        plan(e, p, Settings(), engine="exact"),
-        plan(e, p, Settings(), engine="monte_carlo", pilot=4_096, seed=1),
-    )
-    assert exact.pilot is None
-    assert drawn.pilot is not None
-    low, high = drawn.pilot.quietest, drawn.pilot.loudest
-    assert low is not None
-    assert high is not None
-    assert low.noise.nsr < exact.design.noise.nsr < high.noise.nsr
-    assert low.pass_draws_exactly < exact.design.pass_draws_exactly < high.pass_draws_exactly
-    for get in (lambda d: d.detectable, lambda d: d.certifiable, lambda d: d.oracle_draws):
-        assert get(low) < get(exact.design) < get(high)
-        assert get(low) <= get(drawn.design) <= get(high)
+    exact = plan(e, p, Settings(), engine="exact")
     costs = {g.group_size: g.cost for g in exact.group_sizes}
-    assert [g.group_size for g in drawn.group_sizes] == [2**k for k in range(6) if 2**k in costs or 2**k > max(costs)]
-    for g in drawn.group_sizes:
-        if g.group_size in costs:
-            assert g.cost_low < costs[g.group_size] < g.cost_high
-    assert drawn.best is not None
-    assert set(drawn.as_good) <= {g.group_size for g in drawn.group_sizes} - {drawn.best.group_size}
+    assert exact.pilot is None
+
+    def between(drawn: Plan) -> bool:
+        assert drawn.pilot is not None
+        low, high = drawn.pilot.quietest, drawn.pilot.loudest
+        assert low is not None
+        assert high is not None
+        numbers: list[Callable[[Design], float]] = [
+            lambda d: d.noise.nsr, lambda d: d.pass_draws_exactly, lambda d: d.detectable, lambda d: d.certifiable,
+            lambda d: d.oracle_draws,
+        ]  # fmt: skip
+        for get in numbers[2:]:
+            assert get(low) <= get(drawn.design) <= get(high)
+        assert [g.group_size for g in drawn.group_sizes] == [
+            2**k for k in range(6) if 2**k in costs or 2**k > max(costs)
+        ]
+        assert drawn.best is not None
+        assert set(drawn.as_good) <= {g.group_size for g in drawn.group_sizes} - {drawn.best.group_size}
+        return all(get(low) < get(exact.design) < get(high) for get in numbers) and all(
+            g.cost_low < costs[g.group_size] < g.cost_high for g in drawn.group_sizes if g.group_size in costs
+        )
+
+    drawn = [plan(e, p, Settings(), engine="monte_carlo", pilot=4_096, seed=seed) for seed in range(8)]
+    assert sum(map(between, drawn)) >= 7
 
 
 def test_a_pilot_where_the_gradient_is_not_known() -> None:
