@@ -105,7 +105,7 @@ def test_sums_of_given_weights(shared: bool) -> None:
     p = torch.rand(1 if shared else 50, generator=generator, dtype=torch.float64).expand(50)
     found_scores = Scores.of(table)
     assert found_scores is not None
-    sums = RowSums(found_scores, 4, 50)
+    sums = RowSums(found_scores, 4, 50, found_scores.room(50))
     for part in (slice(0, 33), slice(33, 50)):
         assert sums.add(weight[part], Draws(index[part], p[part]), number=-1.5)
         for wrong in (math.nan, math.inf, -math.inf):
