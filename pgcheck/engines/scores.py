@@ -15,7 +15,6 @@ Guarantee: the sums of `pgcheck.engines.exact`, to rounding.
 
 from __future__ import annotations
 
-import copy
 import functools
 import warnings
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from pgcheck.trajectories import Trajectories
 _MOST_PAIRS = 4_000_000  # of rollouts, N²
 _MOST_SCORES = 4_000_000  # N · K·A
 _BLOCK = 16_000  # batches whose pairs stay in cache
+_ONE = np.ones(1)
 _ROOM = 3 * 2**17  # coordinates of gradients that do
 
 
@@ -80,25 +80,23 @@ class Draws:
             out.copy_(torch.from_numpy(matrix @ rows.numpy()))
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=8)
 def _first(M: int, B: int) -> Tensor:
     """Where each of M batches begins among their rows, and the last one ends."""
     return torch.arange(0, M * B + 1, B, dtype=torch.int32)
 
 
-def sums_at(place: NDArray[np.signedinteger], x: NDArray[np.float64], size: int) -> NDArray[np.float64]:
-    """Σ x of each place, `[size]`; as `np.bincount`, which looks for the least and the largest place first."""
-    column, ends = copy.copy(_column(size)), np.array([0, place.size], dtype=place.dtype)
-    column.indptr, column.indices, column.data = ends, place.reshape(-1), x.reshape(-1)
-    out: NDArray[np.float64] = column @ np.ones(1)
-    return out
-
-
-@functools.lru_cache(maxsize=4)
-def _column(size: int) -> Any:
+def sums_at(
+    place: NDArray[np.int32], x: NDArray[np.float64], size: int, factor: NDArray[np.float64] = _ONE
+) -> NDArray[np.float64]:
+    """Σ x of each place, `[size]`, each of as many equal parts as there are factors times its own; in one pass where
+    `np.bincount` looks for the least and the largest place first."""
     from scipy import sparse
 
-    return sparse.csc_array((size, 1))
+    M = len(factor)
+    parts = sparse.csc_array((x.reshape(-1), place.reshape(-1), _first(M, x.size // M).numpy()), shape=(size, M))
+    out: NDArray[np.float64] = parts @ factor
+    return out
 
 
 @functools.cache
@@ -192,14 +190,13 @@ class RowSums:
     def add(self, weight: Tensor, draws: Draws, *, number: float = 1.0) -> bool:
         """Batches with `number` times `weight` `[M, B]`; whether they were added: not if some weight is no number."""
         p = draws.shared
-        w = weight if p is not None else weight * draws.root
-        pw, p = (w, p) if p is not None else (w * draws.root, 1.0)
-        sums = sums_at(draws.rollouts.numpy(), pw.numpy(), len(self._expected))
-        if not np.isfinite(number * sums.sum()):
+        factor = number * (draws.probability.numpy() if p is None else np.full(1, p))
+        sums = sums_at(draws.rollouts.numpy(), weight.numpy(), len(self._expected), factor)
+        if not np.isfinite(sums.sum()):
             return False
-        compensated_add(self._expected, self._lost, (p * number) * sums)
-        add_products = self._add_pairs if self._paired else self._add_gradients
-        add_products(w, draws, p * number**2)
+        compensated_add(self._expected, self._lost, sums)
+        w, square = (weight * draws.root, 1.0) if p is None else (weight, p)
+        (self._add_pairs if self._paired else self._add_gradients)(w, draws, square * number**2)
         return True
 
     def _add_gradients(self, w: Tensor, draws: Draws, factor: float) -> None:
@@ -209,9 +206,9 @@ class RowSums:
             self._second.addmm_(x.T, x, alpha=factor)
 
     def _add_pairs(self, w: Tensor, draws: Draws, factor: float) -> None:
-        N = len(self._second)
+        N, index = len(self._second), draws.rollouts.view(w.shape).numpy()
         for low in range(0, len(w), _BLOCK):
-            n, v = (np.ascontiguousarray(x[low : low + _BLOCK].T) for x in (draws.index.numpy(), w.numpy()))
+            n, v = (np.ascontiguousarray(x[low : low + _BLOCK].T) for x in (index, w.numpy()))
             places = [n[i] * N + n[i:] for i in range(len(n))]
             products = [v[i] * v[i:] for i in range(len(n))]
             for x in products:
