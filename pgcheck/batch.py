@@ -257,6 +257,16 @@ class Batch(Late):
         """R = Σ_t γ^t r_t, `[..., B]`."""
         return (self.discount_weight * self.reward).sum(-1)
 
+    @cached_property
+    def rounding(self) -> Tensor:
+        """Returns that differ by less are the same number: 16 ulp of the largest Σ_t |γ^t r_t| of all rows, `[..., 1]`; in a
+        batch gathered from a table, of all its rows, `[1]`."""
+        source: _Gathered | None = vars(self).get("_source")
+        if source is not None:
+            return source.table.rounding
+        size = (self.discount_weight * self.reward).abs().sum(-1)
+        return size.amax(-1, keepdim=True) * (16 * torch.finfo(size.dtype).eps)
+
     @row_by_row
     def reward_to_go(self) -> Tensor:
         """Ĝ_t = Σ_{k≥t} γ^{k−t} r_k = r_t + γ Ĝ_{t+1}, `[..., B, T]`."""

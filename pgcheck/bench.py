@@ -10,11 +10,14 @@ position, is raced as well. Every batch given is evaluated, those given twice tw
 labels (scores, I − W of a baseline W R) is there when the clock runs, as a rival's gathered tensors are.
 
 Each pass over the weights takes about a nanosecond an element, as its operands come from beyond the second-level cache, and
-each operation some 15 µs, as its code does too; so there are few of either: blocks of half a million rows, a baseline and what
-is left of a return as one product, factors that are one number kept outside, columns of scores a multiple of four. At B = 8 and
-K·A = 32 a quarter is the sparse product and a sixth Σ x xᵀ. Tried, and slower or no faster: the batch as the fastest index (its
-passes are faster at B = 3, its two transpositions cost more), smaller blocks, int32 indices, huge pages, `torch.compile`; a
-kernel of numba for all sums at once took half the time at two columns and B = 3, as long at B = 8, and longer at 21 columns.
+each operation some 15 µs, as its code does too; so there are few of either: blocks of a million rows, a baseline and what is
+left of a return as one product, factors that are one number kept outside, rollouts' numbers as int32 once a block, columns of
+scores a multiple of four. Only x, of which each coordinate is written and read, is kept in cache, some thousand batches at
+once, which is worth a twentieth of the run. At B = 8 and K·A = 32 three tenths are the sparse product and an eighth Σ x xᵀ.
+Tried, and slower or no faster: the batch as the fastest index (its passes are faster at B = 3, its two transpositions cost
+more), smaller blocks, huge pages, `torch.compile`, syrk, one column less than a multiple of four, R − mean in place of a
+product, norms of rows in place of a square and a product; a kernel of numba for all sums at once took half the time at two
+columns and B = 3, as long at B = 8, and longer at 21 columns.
 
 A sampled verdict is more than the sums that its rival makes: it draws the batches, and keeps of every estimator what a judge
 and intervals need. With groups of 16 a third of a long run is the drawing (a third of that the generator), three tenths the

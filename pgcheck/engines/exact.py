@@ -55,8 +55,7 @@ from pgcheck.trajectories import SideTable, Trajectories, is_count
 DEFAULT_BUDGET = 5_000_000
 LOOP_COST = 300  # one batch in a Python loop costs about this many vectorised ones
 _BLOCK_ELEMENTS = 120_000  # positions of a block: what stays in cache
-_BLOCK_ROWS = 2**19  # rows of a block of which no position is looked at
-_BLOCK_SCORES = 4_000_000  # coordinates of the gradients of such a block
+_BLOCK_ROWS = 2**20  # rows of a block of which no position is looked at
 _LUMP_COST = 4  # one evaluation given class counts takes about as long as so many batches
 _PAIR_COST = 100  # adding one product to its place costs about this many multiplications of a matrix product
 
@@ -177,9 +176,7 @@ def accumulate(
     by_row: dict[int, RowSums] = {}
     if scores is not None and of_rows:
         keep_freed_memory()
-        r = scores.padded.shape[1]
-        large = max(64, min(_BLOCK_ROWS // rows, _BLOCK_SCORES // max(1, r)))
-        room = torch.empty(min(large, batches.count), r, dtype=torch.float64)
+        large, room = max(64, _BLOCK_ROWS // rows), scores.room(batches.count)
         by_row = {j: RowSums(scores, rows, batches.count, room) for j in of_rows}
     by_position = {
         j: _PositionSums(table, logits=logits, by_start=by_start) for j in range(len(estimators)) if j not in by_row

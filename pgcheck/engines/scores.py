@@ -15,7 +15,6 @@ Guarantee: the sums of `pgcheck.engines.exact`, to rounding.
 
 from __future__ import annotations
 
-import copy
 import functools
 import warnings
 from dataclasses import dataclass
@@ -33,6 +32,8 @@ from pgcheck.trajectories import Trajectories
 _MOST_PAIRS = 4_000_000  # of rollouts, N²
 _MOST_SCORES = 4_000_000  # N · K·A
 _BLOCK = 16_000  # batches whose pairs stay in cache
+_ONE = np.ones(1)
+_ROOM = 3 * 2**17  # coordinates of gradients that do
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,17 @@ class Draws:
         """√p of each row, `[M, B]`."""
         return self.probability.sqrt().unsqueeze(-1).expand(self.index.shape).contiguous()
 
-    def combine(self, weight: Tensor, rows: Tensor, out: Tensor) -> None:
-        """`out` `[M, r]` = Σ_i weight[m, i] rows[index[m, i]], from `weight` `[M, B]` and `rows` `[N, r]`."""
-        shape, first = (len(weight), len(rows)), _first(*self.index.shape)
-        index, values = self.index.reshape(-1), weight.reshape(-1)
+    @functools.cached_property
+    def rollouts(self) -> Tensor:
+        """`index` as sparse products take it, `[M·B]` int32."""
+        return self.index.reshape(-1).to(torch.int32)
+
+    def combine(self, weight: Tensor, rows: Tensor, out: Tensor, *, low: int = 0) -> None:
+        """`out` `[m, r]` = Σ_i weight[·, i] rows[index[·, i]] of m batches from number `low` on, from `weight` `[M, B]` and
+        `rows` `[N, r]`."""
+        M, B = len(out), self.index.shape[1]
+        shape, first, here = (M, len(rows)), _first(M, B), slice(low * B, (low + M) * B)
+        index, values = self.rollouts[here], weight.reshape(-1)[here]
         if _has_mkl():
             matrix = torch.sparse_csr_tensor(first, index, values, shape, check_invariants=False)
             out.addmm_(matrix, rows, beta=0)
@@ -72,25 +80,23 @@ class Draws:
             out.copy_(torch.from_numpy(matrix @ rows.numpy()))
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=8)
 def _first(M: int, B: int) -> Tensor:
     """Where each of M batches begins among their rows, and the last one ends."""
-    return torch.arange(0, M * B + 1, B)
+    return torch.arange(0, M * B + 1, B, dtype=torch.int32)
 
 
-def sums_at(place: NDArray[np.int64], x: NDArray[np.float64], size: int) -> NDArray[np.float64]:
-    """Σ x of each place, `[size]`; as `np.bincount`, which looks for the least and the largest place first."""
-    column = copy.copy(_column(size))
-    column.indptr, column.indices, column.data = np.array([0, place.size]), place.reshape(-1), x.reshape(-1)
-    out: NDArray[np.float64] = column @ np.ones(1)
-    return out
-
-
-@functools.lru_cache(maxsize=4)
-def _column(size: int) -> Any:
+def sums_at(
+    place: NDArray[np.int32], x: NDArray[np.float64], size: int, factor: NDArray[np.float64] = _ONE
+) -> NDArray[np.float64]:
+    """Σ x of each place, `[size]`, each of as many equal parts as there are factors times its own; in one pass where
+    `np.bincount` looks for the least and the largest place first."""
     from scipy import sparse
 
-    return sparse.csc_array((size, 1))
+    M = len(factor)
+    parts = sparse.csc_array((x.reshape(-1), place.reshape(-1), _first(M, x.size // M).numpy()), shape=(size, M))
+    out: NDArray[np.float64] = parts @ factor
+    return out
 
 
 @functools.cache
@@ -149,6 +155,11 @@ class Scores:
         parts[:, -1] -= parts.sum(1)
         return lift[:, self.columns]
 
+    def room(self, count: int) -> Tensor:
+        """Where gradients of some of `count` batches are put, `[·, r]`: few enough to stay in cache until they are summed."""
+        r = self.padded.shape[1]
+        return torch.empty(min(count, max(64, _ROOM // max(1, r))), r, dtype=torch.float64)
+
     def whole_second(self, second: Tensor) -> Tensor:
         """x xᵀ `[K·A, K·A]` of that of the kept columns, or of the padded ones."""
         r = self.kept.shape[1]
@@ -166,34 +177,36 @@ def by_pairs(N: int, r: int, cells: int, rows: int, count: int) -> bool:
 
 
 class RowSums:
-    """The two sums of one estimator, over `count` batches of `rows` rows; `room` `[M, r]` to work in may be that of others."""
+    """The two sums of one estimator, over `count` batches of `rows` rows; its `Scores.room` may be that of others."""
 
-    def __init__(self, scores: Scores, rows: int, count: int, room: Tensor | None = None) -> None:
+    def __init__(self, scores: Scores, rows: int, count: int, room: Tensor) -> None:
         N, r = scores.padded.shape
-        self.scores = scores
-        self.expected, self._lost = torch.zeros(N, dtype=torch.float64), torch.zeros(N, dtype=torch.float64)
+        self.scores, self._room = scores, room
+        self._expected, self._lost = np.zeros(N), np.zeros(N)
         self._paired = by_pairs(N, r, scores.whole.shape[1], rows, count)
         side = N if self._paired else r
         self._second = torch.zeros(side, side, dtype=torch.float64)
-        self._room = torch.empty(0, r, dtype=torch.float64) if room is None else room
 
     def add(self, weight: Tensor, draws: Draws, *, number: float = 1.0) -> bool:
         """Batches with `number` times `weight` `[M, B]`; whether they were added: not if some weight is no number."""
-        N, p = len(self.expected), draws.shared
-        w, index = weight if p is not None else weight * draws.root, draws.index.numpy()
-        pw, p = (w, p) if p is not None else (w * draws.root, 1.0)
-        sums = sums_at(index, pw.numpy(), N)
-        if not np.isfinite(number * sums.sum()):
+        p = draws.shared
+        factor = number * (draws.probability.numpy() if p is None else np.full(1, p))
+        sums = sums_at(draws.rollouts.numpy(), weight.numpy(), len(self._expected), factor)
+        if not np.isfinite(sums.sum()):
             return False
-        compensated_add(self.expected, self._lost, torch.from_numpy((p * number) * sums))
-        square = p * number**2
-        if not self._paired:
-            if len(self._room) < len(w):
-                self._room = torch.empty(len(w), self._room.shape[1], dtype=torch.float64)
-            x = self._room[: len(w)]
-            draws.combine(w, self.scores.padded, x)
-            self._second.addmm_(x.T, x, alpha=square)
-            return True
+        compensated_add(self._expected, self._lost, sums)
+        w, square = (weight * draws.root, 1.0) if p is None else (weight, p)
+        (self._add_pairs if self._paired else self._add_gradients)(w, draws, square * number**2)
+        return True
+
+    def _add_gradients(self, w: Tensor, draws: Draws, factor: float) -> None:
+        for low in range(0, len(w), len(self._room)):
+            x = self._room[: len(w) - low]
+            draws.combine(w, self.scores.padded, x, low=low)
+            self._second.addmm_(x.T, x, alpha=factor)
+
+    def _add_pairs(self, w: Tensor, draws: Draws, factor: float) -> None:
+        N, index = len(self._second), draws.rollouts.view(w.shape).numpy()
         for low in range(0, len(w), _BLOCK):
             n, v = (np.ascontiguousarray(x[low : low + _BLOCK].T) for x in (index, w.numpy()))
             places = [n[i] * N + n[i:] for i in range(len(n))]
@@ -201,12 +214,11 @@ class RowSums:
             for x in products:
                 x[0] *= 0.5  # a row with itself: it is added to its mirror image, as the others are
             added = sums_at(np.concatenate(places), np.concatenate(products), N * N)
-            self._second += square * torch.from_numpy(added.reshape(N, N))
-        return True
+            self._second += factor * torch.from_numpy(added.reshape(N, N))
 
     def mean_weights(self) -> Tensor:
         """E Σ_i w_i 1[n_i = n], `[N]`."""
-        return self.expected + self._lost
+        return torch.from_numpy(self._expected + self._lost)
 
     def second(self) -> Tensor:
         """E ĝ ĝᵀ, `[K·A, K·A]`."""
@@ -216,9 +228,9 @@ class RowSums:
         return self.scores.whole_second(self._second)
 
 
-def compensated_add(total: Tensor, lost: Tensor, x: Tensor) -> None:
-    """Knuth's sum of two: `lost` collects what `total` rounds away."""
+def compensated_add(total: Any, lost: Any, x: Any) -> None:
+    """Knuth's sum of two, of tensors or of arrays: `lost` collects what `total` rounds away."""
     new = total + x
     of_x = new - total
     lost += (total - (new - of_x)) + (x - of_x)
-    total.copy_(new)
+    total[...] = new

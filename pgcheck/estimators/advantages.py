@@ -58,6 +58,9 @@ def number_of_peers(same: Tensor) -> Tensor:
     return _shared(same).sum(-1)
 
 
+Weights = Callable[[Tensor], Tensor]  # same_ij `[..., B, B]` (or `[1, B]`) -> W, `[..., B, B]` (or `[1, B]`)
+
+
 def shares(same: Tensor) -> Tensor:
     """same_ij / Σ_j same_ij: what each peer is of a mean; 0 throughout for a row without peers."""
     return same / number_of_peers(same).clamp(min=1.0).unsqueeze(-1)
@@ -68,24 +71,39 @@ def shares_of_others(same: Tensor) -> Tensor:
     return shares(without_self(same))
 
 
-Weights = Callable[[Tensor], Tensor]  # same_ij `[..., B, B]` (or `[1, B]`) -> W, `[..., B, B]` (or `[1, B]`)
+@dataclass(frozen=True)
+class Rest:
+    """I − W: what is left of a return without its baseline W R."""
+
+    weights: Weights
+
+    def __call__(self, same: Tensor) -> Tensor:
+        return _itself(same) - self.weights(same)
 
 
-def less(weights: Weights, batch: Batch, over: Over) -> Tensor:
-    """R − W R = (I − W) R, `[..., B]`, as one product; W from the peers of each row."""
-    R, labels = batch.episode_return, batch.known_labels
-    if labels is None:
-        same = peers(batch, over)
-        return sum_of_peers(R, _itself(same) - weights(same))
-    return sum_of_peers(R, _of_labels(weights, labels if over == "group" else (0,) * len(labels), R.dtype, R.device))
+@dataclass(frozen=True)
+class Spread:
+    """same_ij / (Σ_j same_ij − ddof): what makes a variance of squared deviations."""
+
+    ddof: int
+
+    def __call__(self, same: Tensor) -> Tensor:
+        return same / (number_of_peers(same) - self.ddof).clamp(min=1.0).unsqueeze(-1)
+
+
+def weighted(weights: Weights, x: Tensor, batch: Batch, over: Over) -> Tensor:
+    """W x of `x` `[..., B]`, as `sum_of_peers`; W from the peers of each row, made once for known labels."""
+    if (labels := batch.known_labels) is None:
+        return sum_of_peers(x, weights(peers(batch, over)))
+    return sum_of_peers(x, _of_labels(weights, labels if over == "group" else (0,) * len(labels), x.dtype, x.device))
 
 
 @functools.lru_cache(maxsize=256)
 def _of_labels(weights: Weights, labels: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """I − W of rows with these labels, `[B, B]`."""
+    """W of rows with these labels, `[B, B]`, or `[1, B]` where all its rows are the same."""
     group = torch.tensor(labels, device=device)
-    same = (group.unsqueeze(-1) == group).to(dtype)
-    return _itself(same) - weights(same)
+    W = weights((group.unsqueeze(-1) == group).to(dtype))
+    return W[:1] if bool((W[:1] == W).all()) else W
 
 
 def mean_of_peers(x: Tensor, same: Tensor) -> Tensor:
@@ -149,7 +167,7 @@ class OfReturns:
     over: Over
 
     def __call__(self, batch: Batch) -> Tensor:
-        return sum_of_peers(batch.episode_return, self.weights(peers(batch, self.over)))
+        return weighted(self.weights, batch.episode_return, batch, self.over)
 
 
 def return_minus(baseline: Callable[[Batch], Tensor]) -> Advantage:
@@ -157,7 +175,7 @@ def return_minus(baseline: Callable[[Batch], Tensor]) -> Advantage:
 
     def advantage(batch: Batch) -> Tensor:
         if isinstance(baseline, OfReturns):
-            return less(baseline.weights, batch, baseline.over).unsqueeze(-1)
+            return weighted(Rest(baseline.weights), batch.episode_return, batch, baseline.over).unsqueeze(-1)
         return (batch.episode_return - baseline(batch)).unsqueeze(-1)
 
     return advantage
@@ -238,21 +256,16 @@ def alive_mean_to_go(batch: Batch) -> Tensor:
 # -- normalised by a standard deviation
 
 
-def _agree(std: Tensor, x: Tensor) -> Tensor:
-    """Whether peers, one of which is x, differ by rounding at most; where they do, 0/0 must not become rounding/rounding."""
-    return std <= x.abs() * (16 * torch.finfo(std.dtype).eps)
-
-
 def standardised_return(over: Over, *, ddof: int = 0, eps: float = 1e-6) -> Advantage:
-    """(R − mean) / (std + ε) over the peers; 0 where the peers all agree, whatever ε."""
+    """(R − mean) / (std + ε) over the peers; 0 where they agree up to rounding, whatever ε: 0/0 is not rounding/rounding."""
+    deviation, spread = Rest(shares), Spread(ddof)
 
     def advantage(batch: Batch) -> Tensor:
-        R, same = batch.episode_return, peers(batch, over)
-        centred = less(shares, batch, over)
-        square = sum_of_peers(centred * centred, same)  # [..., B], or [..., 1]
-        std = square.div_((number_of_peers(same) - ddof).clamp(min=1.0)).sqrt_()
-        agree = _agree(std, R[..., : std.shape[-1]])
-        return (centred / (std + eps).masked_fill_(agree, torch.inf)).unsqueeze(-1)
+        centred = weighted(deviation, batch.episode_return, batch, over)
+        std = weighted(spread, centred * centred, batch, over).sqrt_()  # [..., B], or [..., 1]
+        divisor = (std + eps).masked_fill_(std <= batch.rounding, torch.inf)
+        adv = centred / divisor if centred.requires_grad else centred.div_(divisor)
+        return adv.unsqueeze(-1)
 
     return advantage
 
@@ -364,7 +377,8 @@ def anchor_state_advantage(
         if std:
             spread = ((flat_to_go.unsqueeze(-2) - mean.unsqueeze(-1)) ** 2 * counted).sum(-1) / n
             spread = spread.sqrt()
-            adv = torch.where(_agree(spread, mean), 0.0, adv / (spread + eps))
+            agree = spread <= mean.abs() * (16 * torch.finfo(spread.dtype).eps)
+            adv = torch.where(agree, 0.0, adv / (spread + eps))
         adv = torch.where(shared, adv, flat_to_go if alone == "no baseline" else torch.zeros_like(adv))
         return batch.discount_weight * adv.unflatten(-1, (B, T))
 

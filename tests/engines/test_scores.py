@@ -105,7 +105,7 @@ def test_sums_of_given_weights(shared: bool) -> None:
     p = torch.rand(1 if shared else 50, generator=generator, dtype=torch.float64).expand(50)
     found_scores = Scores.of(table)
     assert found_scores is not None
-    sums = RowSums(found_scores, 4, 50)
+    sums = RowSums(found_scores, 4, 50, found_scores.room(50))
     for part in (slice(0, 33), slice(33, 50)):
         assert sums.add(weight[part], Draws(index[part], p[part]), number=-1.5)
         for wrong in (math.nan, math.inf, -math.inf):
@@ -123,14 +123,19 @@ def test_sums_of_given_weights(shared: bool) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 7, 1000])
-def test_sums_at_places(size: int) -> None:
-    """One after the other, in a plain loop; places in two dimensions count as one list."""
+@pytest.mark.parametrize("parts", [1, 40])
+def test_sums_at_places(size: int, parts: int) -> None:
+    """One after the other, in a plain loop; places in two dimensions count as one list; each row has a factor, or all one."""
     generator = np.random.Generator(np.random.Philox(2))
-    place, x = generator.integers(size, size=(40, 3)), generator.normal(size=(40, 3))
-    expected = [0.0] * size
-    for n, value in zip(place.ravel().tolist(), x.ravel().tolist(), strict=True):
-        expected[n] += value
-    np.testing.assert_allclose(sums_at(place, x, size), expected, rtol=0, atol=1e-13)
+    place, x = generator.integers(size, size=(40, 3), dtype=np.int32), generator.normal(size=(40, 3))
+    factor = generator.normal(size=parts)
+    plain, expected = [0.0] * size, [0.0] * size
+    for m, (places, values) in enumerate(zip(place.tolist(), x.tolist(), strict=True)):
+        for n, value in zip(places, values, strict=True):
+            plain[n] += value
+            expected[n] += value * factor[m % parts]
+    np.testing.assert_allclose(sums_at(place, x, size, factor), expected, rtol=0, atol=1e-13)
+    np.testing.assert_allclose(sums_at(place, x, size), plain, rtol=0, atol=1e-13)
 
 
 def test_what_a_sum_of_two_loses_is_kept() -> None:

@@ -10,6 +10,7 @@ import torch
 
 from pgcheck.batch import Batch
 from pgcheck.estimators import advantages as adv
+from pgcheck.estimators.lookup import FILLED_BY  # noqa: F401  (fills the registries)
 from pgcheck.registry import find_problem
 
 LABELS = {
@@ -81,6 +82,32 @@ def test_a_baseline_is_what_is_left_out(baseline: Callable[[adv.Over], adv.OfRet
         b = baseline("group")
         left = adv.return_minus(lambda batch, b=b: b(batch))(batch)  # type: ignore[misc]
         torch.testing.assert_close(adv.return_minus(b)(batch), left, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("over", ["group", "batch"])
+@pytest.mark.parametrize("ddof", [0, 1])
+def test_returns_that_differ_by_rounding_agree(over: adv.Over, ddof: int) -> None:
+    """0.1 + 0.2 − 0.3 is 6e-17 or 3e-17, as it is added up, which are one number without any ε; 1e-9 more is another."""
+    labels, index = torch.zeros(3, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.int64)
+    batch = find_problem("tree/tokens").trajectories.batch(index, labels).map(torch.Tensor.clone)
+    reward = torch.zeros_like(batch.reward)
+    reward[..., :3] = torch.tensor([0.1, 0.2, -0.3], dtype=torch.float64)
+    reward[:, 0] = reward[:, 0].roll(1, -1)
+    reward[1, 0, 0] += 1e-9
+    batch = batch.with_tensors({"reward": reward})
+    assert len(set(batch.episode_return[0].tolist())) == 2
+    found = adv.standardised_return(over, ddof=ddof, eps=0.0)(batch)[..., 0]
+    assert found[0].tolist() == [0.0] * 3
+    std = math.sqrt((4 + 1 + 1) / 9 / (3 - ddof))  # of 1, 0, 0
+    assert found[1].tolist() == pytest.approx([2 / 3 / std, -1 / 3 / std, -1 / 3 / std], rel=1e-6)
+
+
+def test_rounding_is_that_of_the_largest_return_of_a_table() -> None:
+    """16 ulp of the largest Σ_t |γ^t r_t|, by a loop over all its rollouts, whichever are in the batch."""
+    paths = find_problem("tree/tokens").trajectories.paths
+    largest = max(sum(abs(paths.discount**t * r) for t, r in enumerate(row)) for row in paths.reward.tolist())
+    gathered, _ = batches(LABELS["one group"])
+    assert gathered.rounding.tolist() == [pytest.approx(16 * 2.0**-52 * largest, rel=1e-12)]
 
 
 def test_standardised_returns_keep_their_gradient() -> None:
