@@ -152,6 +152,7 @@ class Batch(Late):
     entropy_coefficient: float = 0.0  # α of the objective
     side: Mapping[str, Tensor] = field(default_factory=dict)  # [..., B, *] what the estimator declared that it needs
     action_logits: Tensor | None = None  # [..., B, T, A], read it as `logits`
+    lists_all: bool = False  # whether the rows are a table of all rollouts that there are, not of some that were drawn
 
     @classmethod
     def gathered(cls, table: Batch, index: Tensor, labels: Tensor) -> Batch:
@@ -257,15 +258,20 @@ class Batch(Late):
         """R = Σ_t γ^t r_t, `[..., B]`."""
         return (self.discount_weight * self.reward).sum(-1)
 
+    @row_by_row
+    def return_size(self) -> Tensor:
+        """Σ_t |γ^t r_t|, of which the rounding of R is a part, `[..., B]`."""
+        return (self.discount_weight * self.reward).abs().sum(-1)
+
     @cached_property
     def rounding(self) -> Tensor:
-        """Returns that differ by less are the same number: 16 ulp of the largest Σ_t |γ^t r_t| of all rows, `[..., 1]`; in a
-        batch gathered from a table, of all its rows, `[1]`."""
+        """Returns that differ by less are the same number: 16 ulp of the largest Σ_t |γ^t r_t| of the rows, `[..., 1]`; in a
+        batch gathered from a table of all rollouts that there are, of those, `[1]`, so that it is known once for all batches.
+        """
         source: _Gathered | None = vars(self).get("_source")
-        if source is not None:
+        if source is not None and source.table.lists_all:
             return source.table.rounding
-        size = (self.discount_weight * self.reward).abs().sum(-1)
-        return size.amax(-1, keepdim=True) * (16 * torch.finfo(size.dtype).eps)
+        return self.return_size.amax(-1, keepdim=True) * (16 * torch.finfo(self.return_size.dtype).eps)
 
     @row_by_row
     def reward_to_go(self) -> Tensor:

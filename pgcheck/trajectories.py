@@ -177,7 +177,7 @@ class Trajectories(Late):
     behavior_logp: Tensor  # [N, T]
     ref_logp: Tensor  # [N, T]
     value: Tensor  # [N, T+1]
-    probability: Tensor  # [N] given the start, under the target policy
+    probability: Tensor  # [N] given the start, under the target policy; NaN in a table of rollouts that were drawn
     behavior_probability: Tensor  # [N] given the start, under the policy that draws the batches
     kl_coefficient: float = 0.0  # β and α of the objective, for the batches
     entropy_coefficient: float = 0.0
@@ -242,7 +242,7 @@ class Trajectories(Late):
         return Batch.known(
             later, **known, group=torch.arange(len(self)), discount=p.discount, discount_clock=p.discount_clock,
             kl_coefficient=self.kl_coefficient, entropy_coefficient=self.entropy_coefficient, side=self.side,
-            action_logits=None,
+            action_logits=None, lists_all=not bool(self.probability.isnan().any()),
         )  # fmt: skip
 
     @cached_property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -125,3 +126,20 @@ def test_standardised_returns_keep_their_gradient() -> None:
     h = torch.tensor(1e-6, dtype=torch.float64)
     assert float(found) == pytest.approx(float(first(h) - first(-h)) / 2e-6, rel=1e-5)
     assert float(found) != 0.0
+
+
+def test_what_agrees_among_drawn_rollouts_is_theirs_alone() -> None:
+    """A batch among draws, one of which pays 1e16 times as much, standardises as it does by itself."""
+    p = find_problem("sampled/walk-50")
+    drawn, index = p.sampler(seed=0).draw(0, 4)
+    rows = drawn.rows_as_batch()
+    paid = rows.reward.clone()
+    paid[-1, 0] = 1e16
+    found = [
+        adv.standardised_return("group")(Batch.gathered(replace(rows, reward=r), index, p.group_labels))[:-1]
+        for r in (rows.reward, paid)
+    ]
+    assert found[0].abs().max() > 0.1
+    assert torch.equal(found[0], found[1])
+    assert not rows.lists_all
+    assert find_problem("tree/tokens").trajectories.rows_as_batch().lists_all
