@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -33,6 +34,7 @@ from pgcheck.calibrate import (
     rate,
     ratio_misses,
 )
+from pgcheck.calibrate.endings import run_to_the_end
 from pgcheck.engines.exact import exact_moments
 from pgcheck.errors import UnknownNameError, UsageError
 from pgcheck.estimators.lookup import as_estimator
@@ -363,3 +365,16 @@ def test_laws_are_chosen_by_how_their_names_start() -> None:
         laws_named(["Gausian values, P = 2"])
     with pytest.raises(UnknownNameError, match="Questions: null"):
         calibrate([], questions=["nul"])
+
+
+def test_a_law_on_one_line_is_not_said_to_leave_it() -> None:
+    """ĝ of a coin lies along ∇J, biased or not; rounding of its mean was once taken for a direction of its own."""
+    x = law("reinforce on notes/coin")
+    bias = planted(x, SHAPES[0], 0.1 * math.sqrt(float(x.covariance.trace())))
+    for seed in range(3):
+        ended = run_to_the_end(
+            x, np.random.default_rng(seed), bias=bias, settings=Settings(rtol=0.0, atol=1e-9, looks=7)
+        )
+        assert ended.verdict.status is Status.FAIL
+        assert ended.verdict.off_axis.low == 0.0
+        assert ended.verdict.off_axis.high < 1e-6

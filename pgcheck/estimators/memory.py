@@ -10,7 +10,7 @@ another problem, and (where there is no ratio, or it is 1) at another θ.
 Guarantee: nothing is remembered of a loss before it was found to be a function of its batch (`LossCoefficients.remember`), nor
 of a batch on which it looks at more, whether or not it catches the refusal; and the first of every block are compared with
 what autograd says at the log-probabilities that they have. Not seen is a loss that, on few batches only, asks for the type of a
-tensor or catches what the copy `torch.tensor(x)` of an unknown number raises.
+tensor, catches what the copy `torch.tensor(x)` of an unknown number raises, or changes what autograd saves.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ WITNESSES = ("par", "parw", "dense", "white", "sparse", "defl")
 TWO_SIDED = 2  # the first two have a direction without a sign
 LOUD = 16
 _QUIET = 1e-12  # a coordinate's variance below this share of the largest is rounding
+_PARALLEL = 1e-10  # of a vector, is no part across another
 _SHRINK = 1e-3  # a loud direction keeps at least this share
 
 
@@ -90,10 +91,19 @@ def directions(total: Tensor, squares: Tensor, n: int, *, along: Tensor, loud: L
     sparse = torch.where(z >= threshold, white, 0.0)
     share = (1 - loud.kept) * (loud.directions.mT @ mean.unsqueeze(-1)).squeeze(-1)
     deflated = mean - (loud.directions @ share.unsqueeze(-1)).squeeze(-1)
-    across = mean - along * (mean @ along).unsqueeze(-1)
-    learned = torch.stack([along * precision, mean, white, sparse, deflated, across], -1)
+    learned = torch.stack([along * precision, mean, white, sparse, deflated, mean], -1)
     if aside:
-        learned = learned - along.unsqueeze(-1) * (along @ learned).unsqueeze(-2)
+        learned = _across(learned, along)
+    else:
+        learned[..., -1:] = _across(learned[..., -1:], along)
     size = learned.norm(dim=-2, keepdim=True)
     learned = torch.where(size > 0, learned / torch.where(size > 0, size, 1.0), 0.0)
     return torch.cat([along.unsqueeze(-1).expand(*mean.shape, 1), learned], -1)
+
+
+def _across(x: Tensor, along: Tensor) -> Tensor:
+    """What vectors `[..., P, m]` have across a unit vector; 0 where that is rounding, of which any part may lie along it."""
+    left = x
+    for _ in range(2):  # once leaves a part along it that is as large as the rounding of x
+        left = left - along.unsqueeze(-1) * (along @ left).unsqueeze(-2)
+    return torch.where(left.norm(dim=-2, keepdim=True) > _PARALLEL * x.norm(dim=-2, keepdim=True), left, 0.0)

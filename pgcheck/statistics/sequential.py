@@ -299,7 +299,10 @@ class Judge:
         if self.decided:
             return
         aside = self._block[_ASIDE]
-        self._aside_low = float(interval(aside, confidence=self._confidence)[0]) if aside.n > 1 else math.nan
+        if not bool(self._v[:, _ASIDE].any()):  # so far, nothing is across
+            self._aside_low = 0.0
+        else:
+            self._aside_low = float(interval(aside, confidence=self._confidence)[0]) if aside.n > 1 else math.nan
         self._learn()
         self._frozen = -1
         if fired:

@@ -60,3 +60,28 @@ def test_a_coordinate_that_never_moves_has_no_weight() -> None:
     assert bool(torch.isfinite(got).all())
     assert got[2, WITNESSES.index("white")] == 0
     assert got[2, WITNESSES.index("dense")] > 0.99
+
+
+@pytest.mark.parametrize("aside", [True, False])
+def test_rounding_is_no_direction_across(aside: bool) -> None:
+    """Draws along one line, whose mean is along μ* but for the last digits: what is left of it is no direction of its own."""
+    rng = np.random.default_rng(5)
+    line = rng.standard_normal(3)
+    d = rng.standard_normal((2_000, 1)) * line * (1 + 1e-16 * rng.standard_normal((2_000, 3)))
+    along = torch.from_numpy(line / np.linalg.norm(line))
+    x = torch.from_numpy(d + 0.5 * line)
+    got = directions(x.sum(0), (x * x).sum(0), 2_000, along=along, loud=loud_directions(x[:256]), aside=aside)
+    assert got[:, -1].tolist() == [0.0] * 3
+    if aside:
+        assert (along @ got[:, 1:]).abs().max() < 1e-15
+
+
+def test_a_direction_across_is_so_to_the_last_digits() -> None:
+    """Also where it is a millionth of the mean."""
+    along = torch.tensor([0.6, 0.8, 0.0], dtype=torch.float64)
+    mean = along + 1e-6 * torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)
+    got = directions(
+        100 * mean, 100 * mean**2 + 1, 100, along=along, loud=loud_directions(mean + torch.eye(3)), aside=True
+    )
+    assert torch.allclose(got[:, -1].abs(), torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64), atol=1e-9)
+    assert (along @ got[:, 1:]).abs().max() < 1e-15
