@@ -100,10 +100,10 @@ def weighted(weights: Weights, x: Tensor, batch: Batch, over: Over) -> Tensor:
 
 @functools.lru_cache(maxsize=256)
 def _of_labels(weights: Weights, labels: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """W of rows with these labels, `[B, B]`, or `[1, B]` where all its rows are the same."""
+    """W of rows with these labels, `[B, B]`; of one group `[1, B]`, where all its rows are the same."""
     group = torch.tensor(labels, device=device)
     W = weights((group.unsqueeze(-1) == group).to(dtype))
-    return W[:1] if bool((W[:1] == W).all()) else W
+    return W[:1] if len(set(labels)) == 1 and bool((W[:1] == W).all()) else W
 
 
 def mean_of_peers(x: Tensor, same: Tensor) -> Tensor:

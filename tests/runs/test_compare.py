@@ -133,19 +133,26 @@ def test_the_reference_may_be_missing() -> None:
 
 
 def test_another_engine_fills_the_same_columns() -> None:
-    """Sampled: intervals that hold the exact numbers, in the ratios as well; splits stay exact, blocks have no intervals."""
-    how = {"sampling": pgcheck.Sampling(seed=1, draws=8192), "sweeps": Sweeps((2,), (), (), draws=4096)}
-    made = pgcheck.comparison(["reinforce", "grpo"], "dialogue/two-turn", engine="monte_carlo", **how)  # type: ignore[arg-type]
+    """Sampled: nine of ten 95% intervals hold the exact numbers, in the ratios as well, at four fixed seeds; splits stay exact,
+    blocks have no intervals."""
     exact = pgcheck.comparison(["reinforce", "grpo"], "dialogue/two-turn", sweeps=Sweeps((2,), (), ()))
-    assert set(made.tables) == set(exact.tables) - {"blocks"}
-    for name in ("comparison", "groups"):
-        found, known = made.tables[name], exact.tables[name]
-        assert list(found.columns) == list(known.columns)
-        assert (found["variance_low"] < found["variance_high"]).all()
-        assert (found["batches"] <= (8192 if name == "comparison" else 4096)).all()
-        for column in ("variance", "ratio", "rollouts_to_match"):
-            assert (found[f"{column}_low"] <= known[column]).all(), column
-            assert (known[column] <= found[f"{column}_high"]).all(), column
+    held = list[bool]()
+    for seed in range(1, 5):
+        made = pgcheck.comparison(
+            ["reinforce", "grpo"], "dialogue/two-turn", engine="monte_carlo",
+            sampling=pgcheck.Sampling(seed=seed, draws=8192), sweeps=Sweeps((2,), (), (), draws=4096),
+        )  # fmt: skip
+        assert set(made.tables) == set(exact.tables) - {"blocks"}
+        for name in ("comparison", "groups"):
+            found, known = made.tables[name], exact.tables[name]
+            assert list(found.columns) == list(known.columns)
+            assert (found["variance_low"] < found["variance_high"]).all()
+            assert (found["batches"] <= (8192 if name == "comparison" else 4096)).all()
+            for column in ("variance", "ratio", "rollouts_to_match"):
+                low, high = found[f"{column}_low"], found[f"{column}_high"]
+                held += ((low <= known[column]) & (known[column] <= high)).tolist()
+    assert len(held) == 48
+    assert sum(held) >= 44
     pd.testing.assert_frame_equal(made.tables["steps"], exact.tables["steps"])
     assert set(made.tables["missing"]["what"]) == {"blocks"}
 
