@@ -11,6 +11,9 @@ import pytest
 
 from pgcheck.render import files
 
+# jax warns at a fork, where an earlier test has imported it; a child here writes files, and touches neither jax nor torch
+pytestmark = pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called:RuntimeWarning")
+
 CALLS = ("mkstemp", "fdopen", "fsync", "chmod", "replace")
 
 
