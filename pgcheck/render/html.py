@@ -13,7 +13,15 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from markupsafe import Markup, escape
 
 from pgcheck.render.frames import measurements, overview
-from pgcheck.render.messages import failure_messages, first_sentence, number, sampled_words, seen_words, with_ends
+from pgcheck.render.messages import (
+    count,
+    failure_messages,
+    first_sentence,
+    number,
+    sampled_words,
+    seen_words,
+    with_ends,
+)
 from pgcheck.render.tables import case_message, case_rows, cells, columns, matrix, summary
 from pgcheck.runs.report import Report
 from pgcheck.verdicts.checks import registered_checks
@@ -66,7 +74,7 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    env.filters["number"] = number
+    env.filters["number"], env.filters["counted"] = number, count
     env.filters["short"] = _short
     env.globals["with_ends"], env.globals["sampled_words"] = with_ends, sampled_words
     env.globals["seen_words"] = seen_words

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import pandas as pd
 
-from pgcheck.render.messages import failure_messages, number, sampled_words, seen_words, with_ends
+from pgcheck.render.messages import count, failure_messages, number, sampled_words, seen_words, with_ends
 from pgcheck.render.tables import COMPARISON, case_message, case_rows, columns, comparison_rows, legend, matrix, summary
 from pgcheck.runs.report import Report, VerdictRow
 
@@ -53,8 +53,8 @@ def _matrix(report: Report) -> list[str]:
         p = column.row
         names = ", ".join(f"`{name}`" for name in column.members)
         lines.append(
-            f"| {i + 1} | {names} | {p.rollouts} | {'—' if p.contexts is None else p.contexts} | {p.rows} | {p.discount:g} "
-            f"| {number(p.gradient_norm)} | {p.about} |"
+            f"| {i + 1} | {names} | {count(p.rollouts)} | {'—' if p.contexts is None else p.contexts} | {p.rows}"
+            f" | {p.discount:g} | {number(p.gradient_norm)} | {p.about} |"
         )
     lines += ["", "## Numbers", ""]
     for e in report.estimators:

@@ -36,6 +36,11 @@ def number(x: float | None) -> str:
     return f"{x:.0e}" if 0 < abs(x) < 1e-12 else f"{x:.4g}"
 
 
+def count(n: int) -> str:
+    """How many there are; of what is counted in billions, the first digits."""
+    return f"{n:,}" if n < 10**9 else f"{n:.3g}"
+
+
 def with_ends(m: MeasurementRow, name: str) -> str:
     """A number of a measurement, and behind it the 95% interval of one that was sampled."""
     text, key = number(getattr(m, name)), "variance" if name == "total_variance" else name
