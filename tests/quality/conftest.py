@@ -1,14 +1,10 @@
-"""What the whole folder looks at, computed once: by the first pytest-xdist worker that asks; the others read its file."""
+"""What the whole folder looks at."""
 
 from __future__ import annotations
 
 import functools
-import os
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
-from filelock import FileLock
 
 from pgcheck.api import as_problems
 from pgcheck.estimators.broken import BROKEN, STALE
@@ -16,31 +12,13 @@ from pgcheck.problem import Problem
 from pgcheck.runs.report import Report
 from pgcheck.runs.runner import run
 from pgcheck.runs.suite import load_suite
-
-Once = Callable[[str, Callable[[], Report]], Report]
+from tests.once import Once
 
 
 @functools.cache
 def problems() -> list[Problem]:
     """The shipped set, on-policy and off, each at two θ."""
     return as_problems("all")
-
-
-@pytest.fixture(scope="session")
-def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
-    """The report of that name, made by `make` unless another worker of this run has made it."""
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        return lambda _, make: make()
-    folder: Path = tmp_path_factory.getbasetemp().parent  # shared by the workers of one run
-
-    def shared(name: str, make: Callable[[], Report]) -> Report:
-        file = folder / f"{name}.json"
-        with FileLock(file.with_suffix(".lock")):
-            if not file.exists():
-                file.write_text(make().to_json(), encoding="utf-8")
-        return Report.model_validate_json(file.read_text(encoding="utf-8"))
-
-    return shared
 
 
 @pytest.fixture(scope="session")
