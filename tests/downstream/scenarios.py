@@ -29,6 +29,9 @@ def child(request: dict) -> int:
     sys.path.insert(0, request["folder"])
     program, *arguments = request["run"]
     if program == "pytest":
+        os.environ["PYTEST_ADDOPTS"] = (
+            "-p no:hypothesispytest -p no:anyio"  # not used, and half of a run is their import
+        )
         return int(pytest.main(arguments))
     sys.argv = ["pgcheck", *arguments]
     try:

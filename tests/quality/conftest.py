@@ -9,7 +9,7 @@ import pytest
 from pgcheck.api import as_problems
 from pgcheck.estimators.broken import BROKEN, STALE
 from pgcheck.problem import Problem
-from pgcheck.runs.report import Report
+from pgcheck.runs.report import Report, merged
 from pgcheck.runs.runner import run
 from pgcheck.runs.suite import load_suite
 from tests.once import Once
@@ -22,22 +22,23 @@ def problems() -> list[Problem]:
 
 
 @pytest.fixture(scope="session")
-def core(once: Once) -> Report:
+def core(made: dict[str, Report]) -> Report:
     """The shipped suite, whole."""
-    return once("core", lambda: load_suite("core").run())
-
-
-def _judge_the_broken() -> Report:
-    """One that is not finite would send all of them through the engine one by one, so it goes alone."""
-    entries = [*BROKEN.values(), STALE]
-    alone = [x.estimator for x in entries if "finite" in x.caught_by]
-    report = run([x.estimator for x in entries if "finite" not in x.caught_by], problems())
-    rest = run(alone, problems())
-    parts = ("estimators", "measurements", "verdicts", "not_asked")
-    return report.model_copy(update={part: getattr(report, part) + getattr(rest, part) for part in parts})
+    return made["core"]
 
 
 @pytest.fixture(scope="session")
-def judged(once: Once) -> Report:
+def judged(made: dict[str, Report]) -> Report:
     """Every broken estimator on every problem that is no double, by every check."""
-    return once("judged", _judge_the_broken)
+    return merged([report for name, report in made.items() if name != "core"], suite="broken")
+
+
+@pytest.fixture(scope="session")
+def made(once: Once) -> dict[str, Report]:
+    """In parts, which the workers share out. One that is not finite would send all others through the engine one by one."""
+    entries = [*BROKEN.values(), STALE]
+    finite = [x.estimator for x in entries if "finite" not in x.caught_by]
+    parts = {f"broken {i}": finite[i::3] for i in range(3)}
+    parts["broken, not finite"] = [x.estimator for x in entries if "finite" in x.caught_by]
+    makes = {name: functools.partial(run, part, problems()) for name, part in parts.items()}
+    return once.each({"core": lambda: load_suite("core").run(), **makes})
