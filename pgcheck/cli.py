@@ -405,11 +405,11 @@ def gate(
     path = baseline or (Path(config.baseline) if config.baseline else None)
     if path is None:
         raise UsageError("baseline: none given; name it with --baseline FILE, or in [tool.pgcheck] of pyproject.toml.")
-    shown = [*([quote(str(report))] if report else []), *([f"--baseline {quote(str(baseline))}"] if baseline else [])]
-    asked = {"suite": suite, "budget": budget, "seed": seed}
-    if report is not None and any(x is not None for x in asked.values()):
+    asked = {name: x for name, x in {"suite": suite, "budget": budget, "seed": seed}.items() if x is not None}
+    if report is not None and asked:
         raise UsageError("gate: --suite, --budget and --seed say what is run; with a REPORT nothing is.")
-    shown += [f"--{name} {quote(str(x))}" for name, x in asked.items() if x is not None]
+    options = {"baseline": baseline, **asked} if baseline else asked
+    shown = [*([quote(str(report))] if report else []), *(f"--{name} {quote(str(x))}" for name, x in options.items())]
     command = " ".join(["pgcheck gate", *shown, "--update"])
     known = EMPTY if update and not path.exists() else read_baseline(path, command)
     messages: dict[str, str] = {}

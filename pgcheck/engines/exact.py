@@ -375,9 +375,12 @@ def _nearest_that_fits(estimator: Estimator, problem: Problem, table: Trajectori
         problem, table, budget=budget, ordered=plan.ordered, one_group=plan.couples == "group", fits=estimator.fits
     )
     if found is None:
-        return "No smaller batch fits; raise the budget or shorten the horizon."
+        return 'No smaller batch fits; raise the budget, shorten the horizon, or sample: engine="auto".'
     groups, size, n = found
-    return f"The nearest that fits: groups={groups}, group_size={size} ({n:,} batches); or pass a larger budget."
+    return (
+        f"The nearest that fits: groups={groups}, group_size={size} ({n:,} batches); or pass a larger budget, or sample:"
+        ' engine="auto".'
+    )
 
 
 def nearest_plan(

@@ -18,6 +18,7 @@ its branches, or with the same numbers, only after it did so on a batch that tak
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 import traceback
 import warnings
@@ -75,8 +76,11 @@ class LossCoefficients:
         if isinstance(out, tuple) and out:
             out = out[0]
         if not isinstance(out, Tensor):
-            mend = "is its `return` missing?" if out is None else "leave out .item(), float() and the like."
-            what = "None" if out is None else type(out).__name__
+            what, mend = type(out).__name__, "leave out .item(), float() and the like."
+            if out is None:
+                what, mend = "None", "is its `return` missing?"
+            elif callable(out):
+                mend = f"if {self.name} makes losses, give what it returns: {self.name}(…)."
             raise EstimatorError(f"loss '{self.name}' returned {what}, not a torch tensor; {mend}")
         if out.dim() != 0:
             raise EstimatorError(
@@ -355,9 +359,10 @@ def from_loss(
         claims: default, `unbiased()`.
 
     Raises:
-        EstimatorError: (when run) no gradient, not a scalar, NaN.
+        EstimatorError: it cannot be called as `loss(batch)`; (when run) no gradient, not a scalar, NaN.
     """
     called = name or str(getattr(loss, "__name__", type(loss).__name__))
+    _refuse_other_arguments(loss, called)
     return Estimator(
         name=called,
         coefficients=LossCoefficients(loss, leaf=leaf, name=called),
@@ -366,3 +371,19 @@ def from_loss(
         leaf=leaf,
         **settings,
     )
+
+
+def _refuse_other_arguments(loss: Loss, called: str) -> None:
+    if isinstance(loss, type):
+        raise EstimatorError(f"loss '{called}' is a class; give an instance of it, {called}(…), or a function.")
+    try:
+        signature = inspect.signature(loss)
+    except (TypeError, ValueError):  # of what is written in C, nothing is known
+        return
+    try:
+        signature.bind(None)
+    except TypeError as error:
+        raise EstimatorError(
+            f"loss '{called}' cannot be called as {called}(batch): {error}. A loss gets one argument, and takes from it what it"
+            f" needs: lambda batch: {called}(batch.logp, …)."
+        ) from None

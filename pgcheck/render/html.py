@@ -17,6 +17,7 @@ from pgcheck.render.messages import failure_messages, first_sentence, number, sa
 from pgcheck.render.tables import case_message, case_rows, cells, columns, matrix, summary
 from pgcheck.runs.report import Report
 from pgcheck.verdicts.checks import registered_checks
+from pgcheck.verdicts.verdict import Status
 
 if TYPE_CHECKING:
     from pgcheck.render.figures import StepBar
@@ -121,13 +122,15 @@ def _parts(message: str) -> list[Part]:
 
 
 def _checks(report: Report) -> dict[str, dict[str, Any]]:
-    """How many verdicts of each status a check gave, and what it asks."""
+    """How many verdicts of each status a check gave, of which of them nobody expected it, and what it asks."""
     known = registered_checks()
     counts: dict[str, dict[str, Any]] = {}
     for v in report.verdicts:
         about = first_sentence(known[v.check].page) if v.check in known else "what the suite expects on one problem"
-        row = counts.setdefault(v.check, {"PASS": 0, "FAIL": 0, "INCONCLUSIVE": 0, "about": about})
+        row = counts.setdefault(v.check, {"PASS": 0, "FAIL": 0, "INCONCLUSIVE": 0, "bad": set(), "about": about})
         row[v.status.value] += 1
+        if v.status is not Status.PASS and not v.expected:
+            row["bad"].add(v.status.value)
     return counts
 
 

@@ -19,6 +19,16 @@ from pgcheck.verdicts.verdict import Status
 BIAS_CHECKS = ("unbiased", "proportional", "biased", "expected_finding")
 
 
+_SEES = {
+    "par": "along ∇J",
+    "parw": "along ∇J, coordinates weighed by their noise",
+    "dense": "spread over coordinates",
+    "white": "in coordinates of little noise",
+    "sparse": "in a few coordinates",
+    "defl": "across the loudest directions of the noise",
+}  # what each witness of `pgcheck.statistics.panel` finds
+
+
 def number(x: float | None) -> str:
     """Four significant digits, one for what is rounding; — for "no such number"."""
     if x is None:
@@ -44,8 +54,8 @@ def sampled_words(v: VerdictRow) -> str:
     after = f"{v.status.value} after {s.batches:,} batches: "
     missed = f"anything above {number(s.missed)} is excluded, at an error rate of {s.beta:g}"
     if v.status is Status.FAIL and v.check != "biased":
-        direction = f" along `{s.witness}`" if s.witness else ""
-        return f"{after}a bias is proven{direction}, at an error rate of {s.alpha:g} for the whole run; {measured}"
+        shape = f", {_SEES[s.witness]} (`{s.witness}`)" if s.witness else ""
+        return f"{after}a bias is proven{shape}, at an error rate of {s.alpha:g} for the whole run; {measured}"
     if v.status is Status.PASS and v.check == "biased":
         return f"{after}a bias is proven on '{v.reason}', at an error rate of {s.alpha:g} for the whole run; {measured}"
     if v.status is not Status.INCONCLUSIVE:
@@ -69,12 +79,12 @@ def seen_words(m: MeasurementRow | None) -> str:
         return ""
     words = f"in {m.parameters:,} parameters"
     if m.directions is not None:
-        words += f", seen along ∇J (or a pilot's estimate) and {m.directions} random directions"
+        words += f", along ∇J (or a pilot's estimate of it) and {m.directions} random directions"
     if m.against is not None:
         here = f"`{m.against}` on the same rollouts" if m.against != STORED else STORED
         words += f", by the difference from {here}"
     if m.shown is not None:
-        words += f"; of a bias at least {number(m.shown)} is seen, at a share of the error rate, which is allowed for"
+        words += f"; judged with {number(m.shown)} times the tolerance, for the part of a bias that may be missed so"
     return words
 
 
@@ -202,76 +212,85 @@ def _bias_part(
     swap: Swap | None,
     command: str,
 ) -> str:
-    undecided = [v for v in failures if v.status is Status.INCONCLUSIVE]
-    if undecided and len(undecided) == len(failures) and undecided[0].sample:
-        return _undecided_part(report, estimator, undecided, command)
-    if len(undecided) == len(failures):
-        return f"{estimator}: INCONCLUSIVE on {len(undecided)} problem(s): {undecided[0].reason}"
     failed = [v for v in failures if v.status is Status.FAIL]
+    if not failed:
+        return _undecided_part(report, estimator, failures, command)
     worst = max(failed, key=lambda v: math.inf if v.measured is None else v.measured)
-    asked = [v for v in report.verdicts if (v.estimator, v.check) == (estimator, worst.check)]
     if worst.check == "biased":
-        return f"{estimator} claims to be biased, but no bias was found:\n" + _lines(
-            [
-                ("what", f"E ĝ = ∇J on every problem that meets the claim's conditions (worst: {worst.reason})"),
-                ("measured", number(worst.measured)),
-                ("allowed", f"more than {number(worst.allowed)}, somewhere"),
-                ("cause", "the estimator was mended and its claim is stale, or the problems have a blind spot"),
-                ("next", "claim unbiased(), or add a problem that shows the bias"),
-            ]
-        )
+        return _stale_part(estimator, worst)
     if worst.check == "expected_finding":
         return f"{estimator} on {worst.problem}: {worst.reason}"
     m = report.cell(estimator, worst.problem)
-    claim = "E ĝ = ∇J" if worst.check == "unbiased" else "E ĝ = κ ∇J"
-    if worst.claimed_scale is not None and worst.check == "proportional":
-        claim += f" with κ = {number(worst.claimed_scale)}"
-    how = sampled_words(worst) if worst.sample else "exact, no sampling error"
-    rows = [("what", f"{claim} does not hold on '{worst.problem}', the worst of them; {how}")]
+    rows = [("what", f"{_claimed(worst)} does not hold on '{worst.problem}', the worst of them; {_how_sure(worst)}")]
     if m is not None:
         place = f"context {m.worst_context}, action {m.worst_action}{_step(report, m)}: {_at(report, m)}"
-        rows.append(("where", seen_words(m) or place))
-        if worst.sample:
-            numbers = ", ".join(f"{name} {with_ends(m, name)}" for name in ("rel", "scale", "off_axis"))
-            rows.append(("measured", f"{numbers}, of {worst.sample.batches:,} batches, seed {m.seed}; in brackets 95%"))
-    if m is not None and not worst.sample:
-        rows.append(
-            (
-                "measured",
-                f"{number(worst.measured)} of max(‖∇J‖, √E‖ĝ‖²)  (rel {number(m.rel)}, scale {number(m.scale)}, "
-                f"cosine {number(m.cosine)}, off_axis {number(m.off_axis)})",
-            )
-        )
+        rows += [("where", seen_words(m) or place), ("measured", _measured(worst, m))]
     rows.append(("allowed", number(worst.allowed)))
-    if diagnosis or not worst.sample:
-        rows.append(("cause", cause_of(diagnosis) if diagnosis else "no known estimator has this expectation"))
-    if (
-        diagnosis
-        and not diagnosis.mistake
-        and not diagnosis.made
-        and (known := registered_estimators().get(diagnosis.subject))
-    ):
-        rows.append(("which is", known.about))
+    if diagnosis:
+        rows.append(("cause", cause_of(diagnosis)))
+        known = registered_estimators().get(diagnosis.subject)
+        if known and not diagnosis.mistake and not diagnosis.made:
+            rows.append(("which is", known.about))
+    elif not worst.sample:
+        rows.append(("cause", "no known estimator has this expectation"))
     if swap:
         rows.append(("mend", mend_of(swap)))
-    against = diagnosis.subject if diagnosis and diagnosis.kind == "identity" else "reward_to_go"
-    against = "reward_to_go" if against.startswith("the gradient") else against
-    named = worst.problem.partition("@")[0] in {*registered_problems(), *heavy_problems()}
-    if named and (shown := shell_name(command)):
-        rows.append(("next", f"pgcheck compare {shown} '{against}' --problem {worst.problem}{_space(m)}"))
-    else:  # the command line does not know one of them
-        on = f'"{worst.problem}"' if named else "problem"
-        rows.append(("next", f'pgcheck.compare(["{against}", {estimator_code(command)}], {on})'))
+    rows.append(("next", _comparison_with(diagnosis, estimator, worst.problem, m, command)))
     if any(f.check == "unbiased" for f in failed) and _only_scale(report, estimator):
         rows.append(("note", "the direction is right everywhere; if the factor is meant, claim proportional()"))
-    return f"{estimator} is not {worst.check}: {len(failed)} of {len(asked)} problems contradict the claim.\n" + _lines(
-        rows
-    )
+    asked = [v for v in report.verdicts if (v.estimator, v.check) == (estimator, worst.check)]
+    contradicted = f"{len(failed)} of {len(asked)} problems contradict the claim"
+    return f"{estimator} is not {worst.check}: {contradicted}.\n{_lines(rows)}"
+
+
+def _claimed(v: VerdictRow) -> str:
+    if v.check == "unbiased":
+        return "E ĝ = ∇J"
+    return "E ĝ = κ ∇J" + ("" if v.claimed_scale is None else f" with κ = {number(v.claimed_scale)}")
+
+
+def _how_sure(v: VerdictRow) -> str:
+    return sampled_words(v) if v.sample else "exact, no sampling error"
+
+
+def _measured(v: VerdictRow, m: MeasurementRow) -> str:
+    if v.sample:
+        numbers = ", ".join(f"{name} {with_ends(m, name)}" for name in ("rel", "scale", "off_axis"))
+        return f"{numbers}, of {v.sample.batches:,} batches, seed {m.seed}; in brackets 95%"
+    numbers = ", ".join(f"{name} {number(getattr(m, name))}" for name in ("rel", "scale", "cosine", "off_axis"))
+    return f"{number(v.measured)} of max(‖∇J‖, √E‖ĝ‖²)  ({numbers})"
+
+
+def _comparison_with(
+    diagnosis: Diagnosis | None, estimator: str, problem: str, m: MeasurementRow | None, command: str
+) -> str:
+    """A command that compares the estimator with what it was found to be, else with a right one."""
+    against = diagnosis.subject if diagnosis and diagnosis.kind == "identity" else "reward_to_go"
+    against = "reward_to_go" if against.startswith("the gradient") else against
+    named = problem.partition("@")[0] in {*registered_problems(), *heavy_problems()}
+    if named and (shown := shell_name(command)):
+        return f"pgcheck compare {shown} '{against}' --problem {problem}{_space(m)}"
+    on = f'"{problem}"' if named else "problem"  # the command line does not know one of them
+    return f'pgcheck.compare(["{against}", {estimator_code(command)}], {on})'
+
+
+def _stale_part(estimator: str, v: VerdictRow) -> str:
+    """A bias that is claimed and not there."""
+    rows = [
+        ("what", f"E ĝ = ∇J on every problem that meets the claim's conditions (worst: {v.reason})"),
+        ("measured", number(v.measured)),
+        ("allowed", f"more than {number(v.allowed)}, somewhere"),
+        ("cause", "the estimator was mended and its claim is stale, or the problems have a blind spot"),
+        ("next", "claim unbiased(), or add a problem that shows the bias"),
+    ]
+    return f"{estimator} claims to be biased, but no bias was found:\n{_lines(rows)}"
 
 
 def _undecided_part(report: Report, estimator: str, undecided: Sequence[VerdictRow], command: str) -> str:
-    """Every problem on which a sample did not decide, and what would."""
+    """Every problem on which a sample did not decide, and what would; or why there was none."""
     first = undecided[0]
+    if not first.sample:
+        return f"{estimator}: INCONCLUSIVE on {len(undecided)} problem(s): {first.reason}"
     rows = [("what", f"{v.check} on '{v.problem or v.reason}': {sampled_words(v)}") for v in undecided[:4]]
     if len(undecided) > 4:
         rows.append(("and", f"{len(undecided) - 4} more"))

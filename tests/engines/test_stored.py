@@ -127,7 +127,7 @@ def test_from_the_door(tmp_path: Path) -> None:
         sampling = Sampling(reference=reference, workers=workers, draws=8_192)
         report = run([grpo], [p], checks=["unbiased"], engine="auto", sampling=sampling)
         reports.append(report.to_json())
-        assert f"by the difference from {STORED}; of a bias" in seen_words(report.measurements[0])
+        assert f"by the difference from {STORED}; judged with" in seen_words(report.measurements[0])
     assert reports[0] == reports[1] == reports[2]
     assert '"FAIL"' in reports[0]
 

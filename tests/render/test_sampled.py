@@ -55,7 +55,7 @@ def test_every_door_says_how_sure_it_is(report: Report) -> None:
     for text in (markdown(report, messages), html(report, messages)):
         assert "PASS after 8,192 batches: the bias is below 0.1" in text
         assert "is excluded, at an error rate of 0.01" in text
-        assert "FAIL after 8,192 batches: a bias is proven along" in text
+        assert "FAIL after 8,192 batches: a bias is proven, along ∇J (`par`)" in text
         assert "at an error rate of 0.0001 for the whole run" in text
         assert "INCONCLUSIVE after 8,192 batches" in text
         assert "seed 3; in brackets 95%" in text
