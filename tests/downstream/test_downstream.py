@@ -6,6 +6,7 @@ points. Nothing here shares code with the package: exit codes, words, JUnit coun
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -37,6 +38,9 @@ ON = "tests/test_off_policy.py"
 class Ran:
     code: int
     text: str
+
+
+Results = dict[str, tuple[Ran, Path]]  # of runs by name, and where they were made
 
 
 def outside() -> dict[str, str]:
@@ -208,23 +212,36 @@ REGRESSIONS = [
 
 
 @pytest.fixture(scope="module")
-def regressed(once: Once, project: Project) -> dict[str, tuple[Ran, Path]]:
+def changed(once: Once, project: Project) -> dict[str, Results]:
+    """What becomes of each regression and of each way of checking less, and where."""
     for r in REGRESSIONS:
         assert (project.folder / LOSSES).read_text().count(r.old) == 1, r.name
-    run = ["pytest", "-q", GATE, "--junitxml=red.xml"]
-    asked = {r.name: {"run": run, "edit": [LOSSES, r.old, r.new]} for r in REGRESSIONS}
-    return once("downstream: regressed", lambda: _each_in_a_copy(project, "regression", asked))
+    red, less = (["pytest", "-q", *x] for x in ([GATE, "--junitxml=red.xml"], ["--junitxml=less.xml"]))
+    asked = {
+        "downstream: regression": {r.name: {"run": red, "edit": [LOSSES, r.old, r.new]} for r in REGRESSIONS},
+        "downstream: less": {x.name: {"run": [*less, *x.arguments], "edit": x.edit} for x in LESS},
+    }
+    return once.each({name: functools.partial(_each_in_a_copy, project, name, x) for name, x in asked.items()})
 
 
-def _each_in_a_copy(project: Project, name: str, asked: dict[str, dict[str, Any]]) -> dict[str, tuple[Ran, Path]]:
-    """What became of each request, and where."""
-    folders = [project.copy(f"{name}{i}") for i in range(len(asked))]
+@pytest.fixture(scope="module")
+def regressed(changed: dict[str, Results]) -> Results:
+    return changed["downstream: regression"]
+
+
+@pytest.fixture(scope="module")
+def less(changed: dict[str, Results]) -> Results:
+    return changed["downstream: less"]
+
+
+def _each_in_a_copy(project: Project, name: str, asked: dict[str, dict[str, Any]]) -> Results:
+    folders = [project.copy(f"{name.split()[-1]}{i}") for i in range(len(asked))]
     ran = project.requests([x | {"folder": f} for x, f in zip(asked.values(), folders, strict=True)])
     return dict(zip(asked, zip(ran, folders, strict=True), strict=True))
 
 
 @pytest.mark.parametrize("regression", REGRESSIONS, ids=lambda r: r.name)
-def test_a_regression_is_red_and_named(regression: Regression, regressed: dict[str, tuple[Ran, Path]]) -> None:
+def test_a_regression_is_red_and_named(regression: Regression, regressed: Results) -> None:
     ran, folder = regressed[regression.name]
     assert ran.code == 1, ran.text
     assert regression.words in ran.text
@@ -235,7 +252,7 @@ def test_a_regression_is_red_and_named(regression: Regression, regressed: dict[s
     assert found["errors"] == 0
 
 
-def test_only_what_changed_is_red(regressed: dict[str, tuple[Ran, Path]]) -> None:
+def test_only_what_changed_is_red(regressed: Results) -> None:
     """A change of one loss fails items of that loss alone."""
     for r in REGRESSIONS:
         names = failing(regressed[r.name][1] / "red.xml")
@@ -280,14 +297,8 @@ LESS = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def less(once: Once, project: Project) -> dict[str, tuple[Ran, Path]]:
-    asked = {x.name: {"run": ["pytest", "-q", *x.arguments, "--junitxml=less.xml"], "edit": x.edit} for x in LESS}
-    return once("downstream: less", lambda: _each_in_a_copy(project, "less", asked))
-
-
 @pytest.mark.parametrize("case", LESS, ids=lambda x: x.name)
-def test_checking_less_is_red(case: Less, less: dict[str, tuple[Ran, Path]]) -> None:
+def test_checking_less_is_red(case: Less, less: Results) -> None:
     ran, folder = less[case.name]
     assert ran.code == case.code, ran.text
     assert case.words in ran.text

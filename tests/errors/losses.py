@@ -140,6 +140,17 @@ def loss(batch):
     return -(batch.episode_return[:, None] * batch.logp).sum(-1).mean()
 pgcheck.check_estimator(loss, "dialogue/two-turn")
 ''')  # fmt: skip
+case("arguments of its own", '''
+def loss(logp, advantages, mask):
+    return -(logp * advantages * mask).sum(-1).mean()
+pgcheck.check_estimator(loss, "dialogue/two-turn")
+''')  # fmt: skip
+case("a class", '''
+class Loss:
+    def __call__(self, batch):
+        return -(batch.episode_return[:, None] * batch.logp * batch.mask).sum(-1).mean()
+pgcheck.check_estimator(Loss, "dialogue/two-turn")
+''')  # fmt: skip
 
 case = section("Coefficients that break their contract")
 
