@@ -11,6 +11,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from tests.once import Once
+
 settings.register_profile(
     "ci", derandomize=True, max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
@@ -26,6 +28,12 @@ def forks() -> None:
     """For a test that has several processes evaluate draws: they are forked."""
     if torch.cuda.is_available():
         pytest.skip("no process is forked where torch sees a GPU; CUDA_VISIBLE_DEVICES='' hides it")
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """Shared by all modules and by all workers."""
+    return Once(tmp_path_factory)
 
 
 @pytest.fixture(scope="session")

@@ -83,10 +83,9 @@ class TabularMDP:
         both = self.terminal & self.observation
         if both:
             raise ProblemError(f"observation: state {min(both)} is also terminal; it can be one of the two.")
-        for s in range(S):
-            if s in self.terminal:
-                continue
-            for a in range(A):
+        off = (self.transition < 0).any(-1) | ((self.transition.sum(-1) - 1.0).abs() > 1e-9)
+        for s, a in off.nonzero().tolist():
+            if s not in self.terminal:
                 check_distribution(f"transition[{s}, {a}]", self.transition[s, a])
         check_distribution("initial", self.initial)
         self.full_reward = self.reward if self.reward.dim() == 3 else self.reward.unsqueeze(-1).expand(S, A, S)
@@ -111,13 +110,10 @@ class TabularMDP:
     def moves(self, state: int) -> list[tuple[int, int, float, float]]:
         """(action, next state, probability, reward) of everything that can happen in `state`; action -1 for none."""
         nobody = state in self.observation
-        transition, reward = self.transition[state].tolist(), self.full_reward[state].tolist()
-        return [
-            (-1 if nobody else a, s2, transition[a][s2], reward[a][s2])
-            for a in range(1 if nobody else self.actions)
-            for s2 in range(self.states)
-            if transition[a][s2] > 0
-        ]
+        p = self.transition[state, :1] if nobody else self.transition[state]
+        a, s2 = torch.nonzero(p > 0, as_tuple=True)
+        taken = [-1] * len(a) if nobody else a.tolist()
+        return list(zip(taken, s2.tolist(), p[a, s2].tolist(), self.full_reward[state][a, s2].tolist(), strict=True))
 
     def count_paths(self) -> int:
         """Number of rollouts before merging; computed without listing them."""

@@ -20,6 +20,9 @@ import pytest
 import pgcheck.cli
 import pgcheck.verdict_items
 
+# what this project does not use, and whose import is half of a run
+LEAN = "-p no:hypothesispytest -p no:anyio --assert=plain"
+
 
 def child(request: dict) -> int:
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -29,6 +32,7 @@ def child(request: dict) -> int:
     sys.path.insert(0, request["folder"])
     program, *arguments = request["run"]
     if program == "pytest":
+        os.environ["PYTEST_ADDOPTS"] = LEAN
         return int(pytest.main(arguments))
     sys.argv = ["pgcheck", *arguments]
     try:

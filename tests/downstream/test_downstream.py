@@ -6,6 +6,7 @@ points. Nothing here shares code with the package: exit codes, words, JUnit coun
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -14,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import venv
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,8 @@ from xml.etree import ElementTree as ET
 
 import pytest
 import yaml
+
+from tests.once import Once
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -36,6 +40,9 @@ class Ran:
     text: str
 
 
+Results = dict[str, tuple[Ran, Path]]  # of runs by name, and where they were made
+
+
 def outside() -> dict[str, str]:
     """The environment without this checkout in it."""
     drop = {"PYTHONPATH", "GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY", "PYTEST_ADDOPTS", "PYTEST_CURRENT_TEST"}
@@ -46,9 +53,13 @@ def outside() -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def python(once: Once) -> Path:
     """The interpreter of an environment in which the wheel of this checkout is installed."""
-    folder = tmp_path_factory.mktemp("environment")
+    return once("downstream: python", lambda: _installed(once.folder / "environment"))
+
+
+def _installed(folder: Path) -> Path:
+    folder.mkdir()
     build = "import sys; from hatchling.build import build_wheel; build_wheel(sys.argv[1])"
     subprocess.run([sys.executable, "-c", build, str(folder)], cwd=ROOT, check=True, capture_output=True, env=outside())
     (wheel,) = folder.glob("*.whl")
@@ -67,20 +78,22 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
+@dataclass(frozen=True)
 class Project:
-    """A copy of the project; runs are collected and made in one process each, of one interpreter."""
+    """The project, which stays as it is, and copies of it; runs are made in one process each, of one interpreter."""
 
-    def __init__(self, python: Path, folder: Path) -> None:
-        self.python, self.folder = python, folder
+    python: Path
+    folder: Path
 
     def requests(self, requests: list[dict[str, Any]]) -> list[Ran]:
         """Run them one after the other."""
+        here = Path(tempfile.mkdtemp(dir=self.folder.parent))
         for i, x in enumerate(requests):
-            x |= {"folder": x.get("folder", str(self.folder)), "log": str(self.folder / f"log{i}")}
-        (self.folder / "requests.json").write_text(json.dumps(requests))
+            x |= {"folder": str(x["folder"]), "log": str(here / f"log{i}")}
+        (here / "requests.json").write_text(json.dumps(requests))
         done = subprocess.run(
             [self.python, str(HERE / "scenarios.py"), "requests.json"],
-            cwd=self.folder, capture_output=True, text=True, env=outside(), timeout=600, check=False,
+            cwd=here, capture_output=True, text=True, env=outside(), timeout=600, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         return [
@@ -95,16 +108,23 @@ class Project:
 
 
 @pytest.fixture(scope="module")
-def project(python: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
+def project(once: Once, python: Path) -> Project:
     """The project with its baseline accepted."""
-    folder = tmp_path_factory.mktemp("downstream") / "tinyrl"
-    shutil.copytree(HERE / "project", folder)
-    made = Project(python, folder)
-    first, second = made.requests([{"run": ["pytest", "-q", "--pgcheck-update"]}, {"run": ["pytest", "-q", GATE]}])
+    return once("downstream: project", lambda: _accepted(Project(python, once.folder / "downstream" / "tinyrl")))
+
+
+def _accepted(project: Project) -> Project:
+    shutil.copytree(HERE / "project", project.folder)
+    first, second = project.requests(
+        [
+            {"run": ["pytest", "-q", "--pgcheck-update"], "folder": project.folder},
+            {"run": ["pytest", "-q", GATE], "folder": project.folder},
+        ]
+    )
     assert first.code == 0, first.text
     assert "written" in first.text
     assert second.code == 0, second.text
-    return made
+    return project
 
 
 def counts(path: Path) -> dict[str, int]:
@@ -129,25 +149,26 @@ def failing(path: Path) -> set[str]:
 
 def test_green_by_pytest_and_by_the_command_line(project: Project) -> None:
     """The entry point is found, `python -m pytest` gates, and `pgcheck run` with `pgcheck gate` do."""
+    folder = project.copy("green")
     run = [str(project.python), "-m", "pytest", "-q", GATE, "--junitxml=green.xml"]
-    done = subprocess.run(run, cwd=project.folder, capture_output=True, text=True, env=outside(), check=False)
+    done = subprocess.run(run, cwd=folder, capture_output=True, text=True, env=outside(), check=False)
     assert done.returncode == 0, done.stdout
-    found = counts(project.folder / "green.xml")
+    found = counts(folder / "green.xml")
     assert found["failures"] == found["errors"] == 0
     assert found["tests"] > 100
-    cases = ET.parse(project.folder / "green.xml").getroot().iter("testcase")
+    cases = ET.parse(folder / "green.xml").getroot().iter("testcase")
     (case,) = [c for c in cases if c.attrib["name"] == "rloo-dialogue/two-turn-0.9-unbiased"]
     told = {p.attrib["name"]: p.attrib["value"] for p in case.iter("property")}
     assert set(told) == {"measured", "allowed", "seed", "engine"}
     assert float(told["measured"]) <= float(told["allowed"])
-    ran, gated, accepted, again = project.requests(
-        [
-            {"run": ["pgcheck", "run", "--out", "report"]},
-            {"run": ["pgcheck", "gate", "report/report.json"]},  # the marked tests are no part of this run
-            {"run": ["pgcheck", "gate", "report/report.json", "--baseline", "cli.json", "--update"]},
-            {"run": ["pgcheck", "gate", "report/report.json", "--baseline", "cli.json"]},
-        ]
+    report = "report/report.json"
+    asked = (
+        ["run", "--out", "report"],
+        ["gate", report],  # the marked tests are no part of this run
+        ["gate", report, "--baseline", "cli.json", "--update"],
+        ["gate", report, "--baseline", "cli.json"],
     )
+    ran, gated, accepted, again = project.requests([{"run": ["pgcheck", *x], "folder": folder} for x in asked])
     assert (ran.code, accepted.code, again.code) == (0, 0, 0), ran.text + accepted.text + again.text
     assert gated.code == 1
     assert "ppo: in the baseline, and not in the run" in gated.text
@@ -191,18 +212,36 @@ REGRESSIONS = [
 
 
 @pytest.fixture(scope="module")
-def regressed(project: Project) -> dict[str, tuple[Ran, Path]]:
-    requests, folders = [], {}
-    for i, r in enumerate(REGRESSIONS):
+def changed(once: Once, project: Project) -> dict[str, Results]:
+    """What becomes of each regression and of each way of checking less, and where."""
+    for r in REGRESSIONS:
         assert (project.folder / LOSSES).read_text().count(r.old) == 1, r.name
-        folders[r.name] = project.copy(f"regression{i}")
-        run = ["pytest", "-q", GATE, "--junitxml=red.xml"]
-        requests.append({"run": run, "edit": [LOSSES, r.old, r.new], "folder": str(folders[r.name])})
-    return {r.name: (ran, folders[r.name]) for r, ran in zip(REGRESSIONS, project.requests(requests), strict=True)}
+    red, less = (["pytest", "-q", *x] for x in ([GATE, "--junitxml=red.xml"], ["--junitxml=less.xml"]))
+    asked = {
+        "downstream: regression": {r.name: {"run": red, "edit": [LOSSES, r.old, r.new]} for r in REGRESSIONS},
+        "downstream: less": {x.name: {"run": [*less, *x.arguments], "edit": x.edit} for x in LESS},
+    }
+    return once.each({name: functools.partial(_each_in_a_copy, project, name, x) for name, x in asked.items()})
+
+
+@pytest.fixture(scope="module")
+def regressed(changed: dict[str, Results]) -> Results:
+    return changed["downstream: regression"]
+
+
+@pytest.fixture(scope="module")
+def less(changed: dict[str, Results]) -> Results:
+    return changed["downstream: less"]
+
+
+def _each_in_a_copy(project: Project, name: str, asked: dict[str, dict[str, Any]]) -> Results:
+    folders = [project.copy(f"{name.split()[-1]}{i}") for i in range(len(asked))]
+    ran = project.requests([x | {"folder": f} for x, f in zip(asked.values(), folders, strict=True)])
+    return dict(zip(asked, zip(ran, folders, strict=True), strict=True))
 
 
 @pytest.mark.parametrize("regression", REGRESSIONS, ids=lambda r: r.name)
-def test_a_regression_is_red_and_named(regression: Regression, regressed: dict[str, tuple[Ran, Path]]) -> None:
+def test_a_regression_is_red_and_named(regression: Regression, regressed: Results) -> None:
     ran, folder = regressed[regression.name]
     assert ran.code == 1, ran.text
     assert regression.words in ran.text
@@ -213,7 +252,7 @@ def test_a_regression_is_red_and_named(regression: Regression, regressed: dict[s
     assert found["errors"] == 0
 
 
-def test_only_what_changed_is_red(regressed: dict[str, tuple[Ran, Path]]) -> None:
+def test_only_what_changed_is_red(regressed: Results) -> None:
     """A change of one loss fails items of that loss alone."""
     for r in REGRESSIONS:
         names = failing(regressed[r.name][1] / "red.xml")
@@ -258,18 +297,8 @@ LESS = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def less(project: Project) -> dict[str, tuple[Ran, Path]]:
-    requests, folders = [], {}
-    for i, x in enumerate(LESS):
-        folders[x.name] = project.copy(f"less{i}")
-        run = ["pytest", "-q", *x.arguments, "--junitxml=less.xml"]
-        requests.append({"run": run, "edit": x.edit, "folder": str(folders[x.name])})
-    return {x.name: (ran, folders[x.name]) for x, ran in zip(LESS, project.requests(requests), strict=True)}
-
-
 @pytest.mark.parametrize("case", LESS, ids=lambda x: x.name)
-def test_checking_less_is_red(case: Less, less: dict[str, tuple[Ran, Path]]) -> None:
+def test_checking_less_is_red(case: Less, less: Results) -> None:
     ran, folder = less[case.name]
     assert ran.code == case.code, ran.text
     assert case.words in ran.text
@@ -289,10 +318,10 @@ def test_a_change_is_accepted_by_an_update(project: Project) -> None:
     worse = [LOSSES, "others = (r.sum() - r) / (len(r) - 1)", "others = r.mean()"]
     red, update, green, refused = project.requests(
         [
-            {"run": ["pytest", "-q", GATE], "edit": quiet, "folder": str(meant)},
-            {"run": ["pytest", "-q", "--pgcheck-update"], "folder": str(meant)},
-            {"run": ["pytest", "-q", GATE], "folder": str(meant)},
-            {"run": ["pytest", "-q", "--pgcheck-update"], "edit": worse, "folder": str(failed)},
+            {"run": ["pytest", "-q", GATE], "edit": quiet, "folder": meant},
+            {"run": ["pytest", "-q", "--pgcheck-update"], "folder": meant},
+            {"run": ["pytest", "-q", GATE], "folder": meant},
+            {"run": ["pytest", "-q", "--pgcheck-update"], "edit": worse, "folder": failed},
         ]
     )
     assert (red.code, update.code, green.code, refused.code) == (1, 0, 0, 1)
@@ -315,7 +344,7 @@ def test_twenty_runs_of_the_unchanged_project_write_the_same_bytes(project: Proj
         folder = project.copy(f"again{i}")
         folders.append(folder)
         arguments = [GATE, "--pgcheck-report=report.json"]
-        if i >= 17:
+        if i >= 18:
             arguments += [f"-n{i - 16}"]
         if i % 2:
             arguments += [f"--pgcheck-seed={generator.randrange(2**31)}"] if i % 4 == 1 else ["--pgcheck-vary-seed"]
@@ -323,8 +352,8 @@ def test_twenty_runs_of_the_unchanged_project_write_the_same_bytes(project: Proj
             shuffle = (
                 "import random\n\ndef pytest_collection_modifyitems(items):\n    random.Random({}).shuffle(items)\n"
             )
-            (folder / "conftest.py").write_text(shuffle.format(7 if i >= 17 else i))
-        requests.append({"run": ["pytest", "-q", *arguments], "folder": str(folder)})
+            (folder / "conftest.py").write_text(shuffle.format(7 if i >= 18 else i))
+        requests.append({"run": ["pytest", "-q", *arguments], "folder": folder})
     for ran in project.requests(requests):
         assert ran.code == 0, ran.text
     assert len({(folder / "report.json").read_bytes() for folder in folders}) == 1
@@ -339,7 +368,7 @@ def test_ten_kills_leave_what_was_there(project: Project) -> None:
     new = [LOSSES, "others = (r.sum() - r) / (len(r) - 1)", "others = 0.5 * (r.sum() - r) / (len(r) - 1)"]
     run = ["pytest", "-q", "--pgcheck-update", "--pgcheck-report=report.json"]
     old_baseline = (folder / "pgcheck.json").read_bytes()
-    (first,) = project.requests([{"run": run, "folder": str(folder)}])
+    (first,) = project.requests([{"run": run, "folder": folder}])
     assert first.code == 0
     old = {(folder / "pgcheck.json").read_bytes(), (folder / "report.json").read_bytes()}
     assert old_baseline in old
@@ -347,11 +376,11 @@ def test_ten_kills_leave_what_was_there(project: Project) -> None:
     for i in range(10):
         folders.append(project.folder.parent / f"kill{i}")
         shutil.copytree(folder, folders[-1])
-        when = {"kill_after": generator.uniform(0.0, 4.0)}
-        requests.append({"run": run, "edit": new, "folder": str(folders[-1]), **when})
+        when = {"kill_after": generator.uniform(0.0, 3.0)}
+        requests.append({"run": run, "edit": new, "folder": folders[-1], **when})
     final = project.folder.parent / "kill-none"
     shutil.copytree(folder, final)
-    requests.append({"run": run, "edit": new, "folder": str(final)})
+    requests.append({"run": run, "edit": new, "folder": final})
     *killed, done = project.requests(requests)
     assert done.code == 0
     assert any(ran.code == -9 for ran in killed)
@@ -407,7 +436,7 @@ def test_the_action_is_green_and_red(project: Project) -> None:
     assert "of action.json is not there; to write it, run: pgcheck gate 'a report/report.json'" in absent.text
     report = "a report/report.json"
     (made,) = project.requests(
-        [{"run": ["pgcheck", "gate", report, "--baseline", "of action.json", "--update"], "folder": str(folder)}]
+        [{"run": ["pgcheck", "gate", report, "--baseline", "of action.json", "--update"], "folder": folder}]
     )
     assert made.code == 0, made.text
     green = run_action(project, folder, inputs)

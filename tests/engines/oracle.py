@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -96,10 +97,10 @@ def brute_force(
     drawn = [([math.fsum(step[x] for step in g) for x in range(cells)], p) for g, p in by_step]
     assert math.isclose(math.fsum(p for _, p in drawn), 1.0, abs_tol=1e-12)
     mean = [math.fsum(p * g[x] for g, p in drawn) for x in range(cells)]
-    cov = [
-        [math.fsum(p * (g[x] - mean[x]) * (g[y] - mean[y]) for g, p in drawn) for y in range(cells)]
-        for x in range(cells)
-    ]
+    weights = [p for _, p in drawn]
+    off = [[g[x] - mean[x] for g, _ in drawn] for x in range(cells)]
+    weighted = [list(map(operator.mul, weights, row)) for row in off]
+    cov = [[math.fsum(map(operator.mul, row, other)) for other in off] for row in weighted]
     steps = [[math.fsum(p * g[t][x] for g, p in by_step) for x in range(cells)] for t in range(len(by_step[0][0]))]
     return (
         torch.tensor(mean, dtype=torch.float64).reshape(logits.shape),

@@ -1,4 +1,4 @@
-"""Estimators from anywhere; what cannot be had is in tests/test_errors.py."""
+"""Estimators from anywhere; what cannot be had is in tests/errors."""
 
 from __future__ import annotations
 

@@ -261,9 +261,8 @@ def test_an_estimator_is_enumerated_once_for_all_workers(suite: Suite, pytester:
     )
     pytester.makepyfile(losses_of_gate=noting)
     before = set(Path(tempfile.gettempdir()).glob("pgcheck-*"))
-    result = pytester.runpytest_subprocess(
-        "-p", "pgcheck.pytest_plugin", "-p", "xdist", "-n2", "--pgcheck-update", "--pgcheck-report=report.json"
-    )
+    plugins = ["-p", "pgcheck.pytest_plugin", "-p", "xdist", "-p", "no:hypothesispytest", "-p", "no:anyio"]
+    result = pytester.runpytest_subprocess(*plugins, "-n2", "--pgcheck-update", "--pgcheck-report=report.json")
     assert result.ret == 0, result.outlines
     judging = seen.read_text().split()
     counts = {pid: judging.count(pid) for pid in judging}

@@ -17,7 +17,8 @@ from pgcheck.estimators.from_loss import from_loss
 from pgcheck.problem import Problem
 from pgcheck.runs.report import Report
 from pgcheck.runs.runner import run
-from tests.quality.conftest import Once, problems
+from tests.once import Once
+from tests.quality.conftest import problems
 
 SOUND: dict[str, Estimator] = {}
 

@@ -69,13 +69,18 @@ def text() -> str:
 
 
 @pytest.fixture(scope="module")
+def with_intervals_text() -> str:
+    return report_html(with_intervals())
+
+
+@pytest.fixture(scope="module")
 def page(text: str) -> Page:
     return Page(text)
 
 
-def test_self_contained(text: str) -> None:
+def test_self_contained(text: str, with_intervals_text: str) -> None:
     assert_self_contained("rich", text)
-    assert_self_contained("intervals", report_html(with_intervals()))
+    assert_self_contained("intervals", with_intervals_text)
     assert_self_contained("alone", report_html(alone()))
 
 
@@ -136,19 +141,18 @@ def intervals(c: Comparison) -> dict[str, set[str]]:
     return out
 
 
-def test_intervals_are_drawn_wherever_they_have_a_length() -> None:
+def test_intervals_are_drawn_wherever_they_have_a_length(with_intervals_text: str) -> None:
     """Of every estimator in every figure of something sampled; none where numbers are exact; and in words, both ends."""
     c = with_intervals()
     exact = pgcheck.comparison(["reinforce", "grpo"], "dialogue/two-turn", sweeps=SWEEPS)
-    assert all(not drawn for drawn in intervals(exact).values())
-    found = intervals(c)
-    assert set(found) == set(intervals(exact)) - {"blocks"}  # those are of exact moments only
+    plain, found = intervals(exact), intervals(c)
+    assert all(not drawn for drawn in plain.values())
+    assert set(found) == set(plain) - {"blocks"}  # those are of exact moments only
     for name, drawn in found.items():
         expected = {"steps": set(), "sources": set(), "ratios": {"e1"}}  # the reference is 1 of itself
         assert drawn == expected.get(name, {"e0", "e1"}), name
-    page = report_html(c)
-    assert "are sampled (95%)" in page
-    assert re.search(r"\d \[[\d.e-]+, [\d.e-]+\]", page)
+    assert "are sampled (95%)" in with_intervals_text
+    assert re.search(r"\d \[[\d.e-]+, [\d.e-]+\]", with_intervals_text)
     assert "nothing was sampled" in report_html(exact)
 
 
@@ -192,14 +196,13 @@ def test_marks_tell_a_hundred_estimators_apart() -> None:
 # -- the script
 
 
-def test_sorting_by_a_link(text: str, tmp_path: Path) -> None:
+def test_sorting_by_a_link(text: str, with_intervals_text: str, tmp_path: Path) -> None:
     """By the numbers behind the cells: intervals, ∞ and — included."""
     frame = rich().tables["comparison"]
     found = json.loads(in_browser(text, column_of("results", 8), tmp_path, hash_="#sort=results,8,ascending"))
     assert found == [number(x) for x in sorted(frame["snr"])]
-    page = report_html(with_intervals())
     column = column_of("results", 5)
-    found = json.loads(in_browser(page, column, tmp_path, hash_="#sort=results,5,descending"))
+    found = json.loads(in_browser(with_intervals_text, column, tmp_path, hash_="#sort=results,5,descending"))
     ordered = with_intervals().tables["comparison"].sort_values("variance", ascending=False)
     assert [x.partition(" ")[0] for x in found] == [number(x) for x in ordered["variance"]]
     assert "[" in found[0]
@@ -278,7 +281,13 @@ def test_csv_of_a_table(text: str, tmp_path: Path) -> None:
 # -- files
 
 
-def test_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Path], str]:
+    """All files of a comparison, and what is said beside them."""
+    return write_tables(with_intervals(), tmp_path_factory.mktemp("written"))
+
+
+def test_files(tmp_path: Path, written: tuple[list[Path], str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A CSV for each table, to the bit; an SVG and a PNG of each figure, with a legend; one line where pyarrow lacks."""
     monkeypatch.setattr(render.importlib.util, "find_spec", lambda name: None)
     c = with_intervals()
@@ -306,19 +315,18 @@ def test_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             assert text.count("grpo") >= 1
         png = p.with_suffix(".png").read_bytes()
         assert png.startswith(b"\x89PNG")
-    again, _ = write_tables(c, tmp_path / "again")
+    again = [p for p in written[0] if p.suffix != ".parquet"]
     assert [p.read_bytes() for p in files] == [p.read_bytes() for p in again]
 
 
-def test_parquet(tmp_path: Path) -> None:
+def test_parquet(tmp_path: Path, written: tuple[list[Path], str]) -> None:
     """What is written reads back equal, to the bit and the type."""
     pytest.importorskip("pyarrow", reason="pyarrow is not installed; Parquet files were not written")
-    for c in (alone(), with_intervals()):
-        files, remark = write_tables(c, tmp_path)
+    for c, (files, remark) in ((alone(), write_tables(alone(), tmp_path)), (with_intervals(), written)):
         assert not remark
-        written = {p.stem: p for p in files if p.suffix == ".parquet"}
-        assert set(written) == {name for name, table in c.tables.items() if not table.empty}
-        for name, path in written.items():
+        found = {p.stem: p for p in files if p.suffix == ".parquet"}
+        assert set(found) == {name for name, table in c.tables.items() if not table.empty}
+        for name, path in found.items():
             pd.testing.assert_frame_equal(pd.read_parquet(path), c.tables[name])
 
 

@@ -74,6 +74,7 @@ def numbers(name: str, which: str) -> tuple[list[Problem], list[Measurement]]:
     return fitting, [measure(e, p, exact_moments([e], p)[0]) for p in fitting]
 
 
+@functools.cache
 def diagnosed(name: str, which: str) -> Diagnosis | None:
     e = named(name) if name not in registered_estimators() else find_estimator(name)
     return diagnose(e, *numbers(name, which))
