@@ -88,6 +88,8 @@ def _find(estimator: Estimator, batch: Batch, before_call: tuple[Any, ...]) -> I
             return Impurity(
                 "inputs_unchanged", f"changes its inputs: batch.{name}", "write out of place, x = x - m", moved
             )
+    if not drew and _equal(_from_seed(estimator, copied(batch).map(lambda x: x.flip(0)), 1).flip(0), first):
+        return None  # nothing that came before made a difference, and no draw
     second = _from_seed(estimator, given, 1)  # it is as it was
     if drew or (not _equal(first, second) and _equal(second, _from_seed(estimator, given, 1))):
         return Impurity(
