@@ -47,6 +47,9 @@ class Run:
         """d `[n]`, of which functions that torch evaluates have their derivatives."""
         return torch.tensor(self.d, dtype=torch.float64, requires_grad=True)
 
+    def constant(self, number: float) -> Form:
+        return Form(self, number, {}, True)
+
     def coefficients(self, loss: Tensor) -> Tensor:
         """−∂loss/∂logp `[n]`.
 
@@ -119,10 +122,10 @@ class Form:
     def total(several: Sequence[Form]) -> Form:
         """Their sum."""
         first = several[0]
-        if not all(x.known == first.known and x.run is first.run for x in several):
-            return functools.reduce(Form.plus, several)
         number, terms = 0.0, dict[int, float]()
         for x in several:
+            if x.known is not first.known or x.run is not first.run:
+                return functools.reduce(Form.plus, several)
             number += x.number
             for k, c in x.terms.items():
                 terms[k] = terms.get(k, 0.0) + c
@@ -223,7 +226,7 @@ class Unknowns(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Unknown:
         n, first = len(self._run.d), ("logp", "behavior_logp").index(name)
         forms = np.empty(n, dtype=object)
-        forms[:] = [Form(self._run, 0.0, {first * n + k: 1.0}, False) for k in range(n)]
+        forms[:] = [Form(self._run, 0.0, terms, False) for terms in _leaf(first * n, n)]
         new = _new(forms.reshape(self._shape), first == 0)
         new.shared = True
         return new
@@ -236,6 +239,11 @@ class Unknowns(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return 2
+
+
+@functools.lru_cache(32)
+def _leaf(first: int, n: int) -> list[dict[int, float]]:
+    return [{first + k: 1.0} for k in range(n)]
 
 
 def _new(forms: Any, tracked: bool) -> Unknown:
@@ -292,7 +300,7 @@ def _as_tensor(x: Unknown) -> Tensor:
 
 # -- numbers and forms side by side
 
-_EXACT = (torch.float64, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_WHOLE_NUMBERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def _constant(x: Any, beside: Unknown) -> Any:
@@ -303,7 +311,9 @@ def _constant(x: Any, beside: Unknown) -> Any:
         return float(x)
     if not isinstance(x, Tensor) or isinstance(x, Unknown) or x.requires_grad:
         raise NotLinearError
-    if x.dtype not in _EXACT and (not x.is_floating_point() or (x.dim() > 0) > (_dims(beside) > 0)):
+    if x.dtype is torch.float64:
+        return x.numpy().astype(object) if x.dim() else float(x)
+    if x.dtype not in _WHOLE_NUMBERS and (not x.is_floating_point() or (x.dim() > 0) > (_dims(beside) > 0)):
         raise NotLinearError  # beside numbers, torch calculates in the precision of an array
     return x.numpy().astype(np.float64).astype(object) if x.dim() else float(x)
 
@@ -312,8 +322,13 @@ def _each(fn: Callable[..., Form], *xs: Any) -> Any:
     """`fn` of forms and numbers; for each entry of arrays."""
     for x in xs:
         if type(x) is np.ndarray:
-            return np.frompyfunc(fn, len(xs), 1)(*xs)
+            return _for_each(fn, len(xs))(*xs)
     return fn(*xs)
+
+
+@functools.lru_cache(32)
+def _for_each(fn: Callable[..., Form], number: int) -> Callable[..., Any]:
+    return np.frompyfunc(fn, number, 1)
 
 
 def _with(fn: Callable[[Form, Any], Form], a: Any, b: Any) -> Unknown:
@@ -321,8 +336,12 @@ def _with(fn: Callable[[Form, Any], Form], a: Any, b: Any) -> Unknown:
     if not isinstance(a, Unknown):
         a, b = b, a
     if isinstance(b, Unknown):
-        return _new(_each(fn, a.forms, b.forms), a.tracked or b.tracked)
-    return _new(_each(fn, a.forms, _constant(b, a)), a.tracked)
+        x, y, tracked = a.forms, b.forms, a.tracked or b.tracked
+    else:
+        x, y, tracked = a.forms, b if type(b) is float else _constant(b, a), a.tracked
+    if type(x) is Form and type(y) is not np.ndarray:
+        return _new(fn(x, y), tracked)
+    return _new(_each(fn, x, y), tracked)
 
 
 def _dims(x: Unknown) -> int:
@@ -337,10 +356,8 @@ def _all_forms(several: Sequence[Any]) -> list[Any]:
     """Constants among them as forms that look at nothing."""
     least = min((x for x in several if isinstance(x, Unknown)), key=_dims)
     run = np.ravel(least.forms)[0].run
-    return [
-        x.forms if isinstance(x, Unknown) else _each(lambda c: Form(run, c, {}, True), _constant(x, least))
-        for x in several
-    ]
+    constant = np.frompyfunc(run.constant, 1, 1)
+    return [x.forms if isinstance(x, Unknown) else constant(_constant(x, least)) for x in several]
 
 
 _made = Tensor._make_subclass
@@ -575,7 +592,11 @@ def _where(condition: Any, a: Any, b: Any) -> Unknown:
     if not isinstance(condition, Tensor) or isinstance(condition, Unknown) or condition.dtype != torch.bool:
         raise NotLinearError
     x, y = _all_forms([a, b])
-    return _new(_each(lambda holds, x, y: x if holds else y, condition.numpy(), x, y), _tracked([a, b]))
+    return _new(_each(_chosen, condition.numpy(), x, y), _tracked([a, b]))
+
+
+def _chosen(holds: bool, x: Form, y: Form) -> Form:
+    return x if holds else y
 
 
 @_rule("masked_fill")
