@@ -268,11 +268,12 @@ def run(
     """Run a suite: every estimator on every problem, against its claims. `[tool.pgcheck]` of pyproject.toml says
     what is run; each argument takes the place of its line there."""
     from pgcheck.render.ci import on_github, outcomes_of_run, places_of, tell_github
-    from pgcheck.render.files import write_report
+    from pgcheck.render.files import refuse_file, write_report
     from pgcheck.render.progress import ProgressBar
     from pgcheck.runs.config import load_config, plan
     from pgcheck.runs.gate import exit_code
 
+    refuse_file(out)
     form = Format.json if as_json else form
     planned = plan(load_config(Path.cwd()), suite=suite, estimators=estimator or (), budget=budget)
     settings = {"engine": engine and engine.value, "tolerance": tolerance, "alpha": alpha, "beta": beta, "draws": draws,
@@ -489,11 +490,14 @@ def compare(
     from pgcheck.engines.exact import DEFAULT_BUDGET
     from pgcheck.engines.monte_carlo import Sampling
     from pgcheck.errors import UsageError
+    from pgcheck.render.files import refuse_file, write_all
     from pgcheck.render.progress import ProgressBar
 
     endings = (*_WRITERS, ".html")
     if out is not None and out.suffix not in endings:
         raise UsageError(f"out: {out.name}; its ending must be one of {', '.join(endings)}.")
+    refuse_file(out and out.parent)
+    refuse_file(tables)
     swept = _sweeps(sweeps, groups, group_sizes, staleness)
     sampled = {"draws": draws, "seed": seed, "tolerance": tolerance, "alpha": alpha, "beta": beta, "device": device,
                "bounds": bounds, "reference": reference, "workers": workers, "checkpoint": resume}  # fmt: skip
@@ -518,8 +522,6 @@ def compare(
                 files, remark = write_tables(found, tables)
                 written += [f"written: {tables} ({len(files)} files)", *([remark] if remark else [])]
     if out is not None:
-        from pgcheck.render.files import write_all
-
         write_all({out: report_html(found) if out.suffix == ".html" else _WRITERS[out.suffix](table)})
         written.insert(0, f"written: {out}")
     if as_json:
@@ -586,9 +588,10 @@ def bench(
 
     from pgcheck import bench as race
     from pgcheck.render.bench import bench_markdown
-    from pgcheck.render.files import write_all
+    from pgcheck.render.files import refuse_file, write_all
     from pgcheck.render.progress import ProgressBar
 
+    refuse_file(out)
     with ProgressBar() as progress:
         ratios = race.bench(rounds=rounds, progress=progress)
     as_text = json.dumps([asdict(r) for r in ratios], indent=1, ensure_ascii=False) + "\n"
@@ -668,9 +671,10 @@ def calibrate(
 
     from pgcheck import calibrate as calibration
     from pgcheck.render import calibration as words
-    from pgcheck.render.files import write_all
+    from pgcheck.render.files import refuse_file, write_all
     from pgcheck.render.progress import ProgressBar
 
+    refuse_file(out)
     over = calibration.laws_named(law) if law else None
     before = words.read_calibration(out / "calibration.json") if out is not None and (only or law) else None
     with ProgressBar() as progress:

@@ -56,8 +56,7 @@ def probe(
 ) -> tuple[Tensor, Batch]:
     """The random batches on which declarations are verified: rollouts `[M, B]`, and the batch; made once a problem. `moved`:
     with their rows in each of `row_orders`, one after the other. `few`: the first of them, in memory of their own."""
-    loop = isinstance(estimator.coefficients, LossCoefficients) and estimator.coefficients.lane == "loop"
-    key = estimator.needs, number // 4 if loop else number, estimator.leaf == "logits", moved, few
+    key = estimator.needs, number // 4 if is_looped(estimator) else number, estimator.leaf == "logits", moved, few
     kept = _probes.setdefault(problem, {})
     if key not in kept:
         index = Batches(table, problem.sizes).random(key[1], seed=0)
@@ -66,6 +65,11 @@ def probe(
         batch = table.batch(index, problem.group_labels, logits=key[2])
         kept[key] = index, batch.map(lambda x: x[:PURITY_PROBES]) if few else batch
     return kept[key]
+
+
+def is_looped(estimator: Estimator) -> bool:
+    """Whether it is a loss that only runs batch by batch, as far as is known."""
+    return isinstance(estimator.coefficients, LossCoefficients) and estimator.coefficients.lane == "loop"
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
@@ -113,8 +117,12 @@ def row_order_is_free(estimator: Estimator, problem: Problem, table: Trajectorie
     if not orders:
         return True
     here = coefficients_of(estimator, probe(problem, table, estimator)[1])
-    found = coefficients_of(estimator, probe(problem, table, estimator, moved=True)[1])
-    return _close(found, torch.cat([here[:, order] for order in orders]))
+    return same_in_any_order(here, coefficients_of(estimator, probe(problem, table, estimator, moved=True)[1]), orders)
+
+
+def same_in_any_order(here: Tensor, moved: Tensor, orders: list[Tensor]) -> bool:
+    """Whether coefficients `[M, B, …]` move with their rows: `moved` are those of the batches in each of the `orders`."""
+    return _close(moved, torch.cat([here[:, order] for order in orders]))
 
 
 def row_orders(problem: Problem) -> list[Tensor]:

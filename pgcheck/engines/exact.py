@@ -38,7 +38,7 @@ from pgcheck.engines.coefficients import (
     scattered,
     step_sums,
 )
-from pgcheck.engines.declarations import row_order_is_free, verify_couples, verify_purity, verify_reads
+from pgcheck.engines.declarations import is_looped, row_order_is_free, verify_couples, verify_purity, verify_reads
 from pgcheck.engines.enumeration import Batches
 from pgcheck.engines.lumped import Lumps, lump, lumped_sums
 from pgcheck.engines.moments import Moments, Progress, Sums, covariance_from
@@ -344,8 +344,7 @@ def _assemble(estimator: Estimator, problem: Problem, parts: dict[int, Sums]) ->
 
 def _cost(estimator: Estimator) -> int:
     """Of one batch, in vectorised ones."""
-    fn = estimator.coefficients
-    return LOOP_COST if isinstance(fn, LossCoefficients) and fn.lane == "loop" else 1
+    return LOOP_COST if is_looped(estimator) else 1
 
 
 def _pays(lumps: Lumps, estimator: Estimator, batches: int, budget: int) -> bool:

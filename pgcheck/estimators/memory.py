@@ -59,14 +59,17 @@ class Memory:
         keys = {asked: _bytes(batch, asked) for asked in known}
         shape, d = batch.logp.shape[1:], (batch.logp - batch.behavior_logp).flatten(1).tolist()
         one = batch.by_number()
-        left, new = [], []
+        left: list[int] = []
+        at: list[int] = []
+        found: list[Tensor] = []
+        new: list[int] = []
         for m in range(M):
             c = next((x for asked, key in keys.items() if (x := known[asked].get(key[m])) is not None), None)
             if c is None and self.pays:
                 run = Run(d[m])
-                found = self._run(one(m, Unknowns(run, shape)), run)
-                if found is not None:
-                    c, asked = found
+                answer = self._run(one(m, Unknowns(run, shape)), run)
+                if answer is not None:
+                    c, asked = answer
                     if asked not in keys:
                         keys[asked], known[asked] = _bytes(batch, asked), {}
                     known[asked][keys[asked][m]] = c
@@ -74,7 +77,10 @@ class Memory:
             if c is None:
                 left.append(m)
             else:
-                out[m] = c
+                at.append(m)
+                found.append(c)
+        if at:
+            out[at] = torch.stack(found)
         self._kept += len(new)
         if not self._verified(batch, out, new[:_VERIFIED]):
             self._known, self._tried, self._linear = {}, _PATIENCE, 0

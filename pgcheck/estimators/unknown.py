@@ -1,14 +1,8 @@
-"""Log-probabilities that are not known: what a loss does with them, where that is linear or only looks at their ratios.
+"""Tensors of log-probabilities that are not known, to find out what a loss does with them.
 
-An `Unknown` is a tensor of forms. With n = B·T and d = logp − behavior_logp, which is known, a `Form` is one of two things:
-
-* linear: Σ_(i,t) (p_it logp_it + q_it behavior_logp_it) + a number;
-* a function of d: its value, and its derivatives by the d_it.
-
-Forms are added up and multiplied by what is known; tensors of them are indexed, stacked and summed, with rules that are few and
-as in NumPy. What is linear with p = −q is a function of d; of such there are products, exp, clamp, min and max by rules, and
-whatever else by torch, to which it is the tensor that it is. Everything else is refused: what is not known has no
-exponential, and is not compared.
+An `Unknown` is a tensor of forms (`pgcheck.estimators.forms`). They are indexed, stacked and summed by rules that are few
+and as in NumPy; what has no rule is done by torch, to the tensor that a function of d = logp − behavior_logp is. All the
+rest is refused: what is not known has no exponential, and is not compared.
 
 Guarantee: what gets through has looked at no log-probability, only at d. A refusal is noted (`Run.refused`), so that it counts
 also where the loss catches the exception. To all that gets around these rules an `Unknown` is a tensor on the device "meta",
@@ -29,9 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-
-class NotLinearError(RuntimeError):
-    """Something was asked of an `Unknown` that it has no answer to."""
+from pgcheck.estimators.forms import Form, NotLinearError
 
 
 class Run:
@@ -53,7 +45,7 @@ class Run:
         Raises:
             NotLinearError: something was refused, the loss is of another run, or c is not finite.
         """
-        if self.refused or (isinstance(loss, Unknown) and loss.forms.run is not self):
+        if self.refused or (isinstance(loss, Unknown) and loss.run is not self):
             raise NotLinearError
         if isinstance(loss, Unknown):
             terms = loss.forms.terms
@@ -74,134 +66,10 @@ class Run:
             x.copy_(value)
 
 
-class Form:
-    """Linear: Σ_k terms[k] x_k + number, with x = (logp, behavior_logp) of 2n entries. Or a function of d: number is its value,
-    terms[k] its derivative by d_k."""
-
-    __slots__ = ("known", "number", "run", "terms")
-
-    def __init__(self, run: Run, number: float, terms: dict[int, float], known: bool) -> None:
-        self.run, self.number, self.terms, self.known = run, number, terms, known
-
-    def plus(self, other: Form | float, sign: float = 1.0) -> Form:
-        """self + sign · other."""
-        if not isinstance(other, Form):
-            return Form(self.run, self.number + sign * other, self.terms, self.known)
-        a, b = self, other
-        if a.run is not b.run:
-            raise NotLinearError
-        if a.known != b.known:
-            a, b = a.linear(), b.linear()
-        terms = a.terms.copy()
-        for k, c in b.terms.items():
-            terms[k] = terms.get(k, 0.0) + sign * c
-        return Form(a.run, a.number + sign * b.number, terms, a.known)
-
-    def times(self, other: Form | float) -> Form:
-        """A product; of two forms, where both are known."""
-        if not isinstance(other, Form):
-            return Form(self.run, self.number * other, {k: c * other for k, c in self.terms.items()}, self.known)
-        a, b = self.of_d(), other.of_d()
-        product = a.times(b.number).plus(b.times(a.number))
-        product.number = a.number * b.number
-        return product
-
-    def over(self, number: float) -> Form:
-        """Divided; by 0 only torch can."""
-        if number == 0:
-            raise NotLinearError
-        return Form(self.run, self.number / number, {k: c / number for k, c in self.terms.items()}, self.known)
-
-    def minus(self, other: Form | float) -> Form:
-        return self.plus(other, -1.0)
-
-    @staticmethod
-    def total(several: Sequence[Form]) -> Form:
-        """Their sum."""
-        first = several[0]
-        if not all(x.known == first.known and x.run is first.run for x in several):
-            return functools.reduce(Form.plus, several)
-        number, terms = 0.0, dict[int, float]()
-        for x in several:
-            number += x.number
-            for k, c in x.terms.items():
-                terms[k] = terms.get(k, 0.0) + c
-        return Form(first.run, number, terms, first.known)
-
-    __add__ = plus  # of arrays of forms
-
-    def of_d(self) -> Form:
-        """The function of d that it is.
-
-        Raises:
-            NotLinearError: it is none.
-        """
-        if self.known:
-            return self
-        d, terms, n = self.run.d, self.terms, len(self.run.d)
-        value, derivatives = self.number, {}
-        for k, c in terms.items():
-            if k < n:
-                derivatives[k] = c
-                value += c * d[k]
-            if c != -terms.get(k + n if k < n else k - n, 0.0):
-                raise NotLinearError
-        return Form(self.run, value, derivatives, True)
-
-    def linear(self) -> Form:
-        """Of a function of d, its tangent."""
-        if not self.known:
-            return self
-        d, n = self.run.d, len(self.run.d)
-        number = self.number - sum(c * d[k] for k, c in self.terms.items())
-        return Form(self.run, number, self.terms | {k + n: -c for k, c in self.terms.items()}, False)
-
-    def detached(self) -> Form:
-        """Without a gradient; logp = behavior_logp + d."""
-        if self.known:
-            return Form(self.run, self.number, {}, True)
-        d, n = self.run.d, len(self.run.d)
-        number, terms = self.number, dict[int, float]()
-        for k, c in self.terms.items():
-            number += c * d[k] if k < n else 0.0
-            terms[k if k >= n else k + n] = terms.get(k if k >= n else k + n, 0.0) + c
-        return Form(self.run, number, terms, False)
-
-    def exp(self) -> Form:
-        x = self.of_d()
-        value = _exp(x.number)
-        return Form(self.run, value, {k: c * value for k, c in x.terms.items()}, True)
-
-    def clamped(self, low: float, high: float) -> Form:
-        x = self.of_d()
-        if low <= x.number <= high:
-            return x
-        if x.number != x.number:
-            raise NotLinearError
-        return Form(self.run, low if x.number < low else high, {}, True)
-
-    def smaller(self, other: Form | float, sign: float = 1.0) -> Form:
-        """The minimum; where both are the same, each has half of the gradient. With sign −1 the maximum."""
-        a = self.of_d()
-        b = other.of_d() if isinstance(other, Form) else Form(self.run, other, {}, True)
-        gap = sign * (b.number - a.number)
-        if gap != gap:
-            raise NotLinearError
-        return a if gap > 0 else b if gap < 0 else a.plus(b).times(0.5)
-
-    def larger(self, other: Form | float) -> Form:
-        return self.smaller(other, -1.0)
-
-
-@functools.lru_cache(4096)
-def _exp(x: float) -> float:
-    """To the last digit as torch has it."""
-    return torch.tensor(x, dtype=torch.float64).exp().item()
-
-
 class Unknown(Tensor):
     """See the module."""
 
+    run: Run
     forms: Any  # a Form, or an array of them
     tracked: bool  # whether torch would say that it requires a gradient
     shared = False  # whether it is, or has, a view: then nothing is written to it
@@ -223,8 +91,8 @@ class Unknowns(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Unknown:
         n, first = len(self._run.d), ("logp", "behavior_logp").index(name)
         forms = np.empty(n, dtype=object)
-        forms[:] = [Form(self._run, 0.0, {first * n + k: 1.0}, False) for k in range(n)]
-        new = _new(forms.reshape(self._shape), first == 0)
+        forms[:] = [Form(self._run.d, 0.0, terms, False) for terms in _leaf(first * n, n)]
+        new = _new(self._run, forms.reshape(self._shape), first == 0)
         new.shared = True
         return new
 
@@ -238,9 +106,14 @@ class Unknowns(Mapping[str, Tensor]):
         return 2
 
 
-def _new(forms: Any, tracked: bool) -> Unknown:
+@functools.lru_cache(32)
+def _leaf(first: int, n: int) -> list[dict[int, float]]:
+    return [{first + k: 1.0} for k in range(n)]
+
+
+def _new(run: Run, forms: Any, tracked: bool) -> Unknown:
     new: Unknown = _made(Unknown, _NOWHERE)
-    new.forms, new.tracked = forms, tracked
+    new.run, new.forms, new.tracked = run, forms, tracked
     return new
 
 
@@ -264,8 +137,7 @@ def _ask(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _note(x: Unknown) -> None:
-    for form in np.ravel(x.forms):
-        form.run.refused = True
+    x.run.refused = True
 
 
 def _refuse(x: Unknown) -> Tensor:
@@ -284,7 +156,7 @@ def _as_tensor(x: Unknown) -> Tensor:
     value = _value(x)
     if not x.tracked:
         return value
-    leaf = np.ravel(x.forms)[0].run.leaf
+    leaf = x.run.leaf
     forms = [form.of_d() for form in np.ravel(x.forms)]
     rows = torch.tensor([[form.terms.get(k, 0.0) for k in range(len(leaf))] for form in forms], dtype=torch.float64)
     return value + (rows @ (leaf - leaf.detach())).view(value.shape)
@@ -292,7 +164,7 @@ def _as_tensor(x: Unknown) -> Tensor:
 
 # -- numbers and forms side by side
 
-_EXACT = (torch.float64, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_WHOLE_NUMBERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def _constant(x: Any, beside: Unknown) -> Any:
@@ -303,7 +175,9 @@ def _constant(x: Any, beside: Unknown) -> Any:
         return float(x)
     if not isinstance(x, Tensor) or isinstance(x, Unknown) or x.requires_grad:
         raise NotLinearError
-    if x.dtype not in _EXACT and (not x.is_floating_point() or (x.dim() > 0) > (_dims(beside) > 0)):
+    if x.dtype is torch.float64:
+        return x.numpy().astype(object) if x.dim() else float(x)
+    if x.dtype not in _WHOLE_NUMBERS and (not x.is_floating_point() or (x.dim() > 0) > (_dims(beside) > 0)):
         raise NotLinearError  # beside numbers, torch calculates in the precision of an array
     return x.numpy().astype(np.float64).astype(object) if x.dim() else float(x)
 
@@ -312,8 +186,13 @@ def _each(fn: Callable[..., Form], *xs: Any) -> Any:
     """`fn` of forms and numbers; for each entry of arrays."""
     for x in xs:
         if type(x) is np.ndarray:
-            return np.frompyfunc(fn, len(xs), 1)(*xs)
+            return _for_each(fn, len(xs))(*xs)
     return fn(*xs)
+
+
+@functools.lru_cache(32)
+def _for_each(fn: Callable[..., Form], number: int) -> Callable[..., Any]:
+    return np.frompyfunc(fn, number, 1)
 
 
 def _with(fn: Callable[[Form, Any], Form], a: Any, b: Any) -> Unknown:
@@ -321,26 +200,29 @@ def _with(fn: Callable[[Form, Any], Form], a: Any, b: Any) -> Unknown:
     if not isinstance(a, Unknown):
         a, b = b, a
     if isinstance(b, Unknown):
-        return _new(_each(fn, a.forms, b.forms), a.tracked or b.tracked)
-    return _new(_each(fn, a.forms, _constant(b, a)), a.tracked)
+        if a.run is not b.run:
+            raise NotLinearError
+        x, y, tracked = a.forms, b.forms, a.tracked or b.tracked
+    else:
+        x, y, tracked = a.forms, b if type(b) is float else _constant(b, a), a.tracked
+    if type(x) is Form and type(y) is not np.ndarray:
+        return _new(a.run, fn(x, y), tracked)
+    return _new(a.run, _each(fn, x, y), tracked)
 
 
 def _dims(x: Unknown) -> int:
     return x.forms.ndim if type(x.forms) is np.ndarray else 0
 
 
-def _tracked(several: Sequence[Any]) -> bool:
-    return any(isinstance(x, Unknown) and x.tracked for x in several)
-
-
-def _all_forms(several: Sequence[Any]) -> list[Any]:
-    """Constants among them as forms that look at nothing."""
-    least = min((x for x in several if isinstance(x, Unknown)), key=_dims)
-    run = np.ravel(least.forms)[0].run
-    return [
-        x.forms if isinstance(x, Unknown) else _each(lambda c: Form(run, c, {}, True), _constant(x, least))
-        for x in several
-    ]
+def _beside(several: Sequence[Any]) -> tuple[Run, list[Any], bool]:
+    """The run of those that are unknown; the forms of all, those of constants look at nothing; and whether one is tracked."""
+    unknown = [x for x in several if isinstance(x, Unknown)]
+    least = min(unknown, key=_dims)
+    if any(x.run is not least.run for x in unknown):
+        raise NotLinearError
+    constant = np.frompyfunc(lambda number: Form(least.run.d, number, {}, True), 1, 1)
+    forms = [x.forms if isinstance(x, Unknown) else constant(_constant(x, least)) for x in several]
+    return least.run, forms, any(x.tracked for x in unknown)
 
 
 _made = Tensor._make_subclass
@@ -407,7 +289,7 @@ def _times(a: Any, b: Any) -> Unknown:
 def _over(a: Any, b: Any) -> Unknown:
     if not isinstance(a, Unknown):
         raise NotLinearError
-    return _new(_each(Form.over, a.forms, _constant(b, a)), a.tracked)
+    return _new(a.run, _each(Form.over, a.forms, _constant(b, a)), a.tracked)
 
 
 @_rule("neg", "__neg__", "negative")
@@ -432,27 +314,27 @@ def _becomes(total: Any, new: Unknown) -> Any:
     if not isinstance(total, Unknown):
         if total.dtype != torch.float64 or total._is_view():
             raise NotLinearError
-        new.forms.run.written.append((total, total.clone()))
+        new.run.written.append((total, total.clone()))
         total.fill_(math.nan)
         total.__class__ = Unknown
     elif total.shared:
         raise NotLinearError
-    total.forms, total.tracked = new.forms, new.tracked
+    total.run, total.forms, total.tracked = new.run, new.forms, new.tracked
     return total
 
 
 def _reduced(x: Any, dim: Any, keepdim: bool) -> tuple[Unknown, int]:
     n = _dims(x)
     if dim is None and n and x.forms.size and not keepdim:
-        return _new(Form.total(list(x.forms.flat)), x.tracked), x.forms.size
+        return _new(x.run, Form.total(list(x.forms.flat)), x.tracked), x.forms.size
     dims = range(n) if dim is None else dim if isinstance(dim, (tuple, list)) else (dim,)
     axes = tuple(d + n if d < 0 else d for d in dims)
     if n == 0 and not axes:
-        return _new(x.forms, x.tracked), 1
+        return _new(x.run, x.forms, x.tracked), 1
     number = math.prod(x.forms.shape[a] for a in axes)
     if not axes or number == 0:
         raise NotLinearError
-    return _new(x.forms.sum(axes, keepdims=keepdim), x.tracked), number
+    return _new(x.run, x.forms.sum(axes, keepdims=keepdim), x.tracked), number
 
 
 @_rule("sum")
@@ -483,7 +365,7 @@ def _detach(x: Unknown) -> Unknown:
 
 @_rule("exp")
 def _exponential(x: Unknown) -> Unknown:
-    return _new(_each(Form.exp, x.forms), x.tracked)
+    return _new(x.run, _each(Form.exp, x.forms), x.tracked)
 
 
 @_rule("clamp", "clip")
@@ -491,7 +373,7 @@ def _clamp(x: Unknown, min: Any = None, max: Any = None) -> Unknown:
     low, high = (-math.inf if min is None else min), (math.inf if max is None else max)
     if not isinstance(low, (float, int)) or not isinstance(high, (float, int)) or not low <= high:
         raise NotLinearError
-    return _new(_each(Form.clamped, x.forms, float(low), float(high)), x.tracked)
+    return _new(x.run, _each(Form.clamped, x.forms, float(low), float(high)), x.tracked)
 
 
 @_rule("min", "minimum")
@@ -534,7 +416,7 @@ _FUNCTIONS = _LOOKS | _of_torch(
 def _view(forms: Any, x: Unknown, *, tracked: bool | None = None) -> Unknown:
     if type(forms) is np.ndarray and forms.ndim == 0:
         forms = forms[()]
-    new = _new(forms, x.tracked if tracked is None else tracked)
+    new = _new(x.run, forms, x.tracked if tracked is None else tracked)
     new.shared = x.shared = True
     return new
 
@@ -574,8 +456,12 @@ def _place(i: Any) -> Any:
 def _where(condition: Any, a: Any, b: Any) -> Unknown:
     if not isinstance(condition, Tensor) or isinstance(condition, Unknown) or condition.dtype != torch.bool:
         raise NotLinearError
-    x, y = _all_forms([a, b])
-    return _new(_each(lambda holds, x, y: x if holds else y, condition.numpy(), x, y), _tracked([a, b]))
+    run, (x, y), tracked = _beside([a, b])
+    return _new(run, _each(_chosen, condition.numpy(), x, y), tracked)
+
+
+def _chosen(holds: bool, x: Form, y: Form) -> Form:
+    return x if holds else y
 
 
 @_rule("masked_fill")
@@ -586,23 +472,25 @@ def _filled(x: Any, mask: Any, value: Any) -> Unknown:
     return filled
 
 
-def _arrays(several: Sequence[Any]) -> list[Forms]:
-    out = []
-    for forms in _all_forms([_tensor(x) for x in several]):
-        array = np.empty(np.shape(forms), dtype=object)
-        array[()] = forms
-        out.append(array)
-    return out
+def _joined(fn: Callable[..., Any], several: Sequence[Any], dim: int) -> Unknown:
+    run, forms, tracked = _beside([_tensor(x) for x in several])
+    return _new(run, fn([_array(x) for x in forms], dim), tracked)
+
+
+def _array(forms: Any) -> Forms:
+    array = np.empty(np.shape(forms), dtype=object)
+    array[()] = forms
+    return array
 
 
 @_rule("stack")
 def _stack(several: Sequence[Any], dim: int = 0) -> Unknown:
-    return _new(np.stack(_arrays(several), dim), _tracked(several))
+    return _joined(np.stack, several, dim)
 
 
 @_rule("cat", "concat")
 def _cat(several: Sequence[Any], dim: int = 0) -> Unknown:
-    return _new(np.concatenate(_arrays(several), dim), _tracked(several))
+    return _joined(np.concatenate, several, dim)
 
 
 @_rule("unbind")
@@ -620,9 +508,7 @@ def _iter(x: Any) -> Iterator[Unknown]:
 @_rule("reshape", "view")
 def _reshape(x: Any, *shape: Any) -> Unknown:
     sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
-    array = np.empty(_shape(x), dtype=object)
-    array[()] = x.forms
-    return _view(array.reshape(sizes), x)
+    return _view(_array(x.forms).reshape(sizes), x)
 
 
 @_rule("flatten", "ravel")
@@ -637,7 +523,7 @@ def _unsqueeze(x: Any, dim: int) -> Unknown:
 
 @_rule("clone")
 def _clone(x: Any) -> Unknown:
-    return _new(x.forms, x.tracked)
+    return _new(x.run, x.forms, x.tracked)
 
 
 @_rule("double", "contiguous")

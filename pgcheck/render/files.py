@@ -76,6 +76,17 @@ def write_all(contents: Mapping[Path, str | bytes]) -> list[Path]:
     return list(contents)
 
 
+def refuse_file(folder: Path | None) -> None:
+    """Before the work that makes what is to be written there.
+
+    Raises:
+        UsageError: the folder is a file, or would be in one.
+    """
+    there = next((path for path in (folder, *folder.parents) if os.path.exists(path)), None) if folder else None
+    if there is not None and not there.is_dir():
+        raise UsageError(f"out: cannot write {folder}: {there} is a file, not a folder.")
+
+
 def _beside(path: Path) -> str:
     return f".{path.name}.pgcheck-"
 

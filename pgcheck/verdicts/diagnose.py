@@ -28,6 +28,7 @@ from pgcheck.batch import Batch
 from pgcheck.engines.coefficients import coefficients_of
 from pgcheck.engines.declarations import probe
 from pgcheck.engines.exact import exact_moments
+from pgcheck.engines.expected import expected_gradients
 from pgcheck.errors import PgcheckError
 from pgcheck.estimators import aggregation, ratios
 from pgcheck.estimators.aggregation import Aggregation
@@ -159,8 +160,8 @@ def _without_discount(coefficients: Coefficients, batch: Batch) -> Tensor:
 def identify(estimator: Estimator, problems: Sequence[Problem], measured: Sequence[Measurement]) -> Diagnosis | None:
     """∇J, the zoo entry or the known mistake that has the same expectation up to a factor, if there is one.
 
-    A sieve: every candidate is tried on the problem that tells most apart for its price, those left on the next, and so
-    on; what is left after `TRIED_PROBLEMS` is compared on all the others, those without a bias included.
+    A sieve: of the `TRIED_PROBLEMS` that tell most apart every candidate is tried on the cheapest, those left on the next, and
+    so on; what is left is compared on all the others, those without a bias included.
     """
     pairs = [(p, m) for p, m in zip(problems, measured, strict=True) if m.size > 0]
     wrong = [(p, m) for p, m in pairs if m.finding != "unbiased"]
@@ -187,11 +188,13 @@ def _identified(
         c.estimator.name: (c, []) for c in known if c.estimator.coefficients is not estimator.coefficients
     }
     tried = ordered[:TRIED_PROBLEMS]
-    for p, m in tried:
+    for p, m in sorted(tried, key=lambda pair: pair[1].enumerated):
         left = _sieved(left, p, m)
+    place = {p.name: i for i, (p, _) in enumerate(tried)}
     rest = [*ordered[TRIED_PROBLEMS:], *((p, m) for p, m in pairs if m.finding == "unbiased")]
     matches = []
-    for candidate, rows in left.values():
+    for candidate, unordered in left.values():
+        rows = sorted(unordered, key=lambda row: place[row[0].name])
         if len(rows) < max(1, len(tried) - 1) or _is_multiple_of_truth(rows):
             continue
         exact = _match(candidate.entry or candidate.estimator.name, rows)
@@ -298,6 +301,12 @@ def _rows(estimators: Sequence[Estimator], p: Problem, m: Measurement) -> dict[s
 
 
 def expectations(estimators: Sequence[Estimator], p: Problem) -> dict[str, Tensor]:
+    """E ĝ of each by name, without those where it cannot be had."""
+    found = {e.name: x for e, x in zip(estimators, expected_gradients(estimators, p), strict=True) if x is not None}
+    return found | _enumerated([e for e in estimators if e.name not in found], p)
+
+
+def _enumerated(estimators: Sequence[Estimator], p: Problem) -> dict[str, Tensor]:
     """All at once; if one of them cannot be had, by halves. That they are functions of their batch is not tried again."""
     try:
         moments = exact_moments(estimators, p, budget=TRY_BUDGET, functions=True)
@@ -305,7 +314,7 @@ def expectations(estimators: Sequence[Estimator], p: Problem) -> dict[str, Tenso
         if len(estimators) == 1:
             return {}
         half = len(estimators) // 2
-        return expectations(estimators[:half], p) | expectations(estimators[half:], p)
+        return _enumerated(estimators[:half], p) | _enumerated(estimators[half:], p)
     return {e.name: x.mean for e, x in zip(estimators, moments, strict=True)}
 
 

@@ -104,6 +104,9 @@ $ pgcheck compare reinforce --problem bandit/two-arm --no-sweeps --tables mine.p
 case("a folder that is a file", '''
 $ pgcheck run small.toml --out mine.py
 ''')  # fmt: skip
+case("a folder that cannot be made", f'''
+$ pgcheck run small.toml --out {"n" * 256}
+''')  # fmt: skip
 case("a suite with a typo", '''
 $ pgcheck run typo.toml
 ''')  # fmt: skip

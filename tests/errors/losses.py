@@ -151,6 +151,11 @@ class Loss:
         return -(batch.episode_return[:, None] * batch.logp * batch.mask).sum(-1).mean()
 pgcheck.check_estimator(Loss, "dialogue/two-turn")
 ''')  # fmt: skip
+case("a function that makes losses", '''
+def make(eps=0.1):
+    return lambda batch: -(batch.episode_return[:, None] * batch.logp * batch.mask).sum(-1).mean()
+pgcheck.check_estimator(make, "dialogue/two-turn")
+''')  # fmt: skip
 
 case = section("Coefficients that break their contract")
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from pgcheck.batch import Batch
 from pgcheck.engines.exact import exact_moments
 from pgcheck.errors import EstimatorError
+from pgcheck.estimators.forms import NotLinearError
 from pgcheck.estimators.from_loss import LossCoefficients, from_loss
-from pgcheck.estimators.unknown import NotLinearError, Run, Unknown, Unknowns
+from pgcheck.estimators.unknown import Run, Unknown, Unknowns
 from tests.engines.oracle import dialogue
 from tests.estimators.test_from_loss import batch_by_batch, random_batch
 

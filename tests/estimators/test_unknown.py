@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from pgcheck.batch import Batch
+from pgcheck.estimators.forms import NotLinearError
 from pgcheck.estimators.from_loss import LossCoefficients
+from pgcheck.estimators.unknown import Run, Unknown, Unknowns
 from tests.estimators.test_from_loss import batch_by_batch, random_batch
 
 M = 60
@@ -299,3 +301,21 @@ def test_what_some_batches_do_is_done_as_by_autograd(trick: Callable[[Batch], Te
     assert 4 < int(played.sum()) < M / 2
     assert not played[:2].any()
     torch.testing.assert_close(remembered(loss, batch), batch_by_batch(loss, batch), rtol=1e-12, atol=1e-14)
+
+
+MIXTURES: list[Callable[[Tensor, Tensor], Tensor]] = [
+    torch.min, torch.add, torch.mul, lambda a, b: torch.stack([a, b]), lambda a, b: torch.where(torch.tensor(True), b, a),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mix", MIXTURES)
+def test_what_is_left_of_another_call_is_not_mixed_in(mix: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """A loss may keep a tensor. Where it is known, it is a constant now; where it is not, that is noted on both."""
+    runs = [Run([0.1]), Run([0.2])]
+    both = [Unknowns(run, torch.Size([1, 1])) for run in runs]
+    known = [(x["logp"] - x["behavior_logp"])[0, 0] for x in both]
+    assert not isinstance(mix(*known), Unknown)
+    assert not any(run.refused for run in runs)
+    with pytest.raises(NotLinearError):
+        mix(*(x["logp"][0, 0] for x in both))
+    assert all(run.refused for run in runs)

@@ -23,7 +23,7 @@ def test_a_bar_after_that(monkeypatch: pytest.MonkeyPatch) -> None:
     """One task for each thing under way, with what is done of it; finished ones are hidden."""
     screen = io.StringIO()
     monkeypatch.setattr(progress, "PATIENCE", 0.0)
-    monkeypatch.setattr(progress, "Console", lambda stderr: Console(file=screen, force_terminal=True, width=100))
+    monkeypatch.setattr("rich.console.Console", lambda stderr: Console(file=screen, force_terminal=True, width=100))
     with ProgressBar(enabled=True) as bar:
         bar("tree/tokens: grpo", 3, 10)
         bar("problems", 1, 2)
