@@ -38,6 +38,7 @@ from pgcheck.engines.coefficients import (
     scattered,
 )
 from pgcheck.engines.declarations import verify_purity
+from pgcheck.engines.lanes import AnyJudge, Grains, Lane, Record, Scale, evaluate, take
 from pgcheck.engines.moments import Moments, Progress
 from pgcheck.engines.scores import Draws, scores_of
 from pgcheck.engines.threads import one_thread
@@ -49,10 +50,6 @@ from pgcheck.generation import draws_at_once
 from pgcheck.memory import keep_freed_memory
 from pgcheck.problem import Problem
 from pgcheck.sampling import Sampler, as_device
-from pgcheck.statistics.certificate import gram_blocks
-from pgcheck.statistics.grain import Grain
-from pgcheck.statistics.guarded import Floats
-from pgcheck.statistics.open_scale import OpenJudge
 from pgcheck.statistics.sequential import CONFIDENCE, GRAIN, SHARE, Interval, Judge, Settings, confidence_after
 from pgcheck.statistics.variance import Pairs
 from pgcheck.trajectories import SideTable, Trajectories, is_count
@@ -61,13 +58,10 @@ DEFAULT_DRAWS = 262_144  # most draws of one problem
 MOST_COORDINATES = 16_384  # P: a grain of them is 128 MiB
 _AT_ONCE = 32  # grains that are taken as one
 _MOST_NUMBERS = 2**21  # of an array of draws, or of what they are evaluated from
-_FORMAT = "pgcheck-checkpoint/6"
+_FORMAT = "pgcheck-checkpoint/7"
 _SCORES_A_POSITION = 8  # entries of a table of scores that cost as much as one position of the draws
 _ROUNDING = 1e-14  # a gradient below this part of the rewards is 0
 _FIRST = 64  # draws whose estimates are part of a checkpoint's identity
-
-Scale = float | None
-AnyJudge = Judge | OpenJudge
 
 
 class Space(Protocol):
@@ -303,82 +297,6 @@ def _check_counts(**given: Any) -> None:
             raise UsageError(f"{name}: {x!r}; it must be an integer of at least {least}.")
 
 
-@dataclass(frozen=True)
-class _Grains:
-    """What grains of draws that are taken at once have to say of an estimator."""
-
-    draws: Grain
-    r: Tensor | None  # an unbiased estimate of ∇J drawn beside each
-    account: Account
-    paired: Account | None
-
-
-@dataclass
-class _Lane:
-    """One estimator: what is known of it."""
-
-    estimator: Estimator
-    judges: dict[Scale, AnyJudge]
-    account: Account | None = None
-    paired: Account | None = None  # of x − r + reference, where an estimate r of ∇J is drawn beside x
-    centre: Tensor | None = None  # the mean of the first grain
-    pairs: Pairs | None = None  # ‖x − centre‖² beside that of the estimator that it is compared to
-
-    def evaluated(self, x: Tensor, r: Tensor | None, reference: Tensor, grain: int) -> _Grains:
-        """What is to be taken of grains from number `grain` on."""
-        draws = Grain.of(x, self.centre)
-
-        def account(of: Grain, *, judged: bool) -> Account:
-            return Account.of_grain(of, reference, blocks=None if judged else gram_blocks(of.x, grain, GRAIN))
-
-        if r is None:
-            return _Grains(draws, None, account(draws, judged=self._judged), None)
-        r = r.detach().to(torch.float64)
-        beside = Grain.of(draws.x - r + reference, reference)
-        return _Grains(draws, r, account(draws, judged=False), account(beside, judged=self._judged))
-
-    def pair(self, squares: Floats, of_other: Floats) -> None:
-        """Squared distances of the next draws, and those of the other."""
-        new = Pairs.of(squares, of_other)
-        self.pairs = new if self.pairs is None else self.pairs.merge(new)
-
-    def take(self, new: _Grains) -> None:
-        """The next grains."""
-        self.centre = new.draws.centre
-        self.account = new.account if self.account is None else self.account.merge(new.account)
-        if new.paired is not None:
-            self.paired = new.paired if self.paired is None else self.paired.merge(new.paired)
-        for judge in self.judges.values():
-            judge.update(new.draws, new.r if judge.paired else None)
-
-    @property
-    def _judged(self) -> bool:
-        """κ = 1 has a judge, whose spectrum is that of X − μ, or of X − r where r stands for μ."""
-        return 1.0 in self.judges
-
-    @property
-    def accounts(self) -> tuple[Account, Account | None]:
-        """That of X, and the paired one, each with its spectrum."""
-        account, paired = self.account, self.paired
-        assert account is not None
-        if self._judged and paired is None:
-            account = replace(account, spectrum=self.judges[1.0].spectrum)
-        elif self._judged and paired is not None:
-            paired = replace(paired, spectrum=self.judges[1.0].spectrum)
-        return account, paired
-
-    @property
-    def off_centre(self) -> float:
-        """‖E x − centre‖², by which E‖x − centre‖² is more than the variance."""
-        assert self.account is not None
-        assert self.centre is not None
-        return float((self.account.mean - self.centre).square().sum())
-
-    @property
-    def done(self) -> bool:
-        return bool(self.judges) and all(j.decided for j in self.judges.values())
-
-
 @dataclass
 class _Run:
     """The loop over grains."""
@@ -392,18 +310,20 @@ class _Run:
     scales: Sequence[Sequence[Scale]]
     beside: int | None = None
     grain: int = 0  # the next
-    lanes: list[_Lane] = field(init=False)
-    _workers: Workers[dict[int, _Grains]] | None = field(init=False)
+    lanes: list[Lane] = field(init=False)
+    _workers: Workers[dict[int, Grains]] | None = field(init=False)
 
     def __post_init__(self) -> None:
         self.lanes = [
-            _Lane(e, {κ: self._judge(κ) for κ in asked}) for e, asked in zip(self.estimators, self.scales, strict=True)
+            Lane(e, Record({κ: self._judge(κ) for κ in asked}))
+            for e, asked in zip(self.estimators, self.scales, strict=True)
         ]
         needs = dict.fromkeys(e.needs for e in self.estimators)
         self._samplers: dict[tuple[SideTable, ...], Sampler] = {
             n: self.problem.sampler(seed=self.seed, needs=n, device=self.device) for n in needs
         }
         self._stack, self._workers = ExitStack(), None
+        self._told: dict[Record, Moments] = {}
         self._processes, self._given = 1, 0
         positions = self.problem.rows * self.problem.steps
         self._at_once = min(_AT_ONCE, max(1, _MOST_NUMBERS // (GRAIN * len(self.reference))))
@@ -424,13 +344,13 @@ class _Run:
         return self.space.reference.to(self.device)
 
     @property
-    def active(self) -> list[_Lane]:
+    def active(self) -> list[Lane]:
         """Those that are not judged yet."""
-        return [lane for lane in self.lanes if not lane.done]
+        return [lane for lane in self.lanes if not lane.record.done]
 
     @property
     def _undecided(self) -> list[int]:
-        return [i for i, lane in enumerate(self.lanes) if not lane.done]
+        return [i for i, lane in enumerate(self.lanes) if not lane.record.done]
 
     def _size(self, grain: int, last: int) -> int:
         """Grains from number `grain` on that are drawn, evaluated and taken as one; what they are depends on no more than
@@ -446,11 +366,10 @@ class _Run:
             for i in now:
                 if i != self.beside:
                     self.lanes[i].pair(evaluated[i].draws.spread.cpu().numpy(), of_other)
-        for i in now:
-            self.lanes[i].take(evaluated[i])
+        take([self.lanes[i] for i in now], [evaluated[i] for i in now])
         self.grain += self._size(self.grain, last)
 
-    def _next(self, last: int) -> dict[int, _Grains]:
+    def _next(self, last: int) -> dict[int, Grains]:
         if self._workers is None:
             if self._processes == 1 or self.grain == 0:  # the first has the centres, which workers are to know
                 return self._evaluated(self.grain, self._size(self.grain, last), self._undecided)
@@ -462,12 +381,11 @@ class _Run:
             self._given += size
         return self._workers.take()
 
-    def _evaluated(self, grain: int, size: int, numbers: Sequence[int]) -> dict[int, _Grains]:
+    def _evaluated(self, grain: int, size: int, numbers: Sequence[int]) -> dict[int, Grains]:
         """What `size` grains are to be taken as, by number of the estimator."""
-        found = self._estimates([self.lanes[i].estimator for i in numbers], grain * GRAIN, size * GRAIN)
-        return {
-            i: self.lanes[i].evaluated(x, r, self.reference, grain) for i, (x, r) in zip(numbers, found, strict=True)
-        }
+        lanes = [self.lanes[i] for i in numbers]
+        found = self._estimates([lane.estimator for lane in lanes], grain * GRAIN, size * GRAIN)
+        return dict(zip(numbers, evaluate(lanes, found, self.reference, grain), strict=True))
 
     @contextmanager
     def in_processes(self, count: int) -> Iterator[None]:
@@ -530,31 +448,39 @@ class _Run:
     def found(self, i: int) -> Moments:
         """What is known of an estimator."""
         lane = self.lanes[i]
-        account, paired = lane.accounts
         fn = lane.estimator.coefficients
         how = fn.lane or "loop" if isinstance(fn, LossCoefficients) else "coefficients"
-        in_logits = isinstance(self.space, LogitSpace)
-        shape = tuple(self.problem.logits.shape) if in_logits else (1, len(self.reference))
-        confidence = confidence_after(account.n, self.settings) if lane.judges else CONFIDENCE
-        found = account.moments(
-            self.reference,
-            shape=shape,  # type: ignore[arg-type]
-            confidence=confidence,
-            enumerated=account.n,
-            lane=how,
-            policy=self.problem.policy if in_logits else None,
-            seed=self.seed,
-            judgements={κ: judge.verdict() for κ, judge in lane.judges.items()},
-            first=lane.centre,
-        )
-        if paired is not None:
-            found = _with_bias_of(found, paired, self.reference, confidence)
+        found = replace(self._of_record(lane.record), lane=how)
         found = self.space.told(found, self.settings, lane.estimator)
         # a sketch's variance is a guess of that of ĝ, whose error no pair of draws shows
         sketched = found.view is not None and found.view.directions is not None
         if sketched or lane.pairs is None or self.beside is None:
             return found
-        return replace(found, pairs=lane.pairs.plus(-lane.off_centre, -self.lanes[self.beside].off_centre))
+        of_other = self.lanes[self.beside].record.off_centre
+        return replace(found, pairs=lane.pairs.plus(-lane.record.off_centre, -of_other))
+
+    def _of_record(self, record: Record) -> Moments:
+        """The same, of whoever has this record; made once."""
+        if record in self._told:
+            return self._told[record]
+        account, paired = record.accounts
+        in_logits = isinstance(self.space, LogitSpace)
+        shape = tuple(self.problem.logits.shape) if in_logits else (1, len(self.reference))
+        confidence = confidence_after(account.n, self.settings) if record.judges else CONFIDENCE
+        found = account.moments(
+            self.reference,
+            shape=shape,  # type: ignore[arg-type]
+            confidence=confidence,
+            enumerated=account.n,
+            policy=self.problem.policy if in_logits else None,
+            seed=self.seed,
+            judgements={κ: judge.verdict() for κ, judge in record.judges.items()},
+            first=record.centre,
+        )
+        if paired is not None:
+            found = _with_bias_of(found, paired, self.reference, confidence)
+        self._told[record] = found
+        return found
 
     # -- checkpoints
 
@@ -581,18 +507,23 @@ class _Run:
 
     def save(self, path: Path, *, draws: int) -> None:
         """Written beside, then moved: a kill leaves the old file or the new one."""
-        lanes = [
+        records = list(dict.fromkeys(lane.record for lane in self.lanes))
+        of_records = [
             {
                 "account": None if a.account is None else a.account.state(),
                 "paired": None if a.paired is None else a.paired.state(),
                 "centre": a.centre,
-                "pairs": None if a.pairs is None else a.pairs.state(),
                 "judges": [j.state() for j in a.judges.values()],
             }
+            for a in records
+        ]
+        lanes = [
+            {"record": records.index(a.record), "pairs": None if a.pairs is None else a.pairs.state()}
             for a in self.lanes
         ]
         beside = path.with_name(path.name + ".part")
-        torch.save({"identity": self._identity(draws), "grain": self.grain, "lanes": lanes}, beside)
+        whole = {"identity": self._identity(draws), "grain": self.grain, "records": of_records, "lanes": lanes}
+        torch.save(whole, beside)
         os.replace(beside, path)
 
     def resume(self, path: Path, *, draws: int) -> None:
@@ -619,17 +550,22 @@ class _Run:
                     f"checkpoint: {path} is of another run: its {name} {how}. Delete it, or keep this run elsewhere."
                 )
         self.grain = kept["grain"]
-        for lane, state in zip(self.lanes, kept["lanes"], strict=True):
-            lane.centre = state["centre"]
-            lane.pairs = None if state["pairs"] is None else Pairs.from_state(state["pairs"])
-            lane.account, lane.paired = (
-                None if state[name] is None else Account.from_state(state[name]) for name in ("account", "paired")
-            )
-            settings = self.space.settings(self.settings)
-            lane.judges = {
-                κ: type(judge).from_state(self.reference, settings, state=s, scale=κ)
-                for (κ, judge), s in zip(lane.judges.items(), state["judges"], strict=True)
-            }
+        settings = self.space.settings(self.settings)
+        records: dict[int, Record] = {}
+        for lane, of_lane in zip(self.lanes, kept["lanes"], strict=True):
+            number, pairs = of_lane["record"], of_lane["pairs"]
+            lane.pairs = None if pairs is None else Pairs.from_state(pairs)
+            lane.record = records.setdefault(number, lane.record)
+            if lane.record.account is None:
+                state = kept["records"][number]
+                lane.record.centre = state["centre"]
+                lane.record.account, lane.record.paired = (
+                    None if state[name] is None else Account.from_state(state[name]) for name in ("account", "paired")
+                )
+                lane.record.judges = {
+                    κ: type(judge).from_state(self.reference, settings, state=s, scale=κ)
+                    for (κ, judge), s in zip(lane.record.judges.items(), state["judges"], strict=True)
+                }
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
@@ -651,7 +587,7 @@ def _tell(run: _Run, progress: Progress, most: int) -> None:
     """How far, and how far it seems to go; with the estimate so far where the bar shows one."""
     done, ends, words = run.grain * GRAIN, [run.grain * GRAIN], ""
     for lane in run.active:
-        said = [j.verdict() for j in lane.judges.values() if not j.decided]
+        said = [j.verdict() for j in lane.record.judges.values() if not j.decided]
         ends += [min(v.needed or most, most) for v in said] or [most]
         if said and not words:
             v = said[0]
