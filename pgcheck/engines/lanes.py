@@ -119,7 +119,7 @@ def evaluate(
     out = []
     for lane, (x, r) in zip(lanes, estimates, strict=True):
         known = made.setdefault(_so_far(lane), [])
-        found = next((grains for a, b, grains in known if _same_bits(a, x) and _same_bits(b, r)), None)
+        found = next((grains for a, b, grains in known if same_bits(a, x) and same_bits(b, r)), None)
         if found is None:
             found = lane.record.evaluated(x, r, reference, grain)
             known.append((x, r, found))
@@ -127,8 +127,9 @@ def evaluate(
     return out
 
 
-def _same_bits(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is None or b is None:
+def same_bits(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether both are the same numbers in the same precision, zeros of the same sign, or both None."""
+    if a is b or a is None or b is None:
         return a is b
     return a.dtype == b.dtype and torch.equal(a, b) and torch.equal(a.signbit(), b.signbit())
 

@@ -38,7 +38,7 @@ from pgcheck.engines.coefficients import (
     scattered,
 )
 from pgcheck.engines.declarations import verify_purity
-from pgcheck.engines.lanes import AnyJudge, Grains, Lane, Record, Scale, evaluate, take
+from pgcheck.engines.lanes import AnyJudge, Grains, Lane, Record, Scale, evaluate, same_bits, take
 from pgcheck.engines.moments import Moments, Progress
 from pgcheck.engines.scores import Draws, scores_of
 from pgcheck.engines.threads import one_thread
@@ -57,7 +57,8 @@ from pgcheck.trajectories import SideTable, Trajectories, is_count
 DEFAULT_DRAWS = 262_144  # most draws of one problem
 MOST_COORDINATES = 16_384  # P: a grain of them is 128 MiB
 _AT_ONCE = 32  # grains that are taken as one
-_MOST_NUMBERS = 2**21  # of an array of draws, or of what they are evaluated from
+_MOST_NUMBERS = 2**21  # of an array of estimates
+_MOST_POSITIONS = 3 * 2**20  # of the draws that these are made from at once
 _FORMAT = "pgcheck-checkpoint/7"
 _SCORES_A_POSITION = 8  # entries of a table of scores that cost as much as one position of the draws
 _ROUNDING = 1e-14  # a gradient below this part of the rewards is 0
@@ -329,10 +330,10 @@ class _Run:
         self._at_once = min(_AT_ONCE, max(1, _MOST_NUMBERS // (GRAIN * len(self.reference))))
         most = self._at_once * GRAIN
         self._rows = min([most, *(draws_at_once(sampler, most) for sampler in self._samplers.values())])
-        while self._rows > 1 and self._rows * positions > _MOST_NUMBERS:
+        while self._rows > 1 and self._rows * positions > _MOST_POSITIONS:
             self._rows //= 2
         self._logit_rows = self._rows  # of those on logits; the others' blocks do not depend on whether there are any
-        while self._logit_rows > 1 and self._logit_rows * positions * self.problem.actions > _MOST_NUMBERS:
+        while self._logit_rows > 1 and self._logit_rows * positions * self.problem.actions > _MOST_POSITIONS:
             self._logit_rows //= 2
 
     def _judge(self, scale: Scale) -> AnyJudge:
@@ -411,26 +412,53 @@ class _Run:
                 at = low
                 for part in index.split(self._logit_rows) if logits else (index,):
                     batch = table.batch(part, sampler.labels, logits=logits)
+                    made: list[tuple[float, Tensor, Tensor]] = []
                     for i in members:
                         try:
-                            parts[i].append(self._projected(estimators[i], batch, table, part))
+                            parts[i].append(self._projected(estimators[i], batch, table, part, made))
                         except NotFiniteError:
                             self._name_draw(estimators[i], at, len(part))
                             raise
                         if (r := self.space.drawn(table, part, at, estimators[i])) is not None:
                             others[i].append(r)
                     at += len(part)
-        return [(_joined(x), _joined(r) if r else None) for x, r in zip(parts, others, strict=True)]
+        joined: dict[tuple[int, ...], Tensor] = {}  # those of the same parts are one tensor
+        for x in (*parts, *filter(None, others)):
+            key = tuple(map(id, x))
+            if key not in joined:
+                joined[key] = x[0] if len(x) == 1 else torch.cat(x)
+        return [(joined[tuple(map(id, x))], joined.get(tuple(map(id, r)))) for x, r in zip(parts, others, strict=True)]
 
-    def _projected(self, estimator: Estimator, batch: Batch, table: Trajectories, index: Tensor) -> Tensor:
-        logits = estimator.leaf == "logits"
+    def _projected(
+        self,
+        estimator: Estimator,
+        batch: Batch,
+        table: Trajectories,
+        index: Tensor,
+        made: list[tuple[float, Tensor, Tensor]],
+    ) -> Tensor:
+        """ĝ of each batch. `made`: a number, one weight a row and ĝ of those that were asked before; the same give the same."""
         number, c = factored_coefficients(estimator, batch)
-        if isinstance(self.space, LogitSpace) and not logits and (w := per_row(c)) is not None:
-            x = self.space.project_rows(w, table, index)
-            if x is not None and bool(torch.isfinite(x.sum())):  # then every coefficient is
-                return x if number == 1.0 else x.mul_(number)
-        c = finite(scaled(number, c), estimator, batch)
-        return self.space.project(c * (batch.mask.unsqueeze(-1) if logits else batch.mask), table, index)
+        logits = estimator.leaf == "logits"
+        w, x = None if logits else per_row(c), None
+        if w is not None:
+            for other, v, found in made:
+                if other == number and same_bits(v, w):
+                    return found
+            x = self._of_rows(number, w, table, index)
+        if x is None:
+            c = finite(scaled(number, c), estimator, batch)
+            x = self.space.project(c * (batch.mask.unsqueeze(-1) if logits else batch.mask), table, index)
+        if w is not None:
+            made.append((number, w, x))
+        return x
+
+    def _of_rows(self, number: float, w: Tensor, table: Trajectories, index: Tensor) -> Tensor | None:
+        """The same of weights of rows, without a look at positions where that is faster; None also if some is not finite."""
+        x = self.space.project_rows(w, table, index) if isinstance(self.space, LogitSpace) else None
+        if x is None or not bool(torch.isfinite(x.sum())):  # of which every coefficient is a part
+            return None
+        return x if number == 1.0 else x.mul_(number)
 
     def _name_draw(self, estimator: Estimator, first: int, count: int) -> None:
         """Raise for the first draw that is not finite, with what reproduces it."""
@@ -566,10 +594,6 @@ class _Run:
                     κ: type(judge).from_state(self.reference, settings, state=s, scale=κ)
                     for (κ, judge), s in zip(lane.record.judges.items(), state["judges"], strict=True)
                 }
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _with_bias_of(found: Moments, paired: Account, reference: Tensor, confidence: float) -> Moments:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pgcheck.engines.lanes import Lane, Record, evaluate, take
-from pgcheck.engines.monte_carlo import monte_carlo
+from pgcheck.engines.monte_carlo import LogitSpace, monte_carlo
 from pgcheck.estimators.lookup import as_estimator
 from pgcheck.registry import find_problem
 from pgcheck.statistics.sequential import Judge, Settings
@@ -119,3 +119,17 @@ def test_a_zero_of_the_other_sign_is_not_the_same():
     assert [new.index(g) for g in new] == [0, 1, 2, 0]
     assert lanes[3].record is lanes[0].record
     assert len({id(lane.record) for lane in lanes}) == 3
+
+
+def test_the_same_weights_of_rows_are_made_into_estimates_once(monkeypatch):
+    p, asked_for = find_problem("sampled/groups-16"), []
+
+    def project_rows(self, w, table, index, before=LogitSpace.project_rows):
+        asked_for.append(w)
+        return before(self, w, table, index)
+
+    monkeypatch.setattr(LogitSpace, "project_rows", project_rows)
+    rloo, grpo = as_estimator("rloo"), as_estimator("grpo")
+    found = monte_carlo([rloo, grpo, replace(rloo, name="again"), replace(grpo, name="too")], p, draws=1024)
+    assert len(asked_for) == 2
+    assert bytes_of(found[0]) == bytes_of(found[2]) != bytes_of(found[1]) == bytes_of(found[3])
