@@ -3,8 +3,9 @@
 A draw is one whole batch (`pgcheck.sampling`). Draws are evaluated in grains of 1024 consecutive ones, up to 32
 at once where they are small, by a schedule that depends on where the run looks and how large a draw is: rollouts → coefficients
 → C[k,a] → x = ĝ in the space of the verdict, `[1024, P]`. A grain goes to the estimator's account (mergeable moments,
-`pgcheck.engines.accounts`) and to one judge for each scale that is claimed of it (`pgcheck.statistics.sequential`). An
-estimator whose judges have all decided is not evaluated any more.
+`pgcheck.engines.accounts`) and to one judge for each scale that is claimed of it (`pgcheck.statistics.sequential`), once
+for all whose estimates are the same (`pgcheck.engines.lanes`). An estimator whose judges have all decided is not evaluated
+any more.
 
 Guarantee: what is found of an estimator is a function of (problem, seed, settings) to the bit, whatever is judged beside it,
 however many grains are done between checkpoints, in how many processes, and whether it was interrupted; memory does not grow
