@@ -29,7 +29,8 @@ BITS = 53  # of a uniform
 _PER_COUNT = 4  # 64-bit numbers that one step of the counter gives
 _FEW = 2  # comparisons that are faster than a guide
 _MOST_TUPLES = 4096  # of rollouts that one number gives at once
-_CELLS, _CELLS_AN_ENTRY = 2**15, 512  # of a guide, so that it stays in the cache and most cells have one outcome
+_CELLS, _CELLS_AN_ENTRY = 2**17, 512  # of a guide, so that it stays in the cache and most cells have one outcome
+_SHORT = 2**15  # outcomes that are kept in 16 bits there
 
 
 def as_device(name: str) -> str:
@@ -151,26 +152,27 @@ class Laws:
         low = torch.searchsorted(self._keys, edge[:-1], right=True)
         one = low == torch.searchsorted(self._keys, edge[1:])  # none in between
         entry = torch.minimum(low, self.last.repeat_interleave(1 << k)).clamp(min=0)
-        return k, torch.where(one, self.outcome[entry], -1)
+        short = int(self.outcome.max()) < _SHORT
+        return k, torch.where(one, self.outcome[entry], -1).to(torch.int16 if short else torch.int64)
 
     def draw(self, row: Tensor, number: Tensor) -> Tensor:
         """The outcome of each `row` `[..., n]`, or `[..., 1]`, at `number` = 2^53 u `[..., n]`."""
         if self._few is not None:
             return self._of_few(row, number)
         k, outcome = self._guide
-        cell = number >> (BITS - k)
+        own = number.flatten()
+        cell = own >> (BITS - k)
         if len(self.last) > 1:
-            cell += row << k
-        found = outcome.index_select(0, cell.flatten())
+            cell.view(number.shape).add_(row << k)
+        found = gathered_rows(outcome, cell)
         several = _below_zero(found)
         if len(several):
-            of = row.flatten().index_select(0, several // (number.numel() // row.numel()))
-            rows = number.reshape(len(number), -1)
-            own = rows[several // rows.shape[1], several % rows.shape[1]] >> (BITS - self._bits)
-            entry = torch.searchsorted(self._keys, (of << self._bits) + own, right=True)
+            of = cell.index_select(0, several) >> k
+            key = (of << self._bits) + (own.index_select(0, several) >> (BITS - self._bits))
+            entry = torch.searchsorted(self._keys, key, right=True)
             entry = torch.minimum(entry, self.last.index_select(0, of))
-            found.scatter_(0, several, self.outcome.index_select(0, entry))
-        return found.view(number.shape)
+            found.scatter_(0, several, self.outcome.index_select(0, entry).to(found.dtype))
+        return found.to(torch.int64).view(number.shape)
 
     def _of_few(self, row: Tensor, number: Tensor) -> Tensor:
         assert self._few is not None

@@ -10,8 +10,9 @@ from contextlib import suppress
 from typing import Literal, get_args
 
 from pgcheck.engines.exact import DEFAULT_BUDGET, exact_moments
+from pgcheck.engines.lanes import Scale
 from pgcheck.engines.moments import Moments, Progress
-from pgcheck.engines.monte_carlo import Sampling, Scale, monte_carlo
+from pgcheck.engines.monte_carlo import Sampling, monte_carlo
 from pgcheck.engines.sketch import default_space
 from pgcheck.engines.stored import Stored
 from pgcheck.errors import BudgetError, UsageError

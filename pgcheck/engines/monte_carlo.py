@@ -3,8 +3,9 @@
 A draw is one whole batch (`pgcheck.sampling`). Draws are evaluated in grains of 1024 consecutive ones, up to 32
 at once where they are small, by a schedule that depends on where the run looks and how large a draw is: rollouts → coefficients
 → C[k,a] → x = ĝ in the space of the verdict, `[1024, P]`. A grain goes to the estimator's account (mergeable moments,
-`pgcheck.engines.accounts`) and to one judge for each scale that is claimed of it (`pgcheck.statistics.sequential`). An
-estimator whose judges have all decided is not evaluated any more.
+`pgcheck.engines.accounts`) and to one judge for each scale that is claimed of it (`pgcheck.statistics.sequential`), once
+for all whose estimates are the same (`pgcheck.engines.lanes`). An estimator whose judges have all decided is not evaluated
+any more.
 
 Guarantee: what is found of an estimator is a function of (problem, seed, settings) to the bit, whatever is judged beside it,
 however many grains are done between checkpoints, in how many processes, and whether it was interrupted; memory does not grow
@@ -38,6 +39,7 @@ from pgcheck.engines.coefficients import (
     scattered,
 )
 from pgcheck.engines.declarations import verify_purity
+from pgcheck.engines.lanes import AnyJudge, Grains, Lane, Record, Scale, evaluate, same_bits, take
 from pgcheck.engines.moments import Moments, Progress
 from pgcheck.engines.scores import Draws, scores_of
 from pgcheck.engines.threads import one_thread
@@ -49,10 +51,6 @@ from pgcheck.generation import draws_at_once
 from pgcheck.memory import keep_freed_memory
 from pgcheck.problem import Problem
 from pgcheck.sampling import Sampler, as_device
-from pgcheck.statistics.certificate import gram_blocks
-from pgcheck.statistics.grain import Grain
-from pgcheck.statistics.guarded import Floats
-from pgcheck.statistics.open_scale import OpenJudge
 from pgcheck.statistics.sequential import CONFIDENCE, GRAIN, SHARE, Interval, Judge, Settings, confidence_after
 from pgcheck.statistics.variance import Pairs
 from pgcheck.trajectories import SideTable, Trajectories, is_count
@@ -60,14 +58,12 @@ from pgcheck.trajectories import SideTable, Trajectories, is_count
 DEFAULT_DRAWS = 262_144  # most draws of one problem
 MOST_COORDINATES = 16_384  # P: a grain of them is 128 MiB
 _AT_ONCE = 32  # grains that are taken as one
-_MOST_NUMBERS = 2**21  # of an array of draws, or of what they are evaluated from
-_FORMAT = "pgcheck-checkpoint/6"
+_MOST_NUMBERS = 2**21  # of an array of estimates
+_MOST_POSITIONS = 3 * 2**20  # of the draws that these are made from at once
+_FORMAT = "pgcheck-checkpoint/7"
 _SCORES_A_POSITION = 8  # entries of a table of scores that cost as much as one position of the draws
 _ROUNDING = 1e-14  # a gradient below this part of the rewards is 0
 _FIRST = 64  # draws whose estimates are part of a checkpoint's identity
-
-Scale = float | None
-AnyJudge = Judge | OpenJudge
 
 
 class Space(Protocol):
@@ -303,82 +299,6 @@ def _check_counts(**given: Any) -> None:
             raise UsageError(f"{name}: {x!r}; it must be an integer of at least {least}.")
 
 
-@dataclass(frozen=True)
-class _Grains:
-    """What grains of draws that are taken at once have to say of an estimator."""
-
-    draws: Grain
-    r: Tensor | None  # an unbiased estimate of ∇J drawn beside each
-    account: Account
-    paired: Account | None
-
-
-@dataclass
-class _Lane:
-    """One estimator: what is known of it."""
-
-    estimator: Estimator
-    judges: dict[Scale, AnyJudge]
-    account: Account | None = None
-    paired: Account | None = None  # of x − r + reference, where an estimate r of ∇J is drawn beside x
-    centre: Tensor | None = None  # the mean of the first grain
-    pairs: Pairs | None = None  # ‖x − centre‖² beside that of the estimator that it is compared to
-
-    def evaluated(self, x: Tensor, r: Tensor | None, reference: Tensor, grain: int) -> _Grains:
-        """What is to be taken of grains from number `grain` on."""
-        draws = Grain.of(x, self.centre)
-
-        def account(of: Grain, *, judged: bool) -> Account:
-            return Account.of_grain(of, reference, blocks=None if judged else gram_blocks(of.x, grain, GRAIN))
-
-        if r is None:
-            return _Grains(draws, None, account(draws, judged=self._judged), None)
-        r = r.detach().to(torch.float64)
-        beside = Grain.of(draws.x - r + reference, reference)
-        return _Grains(draws, r, account(draws, judged=False), account(beside, judged=self._judged))
-
-    def pair(self, squares: Floats, of_other: Floats) -> None:
-        """Squared distances of the next draws, and those of the other."""
-        new = Pairs.of(squares, of_other)
-        self.pairs = new if self.pairs is None else self.pairs.merge(new)
-
-    def take(self, new: _Grains) -> None:
-        """The next grains."""
-        self.centre = new.draws.centre
-        self.account = new.account if self.account is None else self.account.merge(new.account)
-        if new.paired is not None:
-            self.paired = new.paired if self.paired is None else self.paired.merge(new.paired)
-        for judge in self.judges.values():
-            judge.update(new.draws, new.r if judge.paired else None)
-
-    @property
-    def _judged(self) -> bool:
-        """κ = 1 has a judge, whose spectrum is that of X − μ, or of X − r where r stands for μ."""
-        return 1.0 in self.judges
-
-    @property
-    def accounts(self) -> tuple[Account, Account | None]:
-        """That of X, and the paired one, each with its spectrum."""
-        account, paired = self.account, self.paired
-        assert account is not None
-        if self._judged and paired is None:
-            account = replace(account, spectrum=self.judges[1.0].spectrum)
-        elif self._judged and paired is not None:
-            paired = replace(paired, spectrum=self.judges[1.0].spectrum)
-        return account, paired
-
-    @property
-    def off_centre(self) -> float:
-        """‖E x − centre‖², by which E‖x − centre‖² is more than the variance."""
-        assert self.account is not None
-        assert self.centre is not None
-        return float((self.account.mean - self.centre).square().sum())
-
-    @property
-    def done(self) -> bool:
-        return bool(self.judges) and all(j.decided for j in self.judges.values())
-
-
 @dataclass
 class _Run:
     """The loop over grains."""
@@ -392,27 +312,29 @@ class _Run:
     scales: Sequence[Sequence[Scale]]
     beside: int | None = None
     grain: int = 0  # the next
-    lanes: list[_Lane] = field(init=False)
-    _workers: Workers[dict[int, _Grains]] | None = field(init=False)
+    lanes: list[Lane] = field(init=False)
+    _workers: Workers[dict[int, Grains]] | None = field(init=False)
 
     def __post_init__(self) -> None:
         self.lanes = [
-            _Lane(e, {κ: self._judge(κ) for κ in asked}) for e, asked in zip(self.estimators, self.scales, strict=True)
+            Lane(e, Record({κ: self._judge(κ) for κ in asked}))
+            for e, asked in zip(self.estimators, self.scales, strict=True)
         ]
         needs = dict.fromkeys(e.needs for e in self.estimators)
         self._samplers: dict[tuple[SideTable, ...], Sampler] = {
             n: self.problem.sampler(seed=self.seed, needs=n, device=self.device) for n in needs
         }
         self._stack, self._workers = ExitStack(), None
+        self._told: dict[Record, Moments] = {}
         self._processes, self._given = 1, 0
         positions = self.problem.rows * self.problem.steps
         self._at_once = min(_AT_ONCE, max(1, _MOST_NUMBERS // (GRAIN * len(self.reference))))
         most = self._at_once * GRAIN
         self._rows = min([most, *(draws_at_once(sampler, most) for sampler in self._samplers.values())])
-        while self._rows > 1 and self._rows * positions > _MOST_NUMBERS:
+        while self._rows > 1 and self._rows * positions > _MOST_POSITIONS:
             self._rows //= 2
         self._logit_rows = self._rows  # of those on logits; the others' blocks do not depend on whether there are any
-        while self._logit_rows > 1 and self._logit_rows * positions * self.problem.actions > _MOST_NUMBERS:
+        while self._logit_rows > 1 and self._logit_rows * positions * self.problem.actions > _MOST_POSITIONS:
             self._logit_rows //= 2
 
     def _judge(self, scale: Scale) -> AnyJudge:
@@ -424,13 +346,13 @@ class _Run:
         return self.space.reference.to(self.device)
 
     @property
-    def active(self) -> list[_Lane]:
+    def active(self) -> list[Lane]:
         """Those that are not judged yet."""
-        return [lane for lane in self.lanes if not lane.done]
+        return [lane for lane in self.lanes if not lane.record.done]
 
     @property
     def _undecided(self) -> list[int]:
-        return [i for i, lane in enumerate(self.lanes) if not lane.done]
+        return [i for i, lane in enumerate(self.lanes) if not lane.record.done]
 
     def _size(self, grain: int, last: int) -> int:
         """Grains from number `grain` on that are drawn, evaluated and taken as one; what they are depends on no more than
@@ -446,11 +368,10 @@ class _Run:
             for i in now:
                 if i != self.beside:
                     self.lanes[i].pair(evaluated[i].draws.spread.cpu().numpy(), of_other)
-        for i in now:
-            self.lanes[i].take(evaluated[i])
+        take([self.lanes[i] for i in now], [evaluated[i] for i in now])
         self.grain += self._size(self.grain, last)
 
-    def _next(self, last: int) -> dict[int, _Grains]:
+    def _next(self, last: int) -> dict[int, Grains]:
         if self._workers is None:
             if self._processes == 1 or self.grain == 0:  # the first has the centres, which workers are to know
                 return self._evaluated(self.grain, self._size(self.grain, last), self._undecided)
@@ -462,12 +383,11 @@ class _Run:
             self._given += size
         return self._workers.take()
 
-    def _evaluated(self, grain: int, size: int, numbers: Sequence[int]) -> dict[int, _Grains]:
+    def _evaluated(self, grain: int, size: int, numbers: Sequence[int]) -> dict[int, Grains]:
         """What `size` grains are to be taken as, by number of the estimator."""
-        found = self._estimates([self.lanes[i].estimator for i in numbers], grain * GRAIN, size * GRAIN)
-        return {
-            i: self.lanes[i].evaluated(x, r, self.reference, grain) for i, (x, r) in zip(numbers, found, strict=True)
-        }
+        lanes = [self.lanes[i] for i in numbers]
+        found = self._estimates([lane.estimator for lane in lanes], grain * GRAIN, size * GRAIN)
+        return dict(zip(numbers, evaluate(lanes, found, self.reference, grain), strict=True))
 
     @contextmanager
     def in_processes(self, count: int) -> Iterator[None]:
@@ -493,26 +413,53 @@ class _Run:
                 at = low
                 for part in index.split(self._logit_rows) if logits else (index,):
                     batch = table.batch(part, sampler.labels, logits=logits)
+                    made: list[tuple[float, Tensor, Tensor]] = []
                     for i in members:
                         try:
-                            parts[i].append(self._projected(estimators[i], batch, table, part))
+                            parts[i].append(self._projected(estimators[i], batch, table, part, made))
                         except NotFiniteError:
                             self._name_draw(estimators[i], at, len(part))
                             raise
                         if (r := self.space.drawn(table, part, at, estimators[i])) is not None:
                             others[i].append(r)
                     at += len(part)
-        return [(_joined(x), _joined(r) if r else None) for x, r in zip(parts, others, strict=True)]
+        joined: dict[tuple[int, ...], Tensor] = {}  # those of the same parts are one tensor
+        for x in (*parts, *filter(None, others)):
+            key = tuple(map(id, x))
+            if key not in joined:
+                joined[key] = x[0] if len(x) == 1 else torch.cat(x)
+        return [(joined[tuple(map(id, x))], joined.get(tuple(map(id, r)))) for x, r in zip(parts, others, strict=True)]
 
-    def _projected(self, estimator: Estimator, batch: Batch, table: Trajectories, index: Tensor) -> Tensor:
-        logits = estimator.leaf == "logits"
+    def _projected(
+        self,
+        estimator: Estimator,
+        batch: Batch,
+        table: Trajectories,
+        index: Tensor,
+        made: list[tuple[float, Tensor, Tensor]],
+    ) -> Tensor:
+        """ĝ of each batch. `made`: a number, one weight a row and ĝ of those that were asked before; the same give the same."""
         number, c = factored_coefficients(estimator, batch)
-        if isinstance(self.space, LogitSpace) and not logits and (w := per_row(c)) is not None:
-            x = self.space.project_rows(w, table, index)
-            if x is not None and bool(torch.isfinite(x.sum())):  # then every coefficient is
-                return x if number == 1.0 else x.mul_(number)
-        c = finite(scaled(number, c), estimator, batch)
-        return self.space.project(c * (batch.mask.unsqueeze(-1) if logits else batch.mask), table, index)
+        logits = estimator.leaf == "logits"
+        w, x = None if logits else per_row(c), None
+        if w is not None:
+            for other, v, found in made:
+                if other == number and same_bits(v, w):
+                    return found
+            x = self._of_rows(number, w, table, index)
+        if x is None:
+            c = finite(scaled(number, c), estimator, batch)
+            x = self.space.project(c * (batch.mask.unsqueeze(-1) if logits else batch.mask), table, index)
+        if w is not None:
+            made.append((number, w, x))
+        return x
+
+    def _of_rows(self, number: float, w: Tensor, table: Trajectories, index: Tensor) -> Tensor | None:
+        """The same of weights of rows, without a look at positions where that is faster; None also if some is not finite."""
+        x = self.space.project_rows(w, table, index) if isinstance(self.space, LogitSpace) else None
+        if x is None or not bool(torch.isfinite(x.sum())):  # of which every coefficient is a part
+            return None
+        return x if number == 1.0 else x.mul_(number)
 
     def _name_draw(self, estimator: Estimator, first: int, count: int) -> None:
         """Raise for the first draw that is not finite, with what reproduces it."""
@@ -530,31 +477,39 @@ class _Run:
     def found(self, i: int) -> Moments:
         """What is known of an estimator."""
         lane = self.lanes[i]
-        account, paired = lane.accounts
         fn = lane.estimator.coefficients
         how = fn.lane or "loop" if isinstance(fn, LossCoefficients) else "coefficients"
-        in_logits = isinstance(self.space, LogitSpace)
-        shape = tuple(self.problem.logits.shape) if in_logits else (1, len(self.reference))
-        confidence = confidence_after(account.n, self.settings) if lane.judges else CONFIDENCE
-        found = account.moments(
-            self.reference,
-            shape=shape,  # type: ignore[arg-type]
-            confidence=confidence,
-            enumerated=account.n,
-            lane=how,
-            policy=self.problem.policy if in_logits else None,
-            seed=self.seed,
-            judgements={κ: judge.verdict() for κ, judge in lane.judges.items()},
-            first=lane.centre,
-        )
-        if paired is not None:
-            found = _with_bias_of(found, paired, self.reference, confidence)
+        found = replace(self._of_record(lane.record), lane=how)
         found = self.space.told(found, self.settings, lane.estimator)
         # a sketch's variance is a guess of that of ĝ, whose error no pair of draws shows
         sketched = found.view is not None and found.view.directions is not None
         if sketched or lane.pairs is None or self.beside is None:
             return found
-        return replace(found, pairs=lane.pairs.plus(-lane.off_centre, -self.lanes[self.beside].off_centre))
+        of_other = self.lanes[self.beside].record.off_centre
+        return replace(found, pairs=lane.pairs.plus(-lane.record.off_centre, -of_other))
+
+    def _of_record(self, record: Record) -> Moments:
+        """The same, of whoever has this record; made once."""
+        if record in self._told:
+            return self._told[record]
+        account, paired = record.accounts
+        in_logits = isinstance(self.space, LogitSpace)
+        shape = tuple(self.problem.logits.shape) if in_logits else (1, len(self.reference))
+        confidence = confidence_after(account.n, self.settings) if record.judges else CONFIDENCE
+        found = account.moments(
+            self.reference,
+            shape=shape,  # type: ignore[arg-type]
+            confidence=confidence,
+            enumerated=account.n,
+            policy=self.problem.policy if in_logits else None,
+            seed=self.seed,
+            judgements={κ: judge.verdict() for κ, judge in record.judges.items()},
+            first=record.centre,
+        )
+        if paired is not None:
+            found = _with_bias_of(found, paired, self.reference, confidence)
+        self._told[record] = found
+        return found
 
     # -- checkpoints
 
@@ -581,18 +536,23 @@ class _Run:
 
     def save(self, path: Path, *, draws: int) -> None:
         """Written beside, then moved: a kill leaves the old file or the new one."""
-        lanes = [
+        records = list(dict.fromkeys(lane.record for lane in self.lanes))
+        of_records = [
             {
                 "account": None if a.account is None else a.account.state(),
                 "paired": None if a.paired is None else a.paired.state(),
                 "centre": a.centre,
-                "pairs": None if a.pairs is None else a.pairs.state(),
                 "judges": [j.state() for j in a.judges.values()],
             }
+            for a in records
+        ]
+        lanes = [
+            {"record": records.index(a.record), "pairs": None if a.pairs is None else a.pairs.state()}
             for a in self.lanes
         ]
         beside = path.with_name(path.name + ".part")
-        torch.save({"identity": self._identity(draws), "grain": self.grain, "lanes": lanes}, beside)
+        whole = {"identity": self._identity(draws), "grain": self.grain, "records": of_records, "lanes": lanes}
+        torch.save(whole, beside)
         os.replace(beside, path)
 
     def resume(self, path: Path, *, draws: int) -> None:
@@ -619,21 +579,22 @@ class _Run:
                     f"checkpoint: {path} is of another run: its {name} {how}. Delete it, or keep this run elsewhere."
                 )
         self.grain = kept["grain"]
-        for lane, state in zip(self.lanes, kept["lanes"], strict=True):
-            lane.centre = state["centre"]
-            lane.pairs = None if state["pairs"] is None else Pairs.from_state(state["pairs"])
-            lane.account, lane.paired = (
-                None if state[name] is None else Account.from_state(state[name]) for name in ("account", "paired")
-            )
-            settings = self.space.settings(self.settings)
-            lane.judges = {
-                κ: type(judge).from_state(self.reference, settings, state=s, scale=κ)
-                for (κ, judge), s in zip(lane.judges.items(), state["judges"], strict=True)
-            }
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+        settings = self.space.settings(self.settings)
+        records: dict[int, Record] = {}
+        for lane, of_lane in zip(self.lanes, kept["lanes"], strict=True):
+            number, pairs = of_lane["record"], of_lane["pairs"]
+            lane.pairs = None if pairs is None else Pairs.from_state(pairs)
+            lane.record = records.setdefault(number, lane.record)
+            if lane.record.account is None:
+                state = kept["records"][number]
+                lane.record.centre = state["centre"]
+                lane.record.account, lane.record.paired = (
+                    None if state[name] is None else Account.from_state(state[name]) for name in ("account", "paired")
+                )
+                lane.record.judges = {
+                    κ: type(judge).from_state(self.reference, settings, state=s, scale=κ)
+                    for (κ, judge), s in zip(lane.record.judges.items(), state["judges"], strict=True)
+                }
 
 
 def _with_bias_of(found: Moments, paired: Account, reference: Tensor, confidence: float) -> Moments:
@@ -651,7 +612,7 @@ def _tell(run: _Run, progress: Progress, most: int) -> None:
     """How far, and how far it seems to go; with the estimate so far where the bar shows one."""
     done, ends, words = run.grain * GRAIN, [run.grain * GRAIN], ""
     for lane in run.active:
-        said = [j.verdict() for j in lane.judges.values() if not j.decided]
+        said = [j.verdict() for j in lane.record.judges.values() if not j.decided]
         ends += [min(v.needed or most, most) for v in said] or [most]
         if said and not words:
             v = said[0]

@@ -25,6 +25,7 @@ is taken as 0, which only raises p.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -198,6 +199,7 @@ def _without_noise(U: Floats, Δ: float, A: Floats, B: Floats) -> Floats:
 def upper_bound(U: float, β: float, *, n: int, largest: float, square: float, stretch: float = 1.0) -> float:
     """The Δ with p(U; Δ) = β; 0 where even no bias at all makes so small a U less likely than β."""
 
+    @functools.cache  # the ends are asked for again
     def excess(Δ: float) -> float:  # as z-scores, in which it is almost a line
         p = float(p_value(U, Δ, n=n, largest=largest, square=square, stretch=stretch))
         return z_of(β) - z_of(min(max(p, 1e-300), 1 - 1e-16))

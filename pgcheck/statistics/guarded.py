@@ -34,8 +34,13 @@ MOST_SHARE = 0.05  # of one score in Σ(y−ȳ)²
 INTERVAL_SKEWNESS, INTERVAL_SHARE = 0.20, 0.10  # the same, of intervals
 MARGIN = 1.005  # on errors
 CONSTANT = 1e-9  # a standard deviation below this times max|y| is rounding
-_IN_CACHE = 8192  # scores of each kind that are gone through at a time
+_IN_CACHE = 4096  # scores of each kind that are gone through at a time
 _LEAST_P = 1e-300  # so that a z-score is finite: 37.04
+
+
+def _dots(a: Floats, b: Floats) -> Floats:
+    """Σ_j a_ij b_ij of each row; by BLAS, which is faster than a sum of products."""
+    return np.asarray(np.matmul(a[:, None, :], b[:, :, None])[:, 0, 0])
 
 
 @dataclass(frozen=True)
@@ -63,9 +68,8 @@ class Scores:
         second, third = np.zeros_like(mean), np.zeros_like(mean)
         for low in range(0, len(y), _IN_CACHE):
             d = columns[:, low : low + _IN_CACHE] - mean[:, None]
-            d2 = d * d
-            second += d2.sum(1)
-            third += np.einsum("ij,ij->i", d2, d)
+            second += _dots(d, d)
+            third += _dots(d * d, d)
         return Scores(len(y), mean, second, third, columns.min(1), columns.max(1))
 
     @property
