@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sys
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pgcheck import bench
+from pgcheck.engines.coefficients import coefficients_of
 from pgcheck.errors import PgcheckError
 from pgcheck.estimators.lookup import as_estimator
 from pgcheck.problem import Problem
@@ -193,3 +195,14 @@ def test_the_whole_race(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     again = bench_markdown([bench.Ratio(**row) for row in rows])
     assert again == text
     assert [asdict(bench.Ratio(**row)) for row in rows] == rows
+
+
+@pytest.mark.parametrize("name", bench.SAMPLED)
+def test_the_ten_of_a_sampled_race_are_apart(name: str) -> None:
+    """No two give the same estimates, so that none is had for nothing beside another."""
+    problem = find_problem(name)
+    table, index = problem.sampler().draw(0, 64)
+    batch = table.batch(index, problem.group_labels)
+    found = [coefficients_of(as_estimator(e), batch).expand_as(batch.logp) * batch.mask for e in bench.APART]
+    assert len(found) == 10
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(found, 2))
