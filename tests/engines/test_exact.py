@@ -395,7 +395,7 @@ def test_budget_error_names_a_plan_that_fits(short: str, budget: int) -> None:
 
 
 def test_budget_error_when_nothing_fits() -> None:
-    with pytest.raises(BudgetError, match="No smaller batch fits; raise the budget or shorten the horizon"):
+    with pytest.raises(BudgetError, match="No smaller batch fits; raise the budget, shorten the horizon, or sample"):
         exact_moments([find_estimator("reinforce")], dialogue(), budget=5)
 
 

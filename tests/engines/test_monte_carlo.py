@@ -418,7 +418,7 @@ def test_bounds_that_are_known_decide(name: str, status: str) -> None:
 def test_a_block_of_draws_is_small_whatever_an_estimator_differentiates():
     """Positions, times actions for one that weighs the logits of each, beside which the others' blocks stay as they are; of a
     task whose contexts are not listed too."""
-    weights = replace(as_estimator("rloo"), leaf="logits")
+    weights, most = replace(as_estimator("rloo"), leaf="logits"), 3 * 2**20
     for name in ("lm-large/written", "sampled/token-tree"):
         p = find_problem(name)
         alone, beside = (
@@ -428,5 +428,5 @@ def test_a_block_of_draws_is_small_whatever_an_estimator_differentiates():
         assert alone._rows == beside._rows
         for rows, width in ((beside._rows, 1), (beside._logit_rows, p.actions)):
             held = rows * p.rows * p.steps * width
-            assert held <= 2**21
-            assert rows == beside._at_once * 1024 or 2 * held > 2**21
+            assert held <= most
+            assert rows == beside._at_once * 1024 or 2 * held > most
