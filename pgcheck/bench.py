@@ -26,12 +26,12 @@ whether the estimator is pure, the first directions, and the bounds that are pri
 as many draws as a check takes. On a tree of 336 logits a fifth is the drawing, a sixth the coefficients and ĝ, a quarter the
 Gram blocks and their largest eigenvalues, of each grain while grains are few, and a seventh Σ x xᵀ.
 
-The tenth estimator is within 3% of an exact run in the median. Of a sampled one it is where drawing is dear (walk-50, which is
-simulated; what a model writes), or where it is one of the nine: estimates that are the same bits are looked at once, as those
-of leave-one-out over the batch and over the group where there is one group. The ten that are raced here are all apart, and
-then it cannot be within 3% if one verdict is within three times its rival E: with s for what estimators share, and m for what
-each of ten that are alike takes by itself, s + m ≤ 3 E and m ≤ 3% (s + 10 m) leave m ≤ E/8, and the coefficients and ĝ alone,
-which the rival makes as well, are two fifths of E. Measured, m is 1.6 E with groups of 16, and 2.6 E in its short run.
+The tenth estimator is within 3% of an exact run in the median. Of a sampled one it is some 4% where drawing is dear (walk-50,
+which is simulated), and nearly nothing where it is one of the nine: estimates that are the same bits are looked at once, as
+those of leave-one-out over the batch and over the group where there is one group. The ten that are raced here are all apart.
+With s for what estimators share, and m for what each of ten that are alike takes by itself, s + m ≤ 3 E, E the rival, and
+m ≤ 3% (s + 10 m) leave m ≤ E/8. With groups of 16 the coefficients and ĝ alone, which the rival makes as well, are two fifths
+of E by a profile, and m is 1.6 E, in a short run 2.6 E; one product for all ten was not tried.
 
 Guarantee: a rate is reported only after the contenders gave the same E ĝ and E‖ĝ‖² to 1e-9: rivals on the same random
 batches, the exact verdict against ordered tuples wherever those are few enough to be raced. A ratio is the

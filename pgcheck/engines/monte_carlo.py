@@ -58,8 +58,7 @@ from pgcheck.trajectories import SideTable, Trajectories, is_count
 DEFAULT_DRAWS = 262_144  # most draws of one problem
 MOST_COORDINATES = 16_384  # P: a grain of them is 128 MiB
 _AT_ONCE = 32  # grains that are taken as one
-_MOST_NUMBERS = 2**21  # of an array of estimates
-_MOST_POSITIONS = 3 * 2**20  # of the draws that these are made from at once
+_MOST_NUMBERS = 2**21  # of an array of draws, or of what they are evaluated from
 _FORMAT = "pgcheck-checkpoint/7"
 _SCORES_A_POSITION = 8  # entries of a table of scores that cost as much as one position of the draws
 _ROUNDING = 1e-14  # a gradient below this part of the rewards is 0
@@ -331,10 +330,10 @@ class _Run:
         self._at_once = min(_AT_ONCE, max(1, _MOST_NUMBERS // (GRAIN * len(self.reference))))
         most = self._at_once * GRAIN
         self._rows = min([most, *(draws_at_once(sampler, most) for sampler in self._samplers.values())])
-        while self._rows > 1 and self._rows * positions > _MOST_POSITIONS:
+        while self._rows > 1 and self._rows * positions > _MOST_NUMBERS:
             self._rows //= 2
         self._logit_rows = self._rows  # of those on logits; the others' blocks do not depend on whether there are any
-        while self._logit_rows > 1 and self._logit_rows * positions * self.problem.actions > _MOST_POSITIONS:
+        while self._logit_rows > 1 and self._logit_rows * positions * self.problem.actions > _MOST_NUMBERS:
             self._logit_rows //= 2
 
     def _judge(self, scale: Scale) -> AnyJudge:

@@ -418,7 +418,7 @@ def test_bounds_that_are_known_decide(name: str, status: str) -> None:
 def test_a_block_of_draws_is_small_whatever_an_estimator_differentiates():
     """Positions, times actions for one that weighs the logits of each, beside which the others' blocks stay as they are; of a
     task whose contexts are not listed too."""
-    weights, most = replace(as_estimator("rloo"), leaf="logits"), 3 * 2**20
+    weights, most = replace(as_estimator("rloo"), leaf="logits"), 2**21
     for name in ("lm-large/written", "sampled/token-tree"):
         p = find_problem(name)
         alone, beside = (
