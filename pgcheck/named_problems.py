@@ -201,7 +201,7 @@ def _pessimal() -> Problem:
 # -- dialogues: an observation between two turns
 
 
-def two_turn(discount: float, clock: DiscountClock) -> TabularMDP:
+def two_turn(discount: float, clock: DiscountClock, *, prompts: tuple[float, float] = (0.4, 0.6)) -> TabularMDP:
     """Two prompts; the policy answers at once, or asks a tool, sees one of two results, and answers then.
 
     States 0, 1 prompts; 2, 3 the tool's turn after each; 4–7 second turns; 8 the end. The tool's turn pays as well.
@@ -222,7 +222,7 @@ def two_turn(discount: float, clock: DiscountClock) -> TabularMDP:
         reward[s, 0, end], reward[s, 1, end] = first, second
     transition[end, :, end] = 1.0
     return TabularMDP(
-        transition, reward, [0.4, 0.6, *[0.0] * 7], horizon=3, discount=discount, terminal=[end], observation=[2, 3],
+        transition, reward, [*prompts, *[0.0] * 7], horizon=3, discount=discount, terminal=[end], observation=[2, 3],
         discount_clock=clock,
     )  # fmt: skip
 
@@ -255,10 +255,9 @@ def _dialogue_action() -> Problem:
 
 @named("dialogue/unequal-groups")
 def _dialogue_unequal() -> Problem:
-    """The dialogue with one group of three rollouts and one of two."""
-    return Problem(
-        two_turn(0.9, "position"), TWO_TURN_LOGITS, contexts=TWO_TURN_CONTEXTS, groups=2, group_size=(3, 2)
-    )  # fmt: skip
+    """One prompt of the dialogue, γ = .9 by position: one group of three rollouts and one of two."""
+    env = two_turn(0.9, "position", prompts=(1.0, 0.0))
+    return Problem(env, TWO_TURN_LOGITS, contexts=TWO_TURN_CONTEXTS, groups=2, group_size=(3, 2))
 
 
 # -- token trees: history-tabular language models

@@ -477,7 +477,7 @@ _PARTS = ("aggregation", "ratio", "advantage")  # tried in this order: the last 
 
 def find_swap(estimator: Estimator, problems: Sequence[Problem], measured: Sequence[Measurement]) -> Swap | None:
     """The part of a zoo entry that mends the estimator, if it is a composition and one part is to blame; of several, the
-    one with which the coefficients change least."""
+    one with which the coefficients change least, and of equals the first."""
     pairs = _telling_first([(p, m) for p, m in zip(problems, measured, strict=True) if m.size > 0])
     wrong = [(p, m) for p, m in pairs if m.finding != "unbiased"]
     if not isinstance(estimator.coefficients, Composition) or not wrong:
@@ -485,7 +485,7 @@ def find_swap(estimator: Estimator, problems: Sequence[Problem], measured: Seque
     right = [pair for pair in pairs if pair[1].finding == "unbiased"]
     for part in _PARTS:
         promising = [
-            (sum(_change(estimator, made, p) for p, _ in pairs[:TRIED_PROBLEMS]), i, made, donor)
+            (round(sum(_change(estimator, made, p) for p, _ in pairs[:TRIED_PROBLEMS]), 9), i, made, donor)
             for i, (made, donor) in enumerate(_with_other(part, estimator))
             if all(_unbiased_on(made, p, m) for p, m in wrong[:2])
         ]
