@@ -202,9 +202,10 @@ def _pessimal() -> Problem:
 
 
 def two_turn(discount: float, clock: DiscountClock, *, prompts: tuple[float, float] = (0.4, 0.6)) -> TabularMDP:
-    """Two prompts; the policy answers at once, or asks a tool, sees one of two results, and answers then.
+    """A prompt, one of two; the policy answers at once, or asks a tool, sees one of two results, and answers then.
 
-    States 0, 1 prompts; 2, 3 the tool's turn after each; 4–7 second turns; 8 the end. The tool's turn pays as well.
+    States 0, 1 prompts, of probabilities `prompts`; 2, 3 the tool's turn after each, which pays as well; 4–7 second turns; 8
+    the end.
     """
     S, end = 9, 8
     transition = torch.zeros(S, 2, S, dtype=torch.float64)
@@ -257,7 +258,8 @@ def _dialogue_action() -> Problem:
 def _dialogue_unequal() -> Problem:
     """One prompt of the dialogue, γ = .9 by position: one group of three rollouts and one of two."""
     env = two_turn(0.9, "position", prompts=(1.0, 0.0))
-    return Problem(env, TWO_TURN_LOGITS, contexts=TWO_TURN_CONTEXTS, groups=2, group_size=(3, 2))
+    first, _, second = TWO_TURN_LOGITS
+    return Problem(env, [first, second], contexts=[0, 0, 0, 0, 1, 1, 1, 1, 0], groups=2, group_size=(3, 2))
 
 
 # -- token trees: history-tabular language models

@@ -42,7 +42,7 @@ SIZES = {
     "dialogue/two-turn": DIALOGUE,
     "dialogue/two-turn-0.9": DIALOGUE,
     "dialogue/two-turn-action-clock": DIALOGUE,
-    "dialogue/unequal-groups": (5, 3),  # one prompt of the same
+    "dialogue/unequal-groups": (5, 2),  # one prompt of the same
     "tree/tokens": TREE,
     "tree/tokens-0.8": TREE,
     "tree/extreme": TREE,

@@ -339,8 +339,8 @@ _SHOWS: tuple[tuple[Callable[[Problem], bool], str, str], ...] = (
     ),
     (
         lambda p: len(set(p.sizes)) > 1,
-        "groups of unequal size: a factor (G−1)/G becomes a direction",
-        "groups of one size: a factor (G−1)/G is a learning rate",
+        "groups of unequal size: a G that is read from a configuration, a statistic that takes all groups for one size",
+        "groups of one size: what takes them for such",
     ),
     (
         lambda p: len(p.trajectories.rows_as_batch().episode_return.unique()) > 2,
