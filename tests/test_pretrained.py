@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import subprocess
 import sys
 
@@ -11,14 +12,17 @@ import torch
 from torch import Tensor
 
 import pgcheck
+from pgcheck import pretrained_problems
 from pgcheck.engines.exact import exact_moments
+from pgcheck.errors import UsageError
 from pgcheck.estimators.base import find_estimator
 from pgcheck.estimators.lookup import FILLED_BY  # noqa: F401  (fills the registries)
 from pgcheck.policies import smollm
 from pgcheck.pretrained_problems import CAPITALS, SUMS
 from pgcheck.problem import Problem
 from pgcheck.registry import find_problem, heavy_problems, problem_names, registered_problems
-from pgcheck.runs.suite import read_suite, shipped_suites
+from pgcheck.runs.cases import Case, check_case
+from pgcheck.runs.suite import load_suite, read_suite, shipped_suites
 from pgcheck.verdicts.quantities import find_quantity
 
 needs_smollm2 = pytest.mark.skipif(smollm.model_file() is None, reason=f"SmolLM2 is not installed: {smollm.INSTALL}")
@@ -61,6 +65,21 @@ def test_heavy_problems_are_asked_for_by_family() -> None:
     suite = read_suite(shipped_suites()["pretrained"])
     assert suite.problems == ["pretrained/*"]
     assert set(suite.own_problems or ()) <= set(heavy_problems())
+
+
+def test_a_suite_is_read_without_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And its mistakes are found."""
+    monkeypatch.setattr(smollm, "smollm2", lambda: pytest.fail("it was loaded"))
+    monkeypatch.setattr(pretrained_problems, "smollm2", lambda: pytest.fail("it was loaded"))
+    suite = load_suite("pretrained")
+    case = next(c for c in suite.case if "problem" in c.arguments)
+    for change, message in (
+        ({"equals": "1 / (B - 1"}, "it does not parse"),
+        ({"equals": "1 / N"}, "formula '1 / N'"),
+        ({"problem": "pretrained/capital"}, "Did you mean 'pretrained/capitals'"),
+    ):
+        with pytest.raises(UsageError, match=re.escape(message)):
+            check_case(Case.model_validate({**case.model_dump(exclude_none=True), **change}))
 
 
 # -- one token of the whole vocabulary

@@ -12,7 +12,6 @@ from pgcheck.engines.exact import DEFAULT_BUDGET
 from pgcheck.errors import SuiteError, UnknownNameError
 from pgcheck.estimators.base import registered_estimators
 from pgcheck.estimators.lookup import FILLED_BY  # noqa: F401  (fills the registries)
-from pgcheck.policies import smollm
 from pgcheck.registry import doubles, registered_problems
 from pgcheck.runs.suite import Suite, load_suite, problems_matching, shipped_suites
 from pgcheck.verdicts.verdict import Status
@@ -42,8 +41,6 @@ def test_core_is_shipped() -> None:
 def test_shipped_suites_can_be_read(name: str) -> None:
     if (Path(pgcheck.adapters.__path__[0]) / f"{name}.py").exists():
         pytest.importorskip(name)  # a library's own losses: an extra
-    if name == "pretrained" and smollm.model_file() is None:
-        pytest.skip(f"SmolLM2 is not installed: {smollm.INSTALL}")
     suite = load_suite(name)
     assert suite.name == name
     assert suite.about
