@@ -127,11 +127,11 @@ def _group_of_one() -> Problem:
 # -- MDPs
 
 
-def two_state(discount: float) -> TabularMDP:
-    """Two states, two actions, a reward at each of three steps, stochastic moves on one action only."""
+def two_state(discount: float, *, steps: int = 3) -> TabularMDP:
+    """Two states, two actions, a reward at each step, stochastic moves on one action only."""
     transition = [[[1.0, 0.0], [0.3, 0.7]], [[0.0, 1.0], [1.0, 0.0]]]
     reward = [[1.0, -0.5], [0.3, 2.0]]
-    return TabularMDP(transition, reward, [0.6, 0.4], horizon=3, discount=discount)
+    return TabularMDP(transition, reward, [0.6, 0.4], horizon=steps, discount=discount)
 
 
 TWO_STATE_LOGITS = {1.0: [[0.2, -0.4], [0.5, 0.1]], 0.9: [[-0.3, 0.4], [0.0, 0.6]], 0.5: [[0.7, 0.0], [-0.2, 0.3]]}
@@ -139,8 +139,8 @@ TWO_STATE_LOGITS = {1.0: [[0.2, -0.4], [0.5, 0.1]], 0.9: [[-0.3, 0.4], [0.0, 0.6
 
 @named("mdp/two-state")
 def _two_state() -> Problem:
-    """Dense rewards over three steps, γ = 1, two start states: credit assignment without discount."""
-    return Problem(two_state(1.0), TWO_STATE_LOGITS[1.0], groups=1, group_size=3)
+    """A reward at each of two steps, γ = 1, two start states: credit assignment without discount."""
+    return Problem(two_state(1.0, steps=2), TWO_STATE_LOGITS[1.0], groups=1, group_size=3)
 
 
 @named("mdp/two-state-0.9", double_of="mdp/two-state")

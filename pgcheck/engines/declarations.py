@@ -25,7 +25,7 @@ from pgcheck.engines.lumped import Lumps, substituted
 from pgcheck.engines.purity import find_impurity
 from pgcheck.errors import EstimatorError
 from pgcheck.estimators.base import Estimator
-from pgcheck.estimators.from_loss import LossCoefficients
+from pgcheck.estimators.from_loss import is_looped
 from pgcheck.problem import Problem
 from pgcheck.trajectories import SideTable, Trajectories
 
@@ -65,11 +65,6 @@ def probe(
         batch = table.batch(index, problem.group_labels, logits=key[2])
         kept[key] = index, batch.map(lambda x: x[:PURITY_PROBES]) if few else batch
     return kept[key]
-
-
-def is_looped(estimator: Estimator) -> bool:
-    """Whether it is a loss that only runs batch by batch, as far as is known."""
-    return isinstance(estimator.coefficients, LossCoefficients) and estimator.coefficients.lane == "loop"
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

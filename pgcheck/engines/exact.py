@@ -38,7 +38,7 @@ from pgcheck.engines.coefficients import (
     scattered,
     step_sums,
 )
-from pgcheck.engines.declarations import is_looped, row_order_is_free, verify_couples, verify_purity, verify_reads
+from pgcheck.engines.declarations import row_order_is_free, verify_couples, verify_purity, verify_reads
 from pgcheck.engines.enumeration import Batches
 from pgcheck.engines.lumped import Lumps, lump, lumped_sums
 from pgcheck.engines.moments import Moments, Progress, Sums, covariance_from
@@ -47,7 +47,7 @@ from pgcheck.engines.threads import one_thread
 from pgcheck.engines.traces import accumulate_traces, into_gradient, keeps_covariance, lumped_traces
 from pgcheck.errors import BudgetError, NotFiniteError, UsageError, names_problem
 from pgcheck.estimators.base import Couples, Estimator
-from pgcheck.estimators.from_loss import LossCoefficients
+from pgcheck.estimators.from_loss import LossCoefficients, is_looped
 from pgcheck.memory import keep_freed_memory
 from pgcheck.problem import Problem
 from pgcheck.trajectories import SideTable, Trajectories, is_count

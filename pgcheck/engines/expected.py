@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from pgcheck.engines.coefficients import coefficients_of, gradient_map
-from pgcheck.engines.declarations import PROBES, is_looped, row_orders, same_in_any_order
+from pgcheck.engines.declarations import PROBES, row_orders, same_in_any_order
 from pgcheck.engines.enumeration import Batches
 from pgcheck.engines.threads import one_thread
 from pgcheck.errors import PgcheckError
 from pgcheck.estimators.base import Estimator, Leaf
+from pgcheck.estimators.from_loss import is_looped
 from pgcheck.problem import Problem
 from pgcheck.trajectories import SideTable
 

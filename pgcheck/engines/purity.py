@@ -17,7 +17,7 @@ from pgcheck.batch import Batch
 from pgcheck.engines.coefficients import evaluated
 from pgcheck.errors import EstimatorError
 from pgcheck.estimators.base import Estimator
-from pgcheck.estimators.from_loss import LossCoefficients
+from pgcheck.estimators.from_loss import LossCoefficients, is_looped
 from pgcheck.seeding import (
     fixed_random_state,
     global_random_state,
@@ -29,7 +29,7 @@ from pgcheck.seeding import (
 KINDS = ("inputs_unchanged", "deterministic", "stateless")  # in the order in which they are looked for
 
 
-_LOOPED = 4  # batches that are enough where each takes its time: state and randomness show on any
+_LOOPED = 2  # batches that are enough where each takes its time: state and randomness show on any
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ def find_impurity(estimator: Estimator, batch: Batch) -> Impurity | None:
 
     `batch` `[M, B, T]`, M ≥ 2. Global random state is as before when this returns.
     """
-    if isinstance(estimator.coefficients, LossCoefficients) and estimator.coefficients.lane == "loop":
-        batch = batch.map(lambda x: x[:_LOOPED])
     fn = estimator.coefficients
+    if is_looped(estimator):
+        batch = _first(batch)
     with (
         random_state_kept() as before,
         fn.asked_anew() if isinstance(fn, LossCoefficients) else contextlib.nullcontext(),
@@ -88,6 +88,8 @@ def _find(estimator: Estimator, batch: Batch, before_call: tuple[Any, ...]) -> I
             return Impurity(
                 "inputs_unchanged", f"changes its inputs: batch.{name}", "write out of place, x = x - m", moved
             )
+    if is_looped(estimator):  # as is known by now
+        given, batch, first = _first(given), _first(batch), first[:_LOOPED]
     second = _from_seed(estimator, given, 1)  # it is as it was
     if drew or (not _equal(first, second) and _equal(second, _from_seed(estimator, given, 1))):
         return Impurity(
@@ -106,6 +108,10 @@ def _find(estimator: Estimator, batch: Batch, before_call: tuple[Any, ...]) -> I
             max(_gap(first, second), _gap(first, third)),
         )
     return None
+
+
+def _first(batch: Batch) -> Batch:
+    return batch.map(lambda x: x[:_LOOPED])
 
 
 def _from_seed(estimator: Estimator, batch: Batch, seed: int) -> Any:

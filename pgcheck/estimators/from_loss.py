@@ -373,6 +373,11 @@ def from_loss(
     )
 
 
+def is_looped(estimator: Estimator) -> bool:
+    """Whether it is a loss that only runs batch by batch, as far as is known."""
+    return isinstance(estimator.coefficients, LossCoefficients) and estimator.coefficients.lane == "loop"
+
+
 def _refuse_other_arguments(loss: Loss, called: str) -> None:
     if isinstance(loss, type):
         raise EstimatorError(f"loss '{called}' is a class; give an instance of it, {called}(…), or a function.")
