@@ -33,7 +33,7 @@ SIZES = {
     "bandit/extreme": (4, 2),  # two prompts, two arms
     "degenerate/all-equal": (6, 2),  # two prompts, three arms
     "degenerate/group-of-one": (6, 2),  # the same
-    "mdp/two-state": TWO_STATE,
+    "mdp/two-state": (10, 2),  # two steps: 6 + 4
     "mdp/two-state-0.9": TWO_STATE,
     "mdp/two-state-0.5": TWO_STATE,
     "chain/absorbing": CHAIN,
