@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -114,6 +114,14 @@ class Laws:
         begins = torch.searchsorted(row, torch.arange(len(weight) + 1, device=weight.device))
         p = weight / weight.sum(-1, keepdim=True)
         return cls(p.cumsum(-1)[row, outcome].clamp(max=1.0), outcome, begins[1:] - 1)
+
+    @classmethod
+    def of_entries(cls, weight: Tensor, row: Tensor, rows: int, outcome: Tensor) -> Laws:
+        """Of positive weights `[entries]` of the outcomes of each row, which stand row by row: `row` ascends."""
+        begins = torch.searchsorted(row, torch.arange(rows + 1, device=row.device))
+        upto = torch.cat([weight.new_zeros(1), weight.cumsum(0)])
+        low, high = upto[begins[:-1]], upto[begins[1:]]
+        return cls(((upto[1:] - low[row]) / (high - low)[row]).clamp(max=1.0), outcome, begins[1:] - 1)
 
     @cached_property
     def _bits(self) -> int:
@@ -235,10 +243,7 @@ class TableSampler:
         digits = place.unsqueeze(1) // n ** torch.arange(k, device=device) % n
         rows = order[(number.cumsum(0) - number)[start].unsqueeze(1) + digits]
         p = self.table.behavior_probability[rows].prod(1)
-        upto = torch.cat([p.new_zeros(1), p.cumsum(0)])
-        below, mass = upto[last + 1 - tuples][start], (upto[last + 1] - upto[last + 1 - tuples])[start]
-        law = ((upto[1:] - below) / mass).clamp(max=1.0)
-        return rows, Laws(law, torch.arange(len(rows), device=device), last)
+        return rows, Laws.of_entries(p, start, len(number), torch.arange(len(rows), device=device))
 
     def draw(self, first: int, count: int) -> tuple[Trajectories, Tensor]:
         groups, k = int(self.labels[-1]) + 1, self._rows_a_number
@@ -252,6 +257,35 @@ class TableSampler:
         else:
             found = laws.draw(start.unsqueeze(-1), n[:, groups:].unflatten(1, (groups, each)))
         return self.table, gathered_rows(tuples, found.flatten()).view(count, -1)
+
+
+@dataclass(frozen=True)
+class SplitSampler:
+    """Batches from a table in which each row of another is split, into one for every outcome of what is drawn beside it. The
+    rollouts are those of `plain`, by the same numbers; what is drawn beside them has numbers of its own."""
+
+    plain: TableSampler
+    table: Trajectories
+    source: Tensor  # [N] the row of `plain.table` that each is part of
+
+    @property
+    def labels(self) -> Tensor:
+        """The group of each row, `[B]`."""
+        return self.plain.labels
+
+    @cached_property
+    def _beside(self) -> tuple[Stream, Laws]:
+        order = self.source.argsort(stable=True)
+        order = order[self.table.behavior_probability[order] > 0]
+        weight, row = self.table.behavior_probability[order], self.source[order]
+        stream = replace(self.plain.stream, names=(*self.plain.stream.names, "beside"))
+        return stream, Laws.of_entries(weight, row, len(self.plain.table), order)
+
+    def draw(self, first: int, count: int) -> tuple[Trajectories, Tensor]:
+        """As `Sampler.draw`."""
+        stream, laws = self._beside
+        _, index = self.plain.draw(first, count)
+        return self.table, laws.draw(index, stream.numbers(first, count, len(self.labels)).to(index.device))
 
 
 def inverted(law: Tensor, u: Tensor) -> Tensor:

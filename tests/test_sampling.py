@@ -54,8 +54,13 @@ def test_rollouts_come_with_their_probability(name):
     draws = 4_000
     table, index = problem.sampler(seed=1).draw(0, draws)
     q = table.paths.start_probability[table.paths.start] * table.behavior_probability
-    seen = torch.bincount(index[:, 0], minlength=len(table)).double().numpy()  # rows of one column are independent
-    expected = (q * draws).numpy()
+    seen = torch.bincount(index[:, 0], minlength=len(table)).numpy()  # rows of one column are independent
+    assert_as_often(seen, q.numpy(), draws)
+
+
+def assert_as_often(seen, chance, draws):
+    """Counts of independent draws against their probabilities."""
+    expected = chance * draws
     assert not seen[expected == 0].any()
     rare = expected < 5  # their cells are put together
     seen, expected = (np.append(x[~rare], x[rare].sum()) for x in (seen, expected))
@@ -95,13 +100,30 @@ def test_sample_is_a_batch_that_does_not_depend_on_the_asking():
     assert not torch.equal(problem.sample(12, seed=5).action, whole.action)
 
 
-def test_auxiliary_draws_leave_the_rollouts_as_they_are():
-    """Estimators with other needs see the same rollouts: common random numbers."""
-    problem = find_problem("mdp/two-state").with_sampling(groups=1, group_size=3)
-    plain, split = (problem.sampler(needs=pgcheck.as_estimator(e).needs).draw(0, 500) for e in ("grpo", "vineppo"))
-    for name in ("state", "action", "reward"):
-        here, there = (getattr(table.paths, name)[index] for table, index in (plain, split))
-        assert torch.equal(here, there), name
+@pytest.mark.parametrize("name", ["mdp/two-state", "mdp/two-state-0.9", "dialogue/unequal-groups", "sampled/groups-16"])
+def test_auxiliary_draws_leave_the_rollouts_as_they_are(name):
+    """Estimators with other needs see the same rollouts: common random numbers; whether or not a number gives several rows."""
+    problem = find_problem(name)
+    plain, split = (problem.sampler(needs=pgcheck.as_estimator(e).needs).draw(7, 500) for e in ("grpo", "vineppo"))
+    assert len(split[0]) > len(plain[0])
+    for column in ("start", "state", "action", "reward"):
+        here, there = (getattr(table.paths, column)[index] for table, index in (plain, split))
+        assert torch.equal(here, there), column
+
+
+def test_auxiliary_draws_come_with_their_probability():
+    """Also given the rollout, and independent from row to row."""
+    problem, draws = find_problem("mdp/two-state"), 20_000
+    table, index = problem.sampler(seed=5, needs=pgcheck.as_estimator("vineppo").needs).draw(0, draws)
+    chance = table.behavior_probability * table.paths.start_probability[table.paths.start]
+    for row in range(problem.rows):
+        assert_as_often(torch.bincount(index[:, row], minlength=len(table)).numpy(), chance.numpy(), draws)
+    V = table.side["continuation_value"][index]  # [draws, B, T]
+    start = table.paths.start[index[:, 0]]
+    for first, second in itertools.combinations(range(problem.rows), 2):
+        for s in start.unique().tolist():  # rows of a group share it, and nothing else
+            x, y = (V[start == s][:, row, 0].numpy() for row in (first, second))
+            assert stats.pearsonr(x, y).pvalue > FALSE_ALARM
 
 
 def test_global_generators_are_left_alone():

@@ -12,9 +12,11 @@ from torch import Tensor
 from pgcheck import truth
 from pgcheck.envs.tabular import TabularMDP
 from pgcheck.errors import ProblemError
-from pgcheck.sampling import Stream, TableSampler
+from pgcheck.sampling import SplitSampler, Stream, TableSampler
 from pgcheck.trajectories import Paths, SideTable, Trajectories
 from pgcheck.worlds.base import Policies, TruthMethod, World, as_bytes
+
+_SOURCE = "row of the table"  # a column that says where the rows of a table come from while it is made
 
 
 @dataclass(frozen=True)
@@ -127,23 +129,31 @@ class Listed(World):
     # -- rollouts
 
     def table(self, needs: Sequence[SideTable] = ()) -> Trajectories:
-        if not needs:
-            return self._table
-        if (key := tuple(needs)) not in self._with_needs:
-            table = self._table
+        return self._with(needs)[0]
+
+    def _with(self, needs: Sequence[SideTable]) -> tuple[Trajectories, Tensor | None]:
+        """The table with what is needed; if its rows are parts of those without, of which each is."""
+        if (key := tuple(needs)) not in self._made:
+            table = self._table.with_side(**{_SOURCE: torch.arange(len(self._table))}) if key else self._table
             for provide in key:
                 table = provide(table)
-            self._with_needs[key] = table
-        return self._with_needs[key]
+            side = dict(table.side)
+            source = side.pop(_SOURCE, None)
+            split = len(table) != len(self._table)
+            self._made[key] = replace(table, side=side) if key else table, source if split else None
+        return self._made[key]
 
     @cached_property
-    def _with_needs(self) -> dict[tuple[SideTable, ...], Trajectories]:
+    def _made(self) -> dict[tuple[SideTable, ...], tuple[Trajectories, Tensor | None]]:
         return {}
 
     def sampler(
         self, labels: Tensor, stream: Stream, *, needs: Sequence[SideTable], problem: str, device: str
-    ) -> TableSampler:
-        return TableSampler(self.table(needs).to(device), labels, stream)
+    ) -> TableSampler | SplitSampler:
+        table, source = self._with(needs)
+        if source is None:
+            return TableSampler(table.to(device), labels, stream)
+        return SplitSampler(TableSampler(self._table.to(device), labels, stream), table.to(device), source.to(device))
 
     def can_draw(self, needs: Sequence[SideTable]) -> bool:
         return True
