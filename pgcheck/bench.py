@@ -650,7 +650,7 @@ def has_jax() -> bool:
 @one_thread()
 def bench(*, rounds: int = ROUNDS, progress: Progress | None = None) -> list[Ratio]:
     """Every ratio; some minutes."""
-    dense = (find_problem("mdp/two-state"), walk_of_four())
+    dense = (find_problem("mdp/two-state-0.9"), walk_of_four())
     tree = find_problem("tree/tokens")
     work: list[Callable[[], list[Ratio]]] = []
     for problem, estimator, rows in itertools.product(dense, ("leave_one_out", "grpo"), ROWS):
