@@ -16,6 +16,7 @@ from pgcheck.estimators.lookup import FILLED_BY  # noqa: F401  (fills the regist
 from pgcheck.registry import find_problem, registered_problems
 from pgcheck.sampling import Laws, Stream
 
+BACKWARDS = torch.arange(9, -1, -1)  # of the ten rollouts of mdp/two-state
 FALSE_ALARM = 1e-9  # of each statistical test below; about a hundred of them, with fixed seeds
 
 
@@ -108,6 +109,16 @@ def test_auxiliary_draws_leave_the_rollouts_as_they_are(name):
     assert len(split[0]) > len(plain[0])
     for column in ("start", "state", "action", "reward"):
         here, there = (getattr(table.paths, column)[index] for table, index in (plain, split))
+        assert torch.equal(here, there), column
+
+
+def test_a_side_table_in_another_order_leaves_them_as_well():
+    """As many rows, none split."""
+    problem = find_problem("mdp/two-state")
+    plain, moved = (problem.sampler(needs=needs).draw(0, 500) for needs in ((), (lambda table: table.take(BACKWARDS),)))
+    assert not torch.equal(plain[1], moved[1])
+    for column in ("start", "state", "action", "reward"):
+        here, there = (getattr(table.paths, column)[index] for table, index in (plain, moved))
         assert torch.equal(here, there), column
 
 

@@ -29,7 +29,7 @@ from pgcheck.seeding import (
 KINDS = ("inputs_unchanged", "deterministic", "stateless")  # in the order in which they are looked for
 
 
-_LOOPED = 2  # batches that are enough where each takes its time: state and randomness show on any
+_LOOPED = 4  # batches that are enough where each takes its time: state and randomness show on any
 
 
 @dataclass(frozen=True)

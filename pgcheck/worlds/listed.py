@@ -132,15 +132,17 @@ class Listed(World):
         return self._with(needs)[0]
 
     def _with(self, needs: Sequence[SideTable]) -> tuple[Trajectories, Tensor | None]:
-        """The table with what is needed; if its rows are parts of those without, of which each is."""
+        """The table with what is needed; and where its rows are others, the row of the table without that each is part of."""
+        if not needs:
+            return self._table, None
         if (key := tuple(needs)) not in self._made:
-            table = self._table.with_side(**{_SOURCE: torch.arange(len(self._table))}) if key else self._table
+            own = torch.arange(len(self._table))
+            table = self._table.with_side(**{_SOURCE: own})
             for provide in key:
                 table = provide(table)
             side = dict(table.side)
-            source = side.pop(_SOURCE, None)
-            split = len(table) != len(self._table)
-            self._made[key] = replace(table, side=side) if key else table, source if split else None
+            source = side.pop(_SOURCE, own)
+            self._made[key] = replace(table, side=side), None if torch.equal(source, own) else source
         return self._made[key]
 
     @cached_property
