@@ -101,10 +101,11 @@ class Grain:
 
 
 def _symmetric(g: Tensor) -> Tensor:
-    """gᵀg; of many columns, the blocks above the diagonal alone, mirrored."""
+    """gᵀg, the half above the diagonal mirrored, as not every BLAS gives both the same last bit; of many columns, the blocks
+    of that half alone."""
     P = g.shape[1]
     if P <= 2 * _SIDE:
-        return g.T @ g
+        return _mirrored(g.T @ g)
     parts = g.split(_SIDE, 1)
     out = g.new_empty(P, P)
     for i, a in enumerate(parts):
@@ -112,4 +113,9 @@ def _symmetric(g: Tensor) -> Tensor:
         here = a.T @ g[:, low:]
         out[low : low + a.shape[1], low:] = here
         out[low:, low : low + a.shape[1]] = here.T
+        out[low : low + a.shape[1], low : low + a.shape[1]] = _mirrored(here[:, : a.shape[1]])
     return out
+
+
+def _mirrored(x: Tensor) -> Tensor:
+    return x.triu().add_(x.triu(1).T)
