@@ -35,12 +35,13 @@ from pgcheck.calibrate import (
     ratio_misses,
 )
 from pgcheck.calibrate.endings import run_to_the_end
+from pgcheck.calibrate.oracle import oracle_draws
 from pgcheck.engines.exact import exact_moments
 from pgcheck.errors import UnknownNameError, UsageError
 from pgcheck.estimators.lookup import as_estimator
 from pgcheck.registry import find_problem
 from pgcheck.render.calibration import calibration_figure, calibration_json, calibration_markdown, read_calibration
-from pgcheck.statistics import stacked
+from pgcheck.statistics import guarded, stacked
 from pgcheck.statistics.certificate import stretch
 from pgcheck.statistics.finite import Law
 from pgcheck.statistics.guarded import Floats, Scores, z_of, z_scores
@@ -195,6 +196,30 @@ def test_a_slice_of_the_false_passes(name: str) -> None:
     assert stats.binom.cdf(worst[0].events, 400, 0.05) > ONE_IN_1E8  # calibrated: not hiding behind a wide margin
 
 
+def test_a_looser_guard_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reward paid once in a hundred draws would be told eight times as early; an infinite variance would be a bias."""
+    x = law("Pareto weights, index 1.5")
+
+    def alarms() -> bool:
+        rates = [r for r in null_rates(x, runs=1000, rng=np.random.default_rng(1)) if r.what == "confirm"]
+        return any(stats.binom.sf(r.events - 1, r.runs, r.nominal) < ONE_IN_1E8 for r in rates)
+
+    assert not alarms()
+    monkeypatch.setattr(guarded, "MOST_SKEWNESS", 0.3)
+    monkeypatch.setattr(guarded, "MOST_SHARE", 0.2)
+    assert alarms()
+
+
+@pytest.mark.parametrize("index", [1.5, 2.0])
+def test_pareto_weights_have_the_tail_that_they_are_named_for(index: float) -> None:
+    """Of weights w times vectors around 1: P(w > x) = x^−index, and the mean index/(index − 1), to the bins' width."""
+    x = law(f"Pareto weights, index {index:g}")
+    size = x.values.mean(1).numpy()
+    for far in (10.0, 1_000.0):
+        assert x.probability[size > far].sum() == pytest.approx(far**-index, rel=0.3)
+    assert float(x.mean.mean()) == pytest.approx(index / (index - 1), rel=0.15)
+
+
 def test_it_runs_whole_and_says_the_same_twice() -> None:
     small = [law("leave_one_out on chain")]
     a, b = (calibrate(small, runs=100, seed=3) for _ in range(2))
@@ -222,6 +247,29 @@ def test_equal_values_are_one() -> None:
     assert x.probability.tolist() == [0.5, 0.5]
     with pytest.raises(UsageError, match="probability"):
         Law.of("", "", values, np.array([0.5, 0.5]))
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.025])
+def test_the_oracle_of_a_normal_law_is_its_formula(ratio: float) -> None:
+    y = stats.norm.isf((np.arange(20_000) + 0.5) / 20_000)
+    n = oracle_draws(y, np.full(len(y), 1 / len(y)), bias=ratio * y.std(), alpha=1e-9)
+    assert n == pytest.approx((stats.norm.isf(1e-9) / ratio) ** 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("probability", [0.01, 0.3, 0.95])
+def test_the_oracle_of_a_coin_is_that_of_the_binomial(probability: float) -> None:
+    """The least n from which on a share of p + b has a tail of α at most; on a lattice, to the 2% that its steps are."""
+    b, α = 0.1 * math.sqrt(probability * (1 - probability)), 1e-9
+    n = oracle_draws(
+        np.array([1 - probability, -probability]), np.array([probability, 1 - probability]), bias=b, alpha=α
+    )
+    every = np.arange(1_000, 12_000)
+    tail = stats.binom.sf(np.ceil(every * (probability + b) - 1e-9) - 1, every, probability)
+    assert n == pytest.approx(every[tail > α][-1] + 1, rel=0.02)
+
+
+def test_an_oracle_never_sees_a_mean_that_no_draw_has() -> None:
+    assert oracle_draws(np.array([-1.0, 1.0]), np.array([0.5, 0.5]), bias=1.0, alpha=1e-3) == math.inf
 
 
 def test_pairs_of_counts_are_those_of_the_draws() -> None:

@@ -9,7 +9,8 @@ Where ĝ can be enumerated it has a finite law, and a sample of n draws is a mul
 * both stages of mode `exceeds`, with a bias planted exactly at the tolerance;
 * all three where κ is open and the reference drawn as well (`pgcheck.statistics.open_scale`);
 * **intervals**: how often one that is given misses, after a fixed number of draws and at whichever look a run stopped;
-* **power**: draws to a FAIL, against the test that knows the direction of the bias beforehand.
+* **power**: draws to a FAIL, against the test that knows the direction of the bias, and the law along it, beforehand
+  (`pgcheck.calibrate.oracle`).
 
 Guarantee: rates carry Clopper–Pearson bounds (99%); families are never pooled, as one in which the guard refuses would
 flatter another; every law and question has a stream of its own, so that neither the set of laws, nor that of questions, nor the
@@ -29,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from pgcheck.calibrate.endings import end_to_end, powers
-from pgcheck.calibrate.laws import estimator_law, laws, laws_named
+from pgcheck.calibrate.laws import UNTOLD, estimator_law, laws, laws_named
 from pgcheck.calibrate.looks import SHAPES, exceeding_rates, false_passes, null_rates, planted, ratio_misses
 from pgcheck.calibrate.open_scale import open_passes, open_rates, open_triggers
 from pgcheck.calibrate.rates import ALLOWED, NOMINAL, Calibration, EndToEnd, Power, Rate, clopper_pearson, rate
@@ -81,7 +82,7 @@ def _of_whole_runs(
     if "verdicts" in questions:
         ended, misses = end_to_end(law, runs=max(4, runs // 320), rng=_stream(law, "verdicts", seed))
         verdicts.append(ended)
-    if "power" in questions:
+    if "power" in questions and law.family != UNTOLD:  # a bias has no size beside its noise
         power, more = powers(law, runs=max(2, runs // 2000), rng=_stream(law, "power", seed))
         misses = misses + more
     return verdicts, power, misses

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from pgcheck.calibrate.looks import SHAPES, planted, tolerance
+from pgcheck.calibrate.oracle import oracle_draws
 from pgcheck.calibrate.rates import EndToEnd, Misses, Power, Rate
 from pgcheck.engines.accounts import Account
 from pgcheck.statistics.certificate import GRAM
 from pgcheck.statistics.finite import Law
 from pgcheck.statistics.grain import Grain
-from pgcheck.statistics.guarded import z_of
 from pgcheck.statistics.sequential import GRAIN, Interval, Judge, Judgement, Settings, confidence_after
 from pgcheck.statistics.status import Status
 
@@ -93,6 +93,7 @@ def powers(law: Law, *, runs: int, rng: np.random.Generator) -> tuple[list[Power
     for shape in SHAPES[:2]:
         direction = planted(law, shape, 1.0)
         noise = math.sqrt(float(direction @ law.covariance @ direction))
+        scores = ((law.values - law.mean) @ direction).numpy()
         for ratio in RATIOS:
             bias = direction * (ratio * noise)
             got = [endings.add(run_to_the_end(law, rng, bias=bias, settings=settings)) for _ in range(runs)]
@@ -100,6 +101,6 @@ def powers(law: Law, *, runs: int, rng: np.random.Generator) -> tuple[list[Power
             failed = sum(map(math.isfinite, draws))
             median = float(np.median(draws)) if 2 * failed > runs else None
             size = float(bias.norm() / (law.mean - bias).norm())
-            oracle = (z_of(settings.alpha) / ratio) ** 2
+            oracle = oracle_draws(scores, law.probability, bias=ratio * noise, alpha=settings.alpha)
             out.append(Power(law.name, law.family, shape, size, runs, failed, median, oracle))
     return out, endings.rates("after stopping, a bias")

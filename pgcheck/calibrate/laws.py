@@ -18,6 +18,10 @@ from pgcheck.registry import find_problem
 from pgcheck.statistics.finite import Law
 from pgcheck.statistics.guarded import Floats
 
+UNTOLD = "infinite variance"  # the family of which no number of draws tells the noise
+_LEAST = 1e-9  # probability of the largest weight of a Pareto law
+_VECTORS = 4  # that each of its weights may weigh
+
 
 def estimator_law(estimator: str, problem: str, *, family: str) -> Law:
     """ĝ of every batch of a named problem that is small enough."""
@@ -50,6 +54,18 @@ def _sparse(P: int, *, number: int) -> Law:
     values = np.concatenate([np.zeros((1, P)), 0.3 + rng.standard_normal((number - 1, P))])
     paid = np.full(number - 1, 0.01 / (number - 1))
     return Law.of(f"paid once in a hundred, P = {P}", "rare event", torch.from_numpy(values), np.array([0.99, *paid]))
+
+
+def _pareto(index: float, P: int) -> Law:
+    """Weights with P(w > x) = x^−index, cut off where that is 1e-9: for index ≤ 2 of a variance that no sample shows. They
+    weigh vectors that all point one way, so that a sample without its large weights has too short a mean, and looks tame."""
+    rng = np.random.Generator(np.random.Philox(P))
+    beyond = np.append(np.geomspace(1.0, _LEAST, 94), 0.0)  # P(w > x) at the ends of bins, a fifth less each
+    weight = np.append(np.sqrt(beyond[:-2] * beyond[1:-1]), _LEAST) ** (-1 / index)
+    vectors = 1 + 0.3 * rng.standard_normal((_VECTORS, len(weight), P))
+    values = (weight[:, None] * vectors).reshape(-1, P)
+    probability = np.tile(-np.diff(beyond) / _VECTORS, _VECTORS)
+    return Law.of(f"Pareto weights, index {index:g}, P = {P}", UNTOLD, torch.from_numpy(values), probability)
 
 
 def _around(noise: Floats, P: int) -> Tensor:
@@ -93,4 +109,6 @@ def laws() -> tuple[Law, ...]:
         estimator_law("reinforce", "notes/coin-0.01", family="rare event"),
         estimator_law("reinforce", "chain/absorbing", family="rare event"),
         _sparse(32, number=300),
+        _pareto(1.5, 2),
+        _pareto(2.0, 2),
     )

@@ -58,7 +58,8 @@ def rate(what: str, law: Law, detail: str, nominal: float, *, runs: int, events:
 
 @dataclass(frozen=True)
 class Power:
-    """Draws to a FAIL of whole judges, against the test at the same α that knows the direction of the bias."""
+    """Draws to a FAIL of whole judges, against the test at the same α that knows the direction of the bias and the
+    law of the scores along it."""
 
     law: str
     family: str

@@ -234,9 +234,8 @@ def length_weighted_mean(*, own: Literal["exclude", "include"]) -> Callable[[Bat
 
     def baseline(batch: Batch) -> Tensor:
         same = batch.same_group if own == "include" else without_self(batch.same_group)
-        weight = same * batch.length.unsqueeze(-2)  # [..., B, B]
-        total = weight.sum(-1)
-        return (weight @ batch.episode_return.unsqueeze(-1)).squeeze(-1) / total.clamp(min=1.0)
+        total = sum_of_peers(batch.length * batch.episode_return, same)
+        return total / sum_of_peers(batch.length, same).clamp(min=1.0)
 
     return baseline
 

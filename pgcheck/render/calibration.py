@@ -17,10 +17,13 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from pgcheck.calibrate import ALLOWED, NOMINAL, SHAPES, Calibration, EndToEnd, Power, Rate
+from pgcheck.calibrate.laws import UNTOLD
 from pgcheck.errors import UsageError
 from pgcheck.render.messages import number
 
-_COLORS = {"light": "#4c72b0", "skewed": "#dd8452", "heavy-tailed": "#c44e52", "rare event": "#8172b3"}
+_COLORS = {"light": "#4c72b0", "skewed": "#dd8452", "heavy-tailed": "#c44e52", "rare event": "#8172b3"} | {
+    UNTOLD: "#937860"
+}
 _STAGES = {
     "trigger": ("First stage of a FAIL", "No bias. Any of six witnesses alarms at one look of 4,096 draws."),
     "confirm": (
@@ -51,7 +54,9 @@ _STAGES = {
 _MISSES = {
     "misses, fixed draws": (
         "Intervals after a fixed number of draws",
-        "95% intervals after 4,096 draws (of the effect: after 4,096 confirming draws).",
+        "95% intervals after 4,096 draws (of the effect: after 4,096 confirming draws). Of a law without a usable variance few"
+        " samples allow one, those that missed its large weights, and most of these are wrong: k̂ does not tell them either."
+        " What is promised is that an interval is given *and* wrong at most as often as it says, which holds there as well.",
     ),
     "misses, after stopping, no bias": (
         "Intervals at the end of a run, no bias",
@@ -194,8 +199,8 @@ def _speed(c: Calibration) -> list[str]:
     if not c.power:
         return []
     lines = [
-        "Draws to a FAIL, against the one test at the same α that knows the direction of the bias: the median of the settings,"
-        " and the most.",
+        "Draws to a FAIL, against the one test at the same α that knows the direction of the bias and the law of the scores"
+        " along it: the median of the settings, and the most.",
         "",
         "| family | " + " | ".join(f"bias {shape}" for shape in SHAPES[:2]) + " | settings | runs | end in a FAIL |",
         "|---|" + "---|" * len(SHAPES[:2]) + "--:|--:|--:|",
@@ -268,9 +273,10 @@ def _power(c: Calibration) -> list[str]:
     lines = [
         "## Draws to a FAIL",
         "",
-        "Against the one test at the same α (1e-6/1024) that knows the direction of the bias beforehand. The schedule ends a"
-        " confirmed FAIL at 8,192, 16,384, … draws, never earlier. A ratio below 1: a witness that weighs quiet coordinates up"
-        " beats the direction of the bias itself. Runs that end otherwise count as longer than any.",
+        "Against the one test at the same α (1e-6/1024) that knows the direction of the bias and the law of the scores along"
+        " it beforehand. The schedule ends a confirmed FAIL at 8,192, 16,384, … draws, never earlier. A ratio below 1:"
+        " a witness that weighs quiet coordinates up beats the direction of the bias itself. Runs that end otherwise count as"
+        " longer than any.",
         "",
         "| law | bias | ‖b‖/‖μ*‖ | FAIL | median draws | oracle | ratio |",
         "|---|---|--:|--:|--:|--:|--:|",
