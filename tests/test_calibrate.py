@@ -346,6 +346,14 @@ def test_the_report_answers_first() -> None:
     assert "`pgcheck calibrate --runs 10000 --seed 3`" in text
 
 
+def test_intervals_that_miss_as_few_are_given_are_said_in_words() -> None:
+    x = law("leave_one_out on chain")
+    wrong = rate("misses, fixed draws", x, "scale", 0.05, runs=400, events=200, refused=0.96)
+    text = calibration_markdown(report(wrong))
+    assert "too many are wrong for leave_one_out on chain/linear-policy: 4.0% to 4.0% of the samples allow one" in text
+    assert "is at most 2.0% of all." in text
+
+
 def test_the_figure_is_one_svg_and_the_same_twice() -> None:
     x = law("leave_one_out on chain")
     rates = [

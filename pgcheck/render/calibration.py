@@ -18,12 +18,14 @@ from matplotlib.figure import Figure
 
 from pgcheck.calibrate import ALLOWED, NOMINAL, SHAPES, Calibration, EndToEnd, Power, Rate
 from pgcheck.calibrate.laws import UNTOLD
+from pgcheck.calibrate.rates import MISS
 from pgcheck.errors import UsageError
 from pgcheck.render.messages import number
 
 _COLORS = {"light": "#4c72b0", "skewed": "#dd8452", "heavy-tailed": "#c44e52", "rare event": "#8172b3"} | {
     UNTOLD: "#937860"
 }
+_MOST_MISSES = 12  # percent, where the axis of a figure ends
 _STAGES = {
     "trigger": ("First stage of a FAIL", "No bias. Any of six witnesses alarms at one look of 4,096 draws."),
     "confirm": (
@@ -55,8 +57,7 @@ _MISSES = {
     "misses, fixed draws": (
         "Intervals after a fixed number of draws",
         "95% intervals after 4,096 draws (of the effect: after 4,096 confirming draws). Of a law without a usable variance few"
-        " samples allow one, those that missed its large weights, and most of these are wrong: k̂ does not tell them either."
-        " What is promised is that an interval is given *and* wrong at most as often as it says, which holds there as well.",
+        " samples allow one, those that missed its large weights, and k̂ does not tell them either.",
     ),
     "misses, after stopping, no bias": (
         "Intervals at the end of a run, no bias",
@@ -87,6 +88,7 @@ def calibration_markdown(c: Calibration) -> str:
         "",
         *_headline(c.rates),
         "",
+        *_seldom_given(c.rates),
         *_product(c.rates),
         "",
         *_abstention(c.rates),
@@ -148,6 +150,20 @@ def _headline(rates: Sequence[Rate]) -> list[str]:
             measured = f"{number(worst.rate)} [{worst.low:.2g}, {worst.high:.2g}] {_name(worst)}"
             lines.append(f"| {title} | {number(τ)} | {measured} | {above} of {len(cells)} | {within} of {len(cells)} |")
     return lines
+
+
+def _seldom_given(rates: Sequence[Rate]) -> list[str]:
+    """Intervals of which too many of those that are given are wrong, as few are given."""
+    wrong = [r for r in rates if r.what in _MISSES and r.runs and r.low > r.nominal]
+    if not wrong:
+        return []
+    laws, given = ", ".join(dict.fromkeys(r.law for r in wrong)), [1 - r.refused for r in wrong]
+    return [
+        f"Of the intervals that are given too many are wrong for {laws}: {min(given):.1%} to {max(given):.1%} of the samples"
+        f" allow one. Given *and* wrong, of which {MISS:.0%} is promised, is at most"
+        f" {max(r.rate * (1 - r.refused) for r in wrong):.1%} of all.",
+        "",
+    ]
 
 
 def _name(r: Rate) -> str:
@@ -353,10 +369,17 @@ def _draw_misses(ax: Axes, shown: Sequence[Rate]) -> None:
         rates = [r for r in shown if r.detail == name]
         for j, r in enumerate(rates):
             x = i + 0.7 * (j / max(len(rates) - 1, 1) - 0.5)
+            if 100 * r.rate > _MOST_MISSES:  # beyond the axis, said as a number at its end
+                ax.plot(x, 0.97 * _MOST_MISSES, marker="^", color=_COLORS[r.family], ms=4)
+                ax.annotate(
+                    f"{r.rate:.0%}", (x, 0.97 * _MOST_MISSES), xytext=(0, -5 - 18 * (j % 2)), textcoords="offset points",
+                    ha="center", va="top", fontsize="x-small", rotation=90,
+                )  # fmt: skip
+                continue
             bounds = [[100 * (r.rate - r.low)], [100 * (r.high - r.rate)]]
             ax.errorbar(x, 100 * r.rate, yerr=bounds, color=_COLORS[r.family], marker=".", ms=3, lw=0.6)
     ax.axhline(5, color="#888888", lw=0.8)
-    ax.set(ylim=(0, 12), ylabel="miss the truth, %", title="95% intervals, fixed draws")
+    ax.set(ylim=(0, _MOST_MISSES), ylabel="miss the truth, %", title="95% intervals, fixed draws")
     ax.set_xticks(range(len(names)), names, fontsize="small")
 
 
@@ -365,7 +388,7 @@ def _draw_power(ax: Axes, c: Calibration) -> None:
         points = [(p.oracle_draws, p.median_draws) for p in c.power if p.detail == shape and p.median_draws is not None]
         if points:
             ax.plot(
-                [oracle * 1.06 ** (i % 7 - 3) for i, (oracle, _) in enumerate(points)],
+                [oracle * 1.02 ** (i % 7 - 3) for i, (oracle, _) in enumerate(points)],
                 [median for _, median in points],
                 marker, ms=4, alpha=0.7, label=shape, ls="",
             )  # fmt: skip

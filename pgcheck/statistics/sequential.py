@@ -263,7 +263,8 @@ class Judge:
         if len(self._tail) == _TAIL:
             size = size[size > self._tail[0]]
         if len(size):
-            self._tail = np.sort(np.concatenate([self._tail, size]))[-_TAIL:]
+            every = np.concatenate([self._tail, size])
+            self._tail = np.sort(np.partition(every, -_TAIL)[-_TAIL:] if len(every) > _TAIL else every)
 
     @property
     def _learns_at(self) -> int:
