@@ -251,7 +251,10 @@ class Batch(Late):
     @row_by_row
     def discount_weight(self) -> Tensor:
         """γ^t (by the problem's clock), `[..., B, T]`."""
-        return self.discount**self.clock
+        clock = self.clock
+        if self.discount_clock == "position":  # the same in every row
+            return (self.discount ** clock[(0,) * (clock.dim() - 1)]).expand(clock.shape)
+        return self.discount**clock
 
     @row_by_row
     def episode_return(self) -> Tensor:

@@ -17,7 +17,11 @@ from pgcheck.registry import find_problem
 LABELS = {
     "one group": [0, 0, 0, 0, 0],
     "two, unequal": [4, 4, 4, 7, 7],
+    "two, equal": [0, 0, 0, 5, 5, 5],
+    "three, equal": [1, 1, 4, 4, 2, 2],
     "tiled": [0, 1, 0, 1, 0],
+    "tiled, equal": [0, 1, 1, 0],
+    "each by itself": [0, 1, 2],
     "one row by itself": [2, 2, 5, 2, 2],
     "a single row": [3],
 }
