@@ -6,32 +6,35 @@ tensors; the engine gathers its own. Everything is float64 on one thread of one 
 
 What the engine does with these batches, and a rival does not: on-policy both estimators have one weight a row, so that ĝ is a
 sum of scores from a table (`pgcheck.engines.scores`), and no position is looked at. The same engine without that, position by
-position, is raced as well. Every batch given is evaluated, those given twice twice. What is made once a table or once for some
-labels (scores, I − W of a baseline W R) is there when the clock runs, as a rival's gathered tensors are.
+position, is raced as well. Every batch given is evaluated, those given twice twice. What is made once a table or once for
+some labels (scores, what I − W is of a baseline W R) is there when the clock runs, as a rival's gathered tensors are.
 
 Each pass over the weights takes about a nanosecond an element, as its operands come from beyond the second-level cache, and
-each operation some 15 µs, as its code does too; so there are few of either: blocks of a million rows, a baseline and what is
-left of a return as one product, factors that are one number kept outside, rollouts' numbers as int32 once a block, columns of
-scores a multiple of four. Only x, of which each coordinate is written and read, is kept in cache, some thousand batches at
-once, which is worth a twentieth of the run. At B = 8 and K·A = 32 three tenths are the sparse product and an eighth Σ x xᵀ.
-Tried, and slower or no faster: the batch as the fastest index (its passes are faster at B = 3, its two transpositions cost
-more), smaller blocks, huge pages, `torch.compile`, syrk, one column less than a multiple of four, R − mean in place of a
-product, norms of rows in place of a square and a product; a kernel of numba for all sums at once took half the time at two
-columns and B = 3, as long at B = 8, and longer at 21 columns.
+each operation some 15 µs, as its code does too; so there are few of either: blocks of a million rows, what a baseline leaves
+of a return from one sum over the group, factors that are one number kept outside, rollouts' numbers as int32 once a block,
+columns of scores a multiple of four. Only x, of which each coordinate is written and read, is kept in cache, some thousand
+batches at once, which is worth a twentieth of the run. At B = 8 and K·A = 32 three tenths are the sparse product and an
+eighth to a quarter Σ x xᵀ. Tried, and slower or no faster: the batch as the fastest index (its passes are faster at B = 3,
+its two transpositions cost more), smaller blocks, huge pages, `torch.compile`, syrk, one column less than a multiple of four,
+norms of rows in place of a square and a product; a kernel of numba for all sums at once took half the time at two columns and
+B = 3, as long at B = 8, and longer at 21 columns. A product with I − W in place of the sum was no slower on one machine, and
+takes a tenth to a quarter more on another, with AVX-512. Against `vmap` the ratio was 11 to 16 on the former, and is 8 to 13
+on the latter.
 
 A sampled verdict is more than the sums that its rival makes: it draws the batches, and keeps of every estimator what a judge
 and intervals need. With groups of 16 a third of a long run is the drawing (a third of that the generator), three tenths the
-coefficients and ĝ, a third what is kept of the draws. A run of 32 768 draws spends a third on what every run does once:
+coefficients and ĝ, a third what is kept of the draws. A run of 32 768 draws spends a quarter on what every run does once:
 whether the estimator is pure, the first directions, and the bounds that are printed; so that this problem is also raced with
-as many draws as a check takes. On a tree of 336 logits a fifth is the drawing, a sixth the coefficients and ĝ, a quarter the
-Gram blocks and their largest eigenvalues, of each grain while grains are few, and a seventh Σ x xᵀ.
+as many draws as a check takes. On a tree of 336 logits a seventh is the drawing, a quarter Σ x xᵀ, and a fifth the Gram
+blocks and their largest eigenvalues, of each grain while grains are few.
 
-The tenth estimator is within 3% of an exact run in the median. Of a sampled one it is some 4% where drawing is dear (walk-50,
-which is simulated), and nearly nothing where it is one of the nine: estimates that are the same bits are looked at once, as
-those of leave-one-out over the batch and over the group where there is one group. The ten that are raced here are all apart.
-With s for what estimators share, and m for what each of ten that are alike takes by itself, s + m ≤ 3 E, E the rival, and
-m ≤ 3% (s + 10 m) leave m ≤ E/8. With groups of 16 the coefficients and ĝ alone, which the rival makes as well, are two fifths
-of E by a profile, and m is 1.6 E, in a short run 2.6 E; one product for all ten was not tried.
+The tenth estimator is a few percent of an exact run, and within the noise of a sampled one whose draws are dear, as a walk
+that is simulated or a model that writes. It is nothing where it is one of the nine: estimates that are the same bits are
+looked at once, as those of leave-one-out over the batch and over the group where there is one group. The ten that are raced
+here are all apart. With s for what estimators share and m for what each of ten that are alike takes by itself, m < 3% (s + 10
+m) is m < s/23. A draw of sampled/groups-16, two groups of sixteen rollouts, takes .26 µs to make, so that m would be 11 ns,
+in which its 32 returns can hardly be read; and of the tree Σ x xᵀ alone, 336 logits of each estimator, takes more than all
+drawing. There an estimator costs what its own arithmetic costs, whichever it is in the row.
 
 Guarantee: a rate is reported only after the contenders gave the same E ĝ and E‖ĝ‖² to 1e-9: rivals on the same random
 batches, the exact verdict against ordered tuples wherever those are few enough to be raced. A ratio is the

@@ -39,11 +39,12 @@ WHAT = {
 
 def bench_markdown(ratios: Sequence[Ratio]) -> str:
     """One table a question; the device is named, since absolute rates are its own."""
-    device = f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, float64, one thread"
+    device = f"{platform.machine()} with {torch.backends.cpu.get_cpu_capability()}, Python {platform.python_version()}"
     lines = [
         "# pgcheck bench",
         "",
-        f"{device}. Ratios are medians over rounds run in turn; least and largest in brackets.",
+        f"{device}, torch {torch.__version__}, float64, one thread. Ratios are medians over rounds run in turn; least"
+        " and largest in brackets.",
         "",
     ]
     if not has_jax():
