@@ -244,17 +244,20 @@ class Batch(Late):
         one (not below 0), so that an observation position discounts nothing.
         """
         if self.discount_clock == "position":
-            steps = torch.arange(self.reward.shape[-1], dtype=self.reward.dtype, device=self.reward.device)
-            return steps.expand(self.reward.shape)
+            return self._positions.expand(self.reward.shape)
         return (self.mask.cumsum(-1) - 1.0).clamp(min=0.0)
 
     @row_by_row
     def discount_weight(self) -> Tensor:
         """γ^t (by the problem's clock), `[..., B, T]`."""
-        clock = self.clock
         if self.discount_clock == "position":  # the same in every row
-            return (self.discount ** clock[(0,) * (clock.dim() - 1)]).expand(clock.shape)
-        return self.discount**clock
+            return (self.discount**self._positions).expand(self.reward.shape)
+        return self.discount**self.clock
+
+    @property
+    def _positions(self) -> Tensor:
+        """0, 1, …, `[T]`."""
+        return torch.arange(self.reward.shape[-1], dtype=self.reward.dtype, device=self.reward.device)
 
     @row_by_row
     def episode_return(self) -> Tensor:

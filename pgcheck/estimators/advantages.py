@@ -131,10 +131,9 @@ def _own_and_all(weights: Weights, size: int, dtype: torch.dtype) -> tuple[float
 
 @functools.lru_cache(maxsize=256)
 def _of_labels(weights: Weights, labels: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """W of rows with these labels, `[B, B]`; of one group `[1, B]`, where all its rows are the same."""
+    """W of rows with these labels, `[B, B]`."""
     group = torch.tensor(labels, device=device)
-    W = weights((group.unsqueeze(-1) == group).to(dtype))
-    return W[:1] if len(set(labels)) == 1 and bool((W[:1] == W).all()) else W
+    return weights((group.unsqueeze(-1) == group).to(dtype))
 
 
 def mean_of_peers(x: Tensor, same: Tensor) -> Tensor:
