@@ -323,7 +323,7 @@ def test_skewness_stretches_the_certificate(probability: float) -> None:
 
 def report(*rates: Rate) -> Calibration:
     """A calibration with one cell of power."""
-    cell = Power("coin", "rare event", "along the gradient", 0.1, 8, 8, 8192.0, 4096.0)
+    cell = Power("coin", "rare event", "along the gradient", 0.1, 8, 8, 8192.0, 4096.0, 5000.0)
     ended = EndToEnd("coin", "light", 8, 7, 0, 1, 32768)
     return Calibration(3, rates, (cell,), (ended,), ("pgcheck calibrate --runs 10000 --seed 3",))
 
@@ -343,6 +343,7 @@ def test_the_report_answers_first() -> None:
     assert ", 50% given |" in text
     assert "| coin | 25% |" in text
     assert "| rare event | 2x, at most 2x | – | 1 | 8 | 100.0% |" in text
+    assert "| 8 of 8 | 8,192 | 4,096 | 2 | 5,000 | 1.6 |" in text
     assert "`pgcheck calibrate --runs 10000 --seed 3`" in text
 
 
@@ -386,7 +387,7 @@ def test_what_is_measured_anew_takes_the_place_of_what_was_there() -> None:
     x, y = law("leave_one_out on chain"), law("leave_one_out on dialogue")
     old = [rate("trigger", z, "", 0.1, runs=100, events=3, refused=0.0) for z in (x, y)]
     new = [rate(w, x, "", 0.1, runs=400, events=9, refused=0.0) for w in ("trigger", "confirm")]
-    power = [Power(z.name, z.family, SHAPES[0], 0.1, 8, 8, 8192.0, 4096.0) for z in (x, y)]
+    power = [Power(z.name, z.family, SHAPES[0], 0.1, 8, 8, 8192.0, 4096.0, 5000.0) for z in (x, y)]
     ended = [EndToEnd(z.name, z.family, 4, 4, 0, 0, 8192) for z in (x, y)]
     before = Calibration(3, tuple(old), tuple(power), tuple(ended), ("first",))
     mine = Calibration(3, tuple(new), (replace(power[0], runs=9),), (replace(ended[0], runs=9),), ("second",))

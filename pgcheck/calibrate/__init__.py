@@ -9,8 +9,8 @@ Where ĝ can be enumerated it has a finite law, and a sample of n draws is a mul
 * both stages of mode `exceeds`, with a bias planted exactly at the tolerance;
 * all three where κ is open and the reference drawn as well (`pgcheck.statistics.open_scale`);
 * **intervals**: how often one that is given misses, after a fixed number of draws and at whichever look a run stopped;
-* **power**: draws to a FAIL, against the test that knows the direction of the bias, and the law along it, beforehand
-  (`pgcheck.calibrate.oracle`).
+* **power**: draws to a FAIL, against the test that knows the direction of the bias beforehand: as if its scores were normal,
+  and as it is at α (`pgcheck.calibrate.oracle`).
 
 Guarantee: rates carry Clopper–Pearson bounds (99%); families are never pooled, as one in which the guard refuses would
 flatter another; every law and question has a stream of its own, so that neither the set of laws, nor that of questions, nor the

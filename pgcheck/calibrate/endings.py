@@ -17,6 +17,7 @@ from pgcheck.engines.accounts import Account
 from pgcheck.statistics.certificate import GRAM
 from pgcheck.statistics.finite import Law
 from pgcheck.statistics.grain import Grain
+from pgcheck.statistics.guarded import z_of
 from pgcheck.statistics.sequential import GRAIN, Interval, Judge, Judgement, Settings, confidence_after
 from pgcheck.statistics.status import Status
 
@@ -101,6 +102,7 @@ def powers(law: Law, *, runs: int, rng: np.random.Generator) -> tuple[list[Power
             failed = sum(map(math.isfinite, draws))
             median = float(np.median(draws)) if 2 * failed > runs else None
             size = float(bias.norm() / (law.mean - bias).norm())
-            oracle = oracle_draws(scores, law.probability, bias=ratio * noise, alpha=settings.alpha)
-            out.append(Power(law.name, law.family, shape, size, runs, failed, median, oracle))
+            normal = (z_of(settings.alpha) / ratio) ** 2
+            exact = oracle_draws(scores, law.probability, bias=ratio * noise, alpha=settings.alpha)
+            out.append(Power(law.name, law.family, shape, size, runs, failed, median, normal, exact))
     return out, endings.rates("after stopping, a bias")

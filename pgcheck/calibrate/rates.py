@@ -58,8 +58,7 @@ def rate(what: str, law: Law, detail: str, nominal: float, *, runs: int, events:
 
 @dataclass(frozen=True)
 class Power:
-    """Draws to a FAIL of whole judges, against the test at the same α that knows the direction of the bias and the
-    law of the scores along it."""
+    """Draws to a FAIL of whole judges, against the test at the same α that knows the direction of the bias."""
 
     law: str
     family: str
@@ -68,12 +67,21 @@ class Power:
     runs: int
     failed: int
     median_draws: float | None  # None: at least half of the runs end without a FAIL
-    oracle_draws: float
+    oracle_draws: float  # of a normal law, (z_α σ/‖b‖)²
+    exact_draws: float  # of the law itself, where the test is at α (`pgcheck.calibrate.oracle`)
 
     @property
     def ratio(self) -> float:
         """Median draws over those of the oracle; inf where there is no median."""
-        return math.inf if self.median_draws is None else self.median_draws / self.oracle_draws
+        return self._over(self.oracle_draws)
+
+    @property
+    def exact_ratio(self) -> float:
+        """The same over those of the test that is at α."""
+        return self._over(self.exact_draws)
+
+    def _over(self, draws: float) -> float:
+        return math.inf if self.median_draws is None else self.median_draws / draws
 
 
 @dataclass(frozen=True)

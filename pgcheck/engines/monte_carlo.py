@@ -493,11 +493,11 @@ class _Run:
             return self._told[record]
         account, paired = record.accounts
         in_logits = isinstance(self.space, LogitSpace)
-        shape = tuple(self.problem.logits.shape) if in_logits else (1, len(self.reference))
+        K, A = self.problem.logits.shape if in_logits else (1, len(self.reference))
         confidence = confidence_after(account.n, self.settings) if record.judges else CONFIDENCE
         found = account.moments(
             self.reference,
-            shape=shape,  # type: ignore[arg-type]
+            shape=(K, A),
             confidence=confidence,
             enumerated=account.n,
             policy=self.problem.policy if in_logits else None,
