@@ -234,6 +234,14 @@ def test_with_tensors_is_the_inverse_of_tensors() -> None:
     assert doubled.logp is batch.logp
 
 
+@pytest.mark.parametrize("clock", DISCOUNT_CLOCKS)
+def test_no_batches_are_some(clock: str) -> None:
+    """Of none of them each helper has none, in its shape."""
+    some, none = (make(0, (n, 3, 4), 0.9, clock) for n in (1, 0))
+    for name in HELPERS:
+        assert getattr(none, name).shape == (0, *getattr(some, name).shape[1:]), name
+
+
 def test_rows_and_leading_dimensions() -> None:
     """B is the last dimension but one of the rewards."""
     assert make(1, (2, 3), 0.9, "position").rows == 2
